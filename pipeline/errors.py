@@ -1,0 +1,9 @@
+"""The errors that are addressed to users."""
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the value, the rule and the remedy. Exit status 2, no traceback."""
+
+
+class StageInterrupted(Exception):
+    """A stage stopped at a step boundary on request; its checkpoint is written and the same command resumes it."""

@@ -1,0 +1,1 @@
+"""The one place that assembles a Trainer and runs a stage."""

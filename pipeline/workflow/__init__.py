@@ -1,0 +1,1 @@
+"""The stage graph: declarations, fingerprints, plans, artifacts and executors. Imports no torch."""

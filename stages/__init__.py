@@ -1,0 +1,1 @@
+"""DALL·E 2 itself: what is trained, how it is sampled, how it is judged."""

@@ -1,0 +1,1 @@
+"""Noise schedules, objectives, the CLIP loss, samplers and guidance."""

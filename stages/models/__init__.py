@@ -1,0 +1,1 @@
+"""Builders of the networks: open_clip and diffusers classes behind settings."""

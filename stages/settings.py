@@ -1,0 +1,266 @@
+"""The settings of every stage, typed. Their defaults are in `conf/stage/` and `conf/model/`. Imports no torch."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config import (
+    Fraction,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Settings,
+    TrainingStageSettings,
+)
+
+
+class PredictionType(StrEnum):
+    """What a diffusion network predicts; the values are diffusers' names."""
+
+    EPSILON = "epsilon"
+    SAMPLE = "sample"
+    V_PREDICTION = "v_prediction"
+
+
+class ScheduleKind(StrEnum):
+    """The shape of the cumulative noise schedule alpha_bar."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+
+
+class ScheduleSettings(Settings):
+    """The forward process: how much noise each timestep holds."""
+
+    kind: ScheduleKind
+    timesteps: Positive
+    zero_terminal_snr: bool
+
+
+class ObjectiveSettings(Settings):
+    """What the network is trained to predict, and how timesteps are weighted."""
+
+    prediction_type: PredictionType
+    min_snr_gamma: PositiveFloat | None
+
+
+class SamplerSettings(Settings):
+    """Defaults of the reverse process: DDIM with `eta` (1 is ancestral sampling, 0 is deterministic)."""
+
+    steps: Positive
+    eta: Fraction
+    guidance_scale: NotNegativeFloat
+
+
+# --- prepare ---------------------------------------------------------------------------------------------------------
+
+
+class SourceSettings(Settings):
+    """What every source of captioned pictures has."""
+
+    split_key: str
+    validation_fraction: Fraction
+
+
+class ScenesSettings(SourceSettings):
+    """Pictures drawn at run time: one or two coloured shapes on a background, captioned in several phrasings."""
+
+    source: Literal["scenes"]
+    samples: Positive
+    unseen_samples: NotNegative
+    image_size: Annotated[int, Field(ge=64)]
+    two_objects_share: Fraction
+    seed: NotNegative
+    shard_samples: Positive
+
+
+class EmojiSettings(SourceSettings):
+    """Twemoji pictures with the names that the Unicode consortium gives them (pictures CC-BY 4.0)."""
+
+    source: Literal["emoji"]
+    languages: tuple[str, ...]
+    max_glyphs: Positive | None
+    image_size: Positive
+    background: str
+    shard_samples: Positive
+
+
+class WebDatasetSettings(SourceSettings):
+    """The user's own shards: a directory, a brace pattern, or URLs, as img2dataset writes them."""
+
+    source: Literal["webdataset"]
+    shards: str | tuple[str, ...]
+    allow_shell_urls: bool
+
+
+DataSettings = Annotated[ScenesSettings | EmojiSettings | WebDatasetSettings, Field(discriminator="source")]
+
+
+class PrepareSettings(Settings):
+    """Makes or takes in the shards, and splits their samples."""
+
+    data: DataSettings
+
+
+# --- clip, embed -----------------------------------------------------------------------------------------------------
+
+
+class ContrastiveLoss(StrEnum):
+    """CLIP's softmax loss or SigLIP's sigmoid loss; both are open_clip's."""
+
+    CONTRASTIVE = "contrastive"
+    SIGLIP = "siglip"
+
+
+class ClipNetworkSettings(Settings):
+    """An open_clip ViT and its text transformer. `diffusers` needs text_width == embed_dim."""
+
+    embed_dim: Positive
+    image_size: Positive
+    patch_size: Positive
+    vision_width: Positive
+    vision_layers: Positive
+    vision_heads: Positive
+    text_width: Positive
+    text_layers: Positive
+    text_heads: Positive
+    context_length: Positive
+    quick_gelu: bool
+
+
+class ClipSettings(TrainingStageSettings):
+    """CLIP, trained here, started from a local open_clip checkpoint, or (`max_samples: 0`) replaced by it."""
+
+    network: ClipNetworkSettings
+    loss: ContrastiveLoss
+    checkpoint: str | None
+
+
+class EmbedSettings(Settings):
+    """Image and text embeddings of every sample, as CLIP's projections give them (not normalised)."""
+
+    batch_size: Positive
+
+
+# --- prior -----------------------------------------------------------------------------------------------------------
+
+
+class PriorNetworkSettings(Settings):
+    """diffusers' `PriorTransformer`; its width is heads x head_dim."""
+
+    layers: Positive
+    heads: Positive
+    head_dim: Positive
+
+
+class PriorSamplerSettings(SamplerSettings):
+    """`candidates` image embeddings are drawn and the one closest to the text embedding is kept (the paper: 2)."""
+
+    candidates: Positive
+    clip_sample_range: PositiveFloat
+
+
+class PriorSettings(TrainingStageSettings):
+    """p(z_i | caption): predicts the whitened image embedding by mean squared error."""
+
+    network: PriorNetworkSettings
+    schedule: ScheduleSettings
+    objective: ObjectiveSettings
+    caption_dropout: Fraction
+    sampler: PriorSamplerSettings
+
+
+# --- decoder ---------------------------------------------------------------------------------------------------------
+
+
+class DecoderCondition(StrEnum):
+    """Which CLIP embedding conditions the decoder: the image's (unCLIP) or the caption's (GLIDE-like, no prior)."""
+
+    IMAGE_EMBED = "image_embed"
+    TEXT_EMBED = "text_embed"
+
+
+class UNetSettings(Settings):
+    """A diffusers U-Net: `channels` per resolution level, each level half the size of the one before."""
+
+    channels: tuple[Positive, ...]
+    layers_per_block: Positive
+    attention: tuple[bool, ...]
+    attention_head_dim: Positive
+    norm_groups: Positive
+    dropout: Fraction
+
+
+class ClipLossSettings(Settings):
+    """L_clip = E[-w(t) sim(x0_hat, caption)], weighted by lambda (`weight`). Zero loads no image tower.
+
+    `timestep_power` p gives w(t) = alpha_bar_t^p: x0_hat means little at high noise. `sample_share` is the share of each
+    batch that carries the loss.
+    """
+
+    weight: NotNegativeFloat
+    timestep_power: NotNegativeFloat
+    sample_share: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class DecoderSamplerSettings(SamplerSettings):
+    """`clip_guidance_scale` scales the gradient of sim(x0_hat, caption) at every step; 0 is off."""
+
+    clip_guidance_scale: NotNegativeFloat
+
+
+class DecoderSettings(TrainingStageSettings):
+    """L = L_diffusion + lambda L_clip on CLIP's embedding and the caption's tokens."""
+
+    image_size: Positive
+    condition: DecoderCondition
+    network: UNetSettings
+    schedule: ScheduleSettings
+    objective: ObjectiveSettings
+    clip_loss: ClipLossSettings
+    caption_dropout: Fraction
+    image_embed_dropout: Fraction
+    sampler: DecoderSamplerSettings
+
+
+# --- upsampler -------------------------------------------------------------------------------------------------------
+
+
+class Degradation(StrEnum):
+    """How the low-resolution condition is degraded in training: Gaussian blur (unCLIP's first) or BSR-style (its second)."""
+
+    BLUR = "blur"
+    BSR = "bsr"
+
+
+class UpsamplerSettings(TrainingStageSettings):
+    """Diffusion from `low_size` to `high_size`, trained on random crops of `crop_size` at the high resolution."""
+
+    low_size: Positive
+    high_size: Positive
+    crop_size: Positive
+    degradation: Degradation
+    network: UNetSettings
+    schedule: ScheduleSettings
+    objective: ObjectiveSettings
+    sampler: SamplerSettings
+
+
+# --- evaluate, export ------------------------------------------------------------------------------------------------
+
+
+class EvaluateSettings(Settings):
+    """First metrics and grids on the validation split."""
+
+    retrieval_pool: Positive
+    samples: Positive
+    grid_captions: Positive
+    batch_size: Positive
+
+
+class ExportSettings(Settings):
+    """Gathers a run's weights and configs in one directory; unCLIP runs load in diffusers' stock `UnCLIPPipeline`."""
+
+    include_clip_image_tower: bool
