@@ -1,9 +1,13 @@
 """Typed settings: what a composed config is validated against before anything runs."""
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UserError
 
 
 class Settings(BaseModel):
@@ -87,6 +91,7 @@ class TrainerSettings(Settings):
     cache_mib: NotNegative
     log_every_steps: Positive
     validate_every_samples: Positive | None
+    validation_samples: Positive
     sample_every_samples: Positive | None
     checkpoint_every_samples: Positive | None
     checkpoint_every_min: PositiveFloat
@@ -107,3 +112,97 @@ class TrackingSettings(Settings):
     mode: TrackingMode
     project: str
     entity: str | None
+
+
+class RunSettings(Settings):
+    """Which run this is. A sweep's members are named `<sweep>.<n>`, and `group` is the sweep."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    group: str | None = None
+
+
+class PathSettings(Settings):
+    """Everything that a run writes is below `outputs`."""
+
+    outputs: Path
+
+
+class LaunchKind(StrEnum):
+    """Where stages run."""
+
+    LOCAL = "local"
+
+
+class LaunchSettings(Settings):
+    """How stages are started."""
+
+    kind: LaunchKind
+
+
+class RunConfig(Settings):
+    """A composed config. `stage` holds each stage's `kind`, its settings, and its own `trainer` overrides.
+
+    `data` stands beside the stages so that `data=emoji` reads well; `prepare` takes it in by interpolation.
+    """
+
+    run: RunSettings
+    seed: NotNegative
+    paths: PathSettings
+    catalog: str
+    data: dict[str, Any]
+    stage: dict[str, dict[str, Any]]
+    trainer: TrainerSettings
+    launch: LaunchSettings
+    tracking: TrackingSettings
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def validate(schema: type[S], values: Mapping[str, Any], path: str = "") -> S:
+    """Build settings from plain values. Raises `UserError` with the key, the value and the rule of the first fault."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_first_fault(error, values, path)) from error
+
+
+def _first_fault(error: ValidationError, values: Mapping[str, Any], path: str) -> str:
+    faults = error.errors()
+    fault = faults[0]
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join([*([path] if path else []), *_existing(location, values, fault["type"])])
+    more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        return f"{key} is an unknown key; remove it, or see the valid ones with --cfg job{more}"
+    if fault["type"] == "missing":
+        return f"{key} is missing and has no default; set it on the command line{more}"
+    return f"{key}={fault['input']!r}: {fault['msg']}; give a value that fits{more}"
+
+
+def _existing(location: list[str], values: Any, kind: str) -> list[str]:
+    """Drop the parts of pydantic's location that are no keys (the tags of a union)."""
+    kept = []
+    for number, part in enumerate(location):
+        is_last = number == len(location) - 1
+        if isinstance(values, Mapping) and part not in values and not (is_last and kind == "missing"):
+            continue
+        kept.append(part)
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return kept
+
+
+def stage_trainer(config: RunConfig, overrides: Mapping[str, Any], path: str) -> TrainerSettings:
+    """The trainer settings of one stage: the run's, with the stage's own on top."""
+    return validate(TrainerSettings, {**config.trainer.model_dump(), **overrides}, path)
+
+
+def check_batch(global_batch_size: int, devices: int, path: str) -> None:
+    """Refuse a global batch that the devices cannot share."""
+    if global_batch_size % devices:
+        below = global_batch_size // devices * devices
+        nearest = [str(size) for size in (below, below + devices) if size > 0]
+        raise UserError(
+            f"{path}.global_batch_size={global_batch_size} is not divisible by {devices} devices; "
+            f"use {' or '.join(nearest)}"
+        )

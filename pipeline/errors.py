@@ -2,8 +2,8 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that names the value, the rule and the remedy. Exit status 2, no traceback."""
+    """Something the user can mend: one line with the value, the rule and the remedy. Exit status 2, no traceback."""
 
 
-class StageInterrupted(Exception):
+class StageInterrupted(Exception):  # noqa: N818 - a request that was honoured, not a fault
     """A stage stopped at a step boundary on request; its checkpoint is written and the same command resumes it."""

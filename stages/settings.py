@@ -1,11 +1,13 @@
 """The settings of every stage, typed. Their defaults are in `conf/stage/` and `conf/model/`. Imports no torch."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.config import (
+    RUNTIME,
     Fraction,
     NotNegative,
     NotNegativeFloat,
@@ -88,11 +90,15 @@ class EmojiSettings(SourceSettings):
 
 
 class WebDatasetSettings(SourceSettings):
-    """The user's own shards: a directory, a brace pattern, or URLs, as img2dataset writes them."""
+    """The user's own shards: a directory, a brace pattern, or URLs, as img2dataset writes them.
+
+    Remote shards are kept in `cache_dir` once they were read.
+    """
 
     source: Literal["webdataset"]
     shards: str | tuple[str, ...]
-    allow_shell_urls: bool
+    allow_shell_urls: Annotated[bool, RUNTIME]
+    cache_dir: Annotated[Path, RUNTIME]
 
 
 DataSettings = Annotated[ScenesSettings | EmojiSettings | WebDatasetSettings, Field(discriminator="source")]
@@ -135,13 +141,14 @@ class ClipSettings(TrainingStageSettings):
 
     network: ClipNetworkSettings
     loss: ContrastiveLoss
-    checkpoint: str | None
+    checkpoint: Path | None
 
 
 class EmbedSettings(Settings):
     """Image and text embeddings of every sample, as CLIP's projections give them (not normalised)."""
 
-    batch_size: Positive
+    batch_size: Annotated[Positive, RUNTIME]
+    part_samples: Annotated[Positive, RUNTIME]
 
 
 # --- prior -----------------------------------------------------------------------------------------------------------
@@ -196,8 +203,8 @@ class UNetSettings(Settings):
 class ClipLossSettings(Settings):
     """L_clip = E[-w(t) sim(x0_hat, caption)], weighted by lambda (`weight`). Zero loads no image tower.
 
-    `timestep_power` p gives w(t) = alpha_bar_t^p: x0_hat means little at high noise. `sample_share` is the share of each
-    batch that carries the loss.
+    `timestep_power` p gives w(t) = alpha_bar_t^p: x0_hat means little at high noise. `sample_share` is the probability
+    that a sample carries the loss (the rest are made up for, so that its mean stays).
     """
 
     weight: NotNegativeFloat
@@ -229,7 +236,7 @@ class DecoderSettings(TrainingStageSettings):
 
 
 class Degradation(StrEnum):
-    """How the low-resolution condition is degraded in training: Gaussian blur (unCLIP's first) or BSR-style (its second)."""
+    """How the condition is degraded in training: Gaussian blur (unCLIP's first upsampler) or BSR-style (its second)."""
 
     BLUR = "blur"
     BSR = "bsr"
@@ -257,7 +264,7 @@ class EvaluateSettings(Settings):
     retrieval_pool: Positive
     samples: Positive
     grid_captions: Positive
-    batch_size: Positive
+    batch_size: Annotated[Positive, RUNTIME]
 
 
 class ExportSettings(Settings):

@@ -1,1 +1,1 @@
-"""From shards to batches: index, splits, order, decoding, loading. Every draw is a function of (seed, epoch, sample)."""
+"""From shards to batches. Every draw is a function of (seed, epoch, sample)."""

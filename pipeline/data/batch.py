@@ -1,0 +1,45 @@
+"""The batch that every stage reads."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Captioned pictures, B of them, S pixels wide and high.
+
+    `sample` is the row in the index. `sample_seed` is the seed of what the sample draws in this epoch (see
+    `SampleDraws`).
+    """
+
+    image: Tensor  # uint8 [B, 3, S, S], RGB
+    caption: tuple[str, ...]  # B captions
+    sample: Tensor  # int64 [B]
+    sample_seed: Tensor  # int64 [B]
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
+        """The batch with its tensors on another device."""
+        return replace(
+            self,
+            image=self.image.to(device, non_blocking=non_blocking),
+            sample=self.sample.to(device, non_blocking=non_blocking),
+            sample_seed=self.sample_seed.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "ImageBatch":
+        """The batch with its tensors in pinned memory; the DataLoader calls this."""
+        return replace(
+            self,
+            image=self.image.pin_memory(),
+            sample=self.sample.pin_memory(),
+            sample_seed=self.sample_seed.pin_memory(),
+        )
+
+    def image_signed(self) -> Tensor:
+        """The pictures as networks take them: float32 [B, 3, S, S] in [-1, 1]."""
+        return self.image.to(torch.float32) / 127.5 - 1.0

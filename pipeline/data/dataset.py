@@ -1,0 +1,126 @@
+"""Captioned pictures by row: read, decoded, squared; kept in memory where they fit."""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from pipeline.data.batch import ImageBatch
+from pipeline.data.decode import DecodeError, DecodeFault, decode_rgb, square
+from pipeline.data.mixing import purpose_key, sample_seed
+from pipeline.data.prepared import read_prepared
+from pipeline.errors import UserError
+
+_FAULTS = tuple(DecodeFault)
+_UNKNOWN, _GOOD, _FIRST_FAULT = 0, 1, 2
+_MAX_REPLACEMENTS = 64
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What the order asks the data set for: a row of the index, and the seed of its draws in this epoch."""
+
+    sample: int
+    sample_seed: int
+
+
+class CaptionedImages(Dataset[ImageBatch]):
+    """The samples of a data artifact as pictures of one size, [3, S, S] uint8 RGB, with their captions.
+
+    A sample that cannot be decoded is replaced by another one of its split, which follows from its row alone: every
+    epoch, rank and restart sees the same replacement, and `ImageBatch.sample` names the row that is shown.
+
+    With `cache_mib` > 0, decoded pictures are kept in memory if all of them fit in it; forked loader workers fill and
+    read one and the same cache.
+    """
+
+    def __init__(self, directory: Path, image_size: int, cache_mib: int = 0) -> None:
+        self.data = read_prepared(directory)
+        self.image_size = image_size
+        shape = (len(self.data.index), 3, image_size, image_size)
+        # What is known of each sample: 0 nothing, 1 it is good, 2 + n it has the n-th fault.
+        self._status = _shared_zeros((len(self.data.index),))
+        self._pictures = _shared_zeros(shape) if int(np.prod(shape)) <= cache_mib * 2**20 else None
+        self._replacement: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.data.index)
+
+    def __getitem__(self, request: SampleRequest) -> ImageBatch:
+        return self.__getitems__([request])
+
+    def __getitems__(self, requests: Sequence[SampleRequest]) -> ImageBatch:
+        """Read a batch; the DataLoader calls this where it is given a batch sampler."""
+        shape = (len(requests), 3, self.image_size, self.image_size)
+        image = torch.empty(shape, dtype=torch.uint8)
+        rows, captions = [], []
+        for place, request in zip(image.numpy(), requests, strict=True):
+            row = self._show(request.sample, place, captions)
+            rows.append(row)
+        return ImageBatch(
+            image=image,
+            caption=tuple(captions),
+            sample=torch.tensor(rows, dtype=torch.int64),
+            sample_seed=torch.tensor([request.sample_seed for request in requests], dtype=torch.int64),
+        )
+
+    def faults(self) -> dict[DecodeFault, int]:
+        """Samples found unusable so far, by reason; loader workers' finds are included."""
+        counts = np.bincount(self._status, minlength=_FIRST_FAULT + len(_FAULTS))[_FIRST_FAULT:]
+        return {fault: int(count) for fault, count in zip(_FAULTS, counts, strict=True) if count}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker gets no cache: shared memory is inherited, not sent.
+        return {**self.__dict__, "_status": self._status.copy(), "_pictures": None}
+
+    def _show(self, sample: int, place: NDArray[np.uint8], captions: list[str]) -> int:
+        """Put the sample's picture in its place and append its caption; give the row that is shown."""
+        row = self._replacement.get(sample, sample)
+        for attempt in range(_MAX_REPLACEMENTS):
+            try:
+                caption = self._read(row, place)
+            except DecodeError as error:
+                self._status[row] = _FIRST_FAULT + _FAULTS.index(error.fault)
+                row = self._candidate(sample, attempt)
+                continue
+            if row != sample:
+                self._replacement[sample] = row
+            captions.append(caption)
+            return row
+        index = self.data.index
+        raise UserError(
+            f"{index.shards[index.shard[sample]].name}: sample {index.key(sample)} and {_MAX_REPLACEMENTS} others of "
+            "its split cannot be decoded; replace that shard and run `unclip shards index` on it"
+        )
+
+    def _read(self, row: int, place: NDArray[np.uint8]) -> str:
+        status = self._status[row]
+        if status >= _FIRST_FAULT:
+            raise DecodeError(_FAULTS[status - _FIRST_FAULT])
+        caption = self.data.caption(row)
+        if self._pictures is not None and status == _GOOD:
+            place[:] = self._pictures[row]
+            return caption
+        place[:] = square(decode_rgb(self.data.reader.image(row)), self.image_size)
+        if self._pictures is not None:
+            self._pictures[row] = place
+        # Set after the picture is in the cache: another process may read both.
+        self._status[row] = _GOOD
+        return caption
+
+    def _candidate(self, sample: int, attempt: int) -> int:
+        rows = self.data.samples_in(self.data.split(sample))
+        draw = sample_seed(purpose_key("replacement"), attempt, np.array([sample]))
+        return int(rows[int(draw.view(np.uint64)[0] % np.uint64(len(rows)))])
+
+
+def _shared_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Zeros in anonymous memory that forked processes share; pages that are never touched take no memory."""
+    size = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, count=size).reshape(shape)

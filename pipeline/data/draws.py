@@ -1,0 +1,59 @@
+"""Randomness per sample: a draw depends on the sample's seed and on the purpose, and on nothing else in its batch."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.mixing import FIRST_MULTIPLIER, GOLDEN_GAMMA, SECOND_MULTIPLIER, purpose_key
+
+
+class SampleDraws:
+    """Draws for a batch of B samples, given their seeds (`pipeline.data.mixing.sample_seed`), int64 [B].
+
+    Equal (seed, purpose) gives equal draws; different purposes give independent ones. No generator of torch is
+    advanced. Results are on the device of `sample_seed`.
+    """
+
+    def __init__(self, sample_seed: Tensor) -> None:
+        self.sample_seed = sample_seed
+
+    def uniform(self, purpose: str) -> Tensor:
+        """Uniform in [0, 1), float32 [B], in steps of 2^-24."""
+        return _shift_right(self._hash(purpose), 40).to(torch.float32) * 2.0**-24
+
+    def integer(self, purpose: str, high: int) -> Tensor:
+        """Uniform in {0, ..., high - 1}, int64 [B]; `high` is at most 2^31."""
+        return (_shift_right(self._hash(purpose), 33) * high) >> 31
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal, float32 [B, *shape].
+
+        Drawn on the CPU by numpy's counter-based Philox, keyed with all 64 bits of each sample's hash (torch's CPU
+        generator takes 32), so that every device sees the same noise.
+        """
+        device = self.sample_seed.device
+        noise = torch.empty((len(self.sample_seed), *shape), dtype=torch.float32, pin_memory=device.type == "cuda")
+        for row, seed in zip(noise.numpy(), self._hash(purpose).tolist(), strict=True):
+            np.random.Generator(np.random.Philox(key=seed % 2**64)).standard_normal(dtype=np.float32, out=row)
+        return noise.to(device, non_blocking=True)
+
+    def _hash(self, purpose: str) -> Tensor:
+        return _mix(_mix(self.sample_seed ^ _signed(purpose_key(purpose))))
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit number."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Shift as an unsigned number: torch's `>>` drags the sign along."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """`pipeline.data.mixing.mix` on int64 tensors, whose arithmetic wraps around."""
+    value = value + _signed(GOLDEN_GAMMA)
+    value = (value ^ _shift_right(value, 30)) * _signed(FIRST_MULTIPLIER)
+    value = (value ^ _shift_right(value, 27)) * _signed(SECOND_MULTIPLIER)
+    return value ^ _shift_right(value, 31)

@@ -1,0 +1,38 @@
+"""Hashes of integers, from which every draw comes: splitmix64 (Steele et al. 2014). Imports no torch."""
+
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9
+SECOND_MULTIPLIER = 0x94D049BB133111EB
+
+
+def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Splitmix64's step and finaliser: a bijection in which each input bit flips about half of the 64 output bits."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is what the algorithm means
+        value = value + np.uint64(GOLDEN_GAMMA)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(FIRST_MULTIPLIER)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(SECOND_MULTIPLIER)
+    return value ^ (value >> np.uint64(31))
+
+
+def sample_seed(seed: int, epoch: int | NDArray[np.int64], sample: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The seed of each sample's draws in an epoch, int64 of the shape of `sample`: a pure function of the three."""
+    state = mix(np.full(1, seed % 2**64, np.uint64))
+    state = mix(state ^ np.asarray(epoch, np.int64).astype(np.uint64))
+    return mix(state ^ np.asarray(sample, np.int64).astype(np.uint64)).view(np.int64)
+
+
+def purpose_key(purpose: str) -> int:
+    """A 64-bit number for the name of a purpose, in [0, 2^64)."""
+    return int.from_bytes(blake2b(purpose.encode(), digest_size=8, person=b"purpose").digest())
+
+
+def named_seed(seed: int, name: str, number: int = 0) -> int:
+    """A seed in [0, 2^63) for something that has a name and perhaps a number, such as a stage's initial weights."""
+    state = mix(np.full(1, seed % 2**64, np.uint64))
+    state = mix(state ^ np.uint64(purpose_key(name)))
+    return int(mix(state ^ np.uint64(number))[0] >> np.uint64(1))

@@ -1,0 +1,119 @@
+"""What a stage's function is given, and what it gives back."""
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.config import Settings
+from pipeline.errors import StageInterrupted
+from pipeline.training.tracking import Tracker
+from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.progress import Phase, Progress, write_progress
+
+HEARTBEAT_SECONDS = 5.0
+SECONDS_BETWEEN_WRITES = 0.25
+
+S = TypeVar("S", bound=Settings)
+
+
+def process_rank() -> int:
+    """This process's number among those that train one stage, before a process group exists."""
+    return int(os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
+
+
+class ProgressWriter:
+    """Publishes a stage's progress, and a heartbeat while it is busy with something that reports none."""
+
+    def __init__(self, work: Path) -> None:
+        now = time.time()
+        self._work = work
+        self._progress = Progress(Phase.STARTING, started_at=now, updated_at=now)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "ProgressWriter":
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._write()
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of `Progress`; written at most four times a second."""
+        with self._lock:
+            is_due = time.time() - self._progress.updated_at >= SECONDS_BETWEEN_WRITES or "phase" in changes
+            updated_at = time.time() if is_due else self._progress.updated_at
+            self._progress = replace(self._progress, **changes, updated_at=updated_at)
+        if is_due:
+            self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            write_progress(self._work, self._progress)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            with self._lock:
+                self._progress = replace(self._progress, updated_at=time.time())
+            self._write()
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything a stage's function works with. `output` is the artifact's directory while it is being built."""
+
+    frozen: FrozenStage
+    settings: Settings
+    inputs: Mapping[str, tuple[Artifact, ...]]
+    output: Path
+    tracker: Tracker
+    progress: ProgressWriter
+    interruption: threading.Event
+
+    @property
+    def work(self) -> Path:
+        """The directory for what is in progress."""
+        return self.frozen.work
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process is the one that writes."""
+        return process_rank() == 0
+
+    def settings_as(self, schema: type[S]) -> S:
+        """The settings, typed as the stage's own class."""
+        assert isinstance(self.settings, schema), f"{self.frozen.stage} was declared with {type(self.settings)}"
+        return self.settings
+
+    def input(self, name: str) -> Artifact:
+        """The one artifact behind an input."""
+        (artifact,) = self.inputs[name]
+        return artifact
+
+    def optional_input(self, name: str) -> Artifact | None:
+        """The artifact behind an input that a workflow may lack."""
+        return next(iter(self.inputs[name]), None)
+
+    def step(self, samples_seen: int, max_samples: int, activity: str = "") -> None:
+        """Report progress of work that is no training, and stop here if asked to."""
+        self.progress.update(phase=Phase.WORKING, samples_seen=samples_seen, max_samples=max_samples, activity=activity)
+        if self.interruption.is_set():
+            raise StageInterrupted(f"stage {self.frozen.stage} stopped at {samples_seen} of {max_samples}")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What goes into the manifest: `numbers` for consumers, `metrics` for people, most telling first."""
+
+    numbers: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples_seen: int = 0

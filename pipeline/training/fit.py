@@ -1,0 +1,119 @@
+"""The one place that assembles a Trainer."""
+
+import shutil
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+
+from pipeline.config import TrainerSettings
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.loader import training_loader
+from pipeline.data.splits import Split
+from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, Rows, SeedEveryStep, Validation
+from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
+from pipeline.training.context import StageContext, process_rank
+from pipeline.training.module import StageModule
+from pipeline.workflow.progress import Phase
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What training ended with: the counter and the last validation's metrics."""
+
+    samples_seen: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is cut: `micro_batch_size` samples at once on each device, `accumulation` times per step."""
+
+    micro_batch_size: int
+    accumulation: int
+
+
+def shape_of_batch(global_batch_size: int, settings: TrainerSettings) -> BatchShape:
+    """The largest micro-batch that divides a device's share and does not exceed the allowed size."""
+    share = global_batch_size // settings.devices
+    limit = min(share, settings.micro_batch_size or share)
+    micro_batch_size = next(size for size in range(limit, 0, -1) if share % size == 0)
+    return BatchShape(micro_batch_size, share // micro_batch_size)
+
+
+def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> FitResult:
+    """Train until `max_samples`, from the last checkpoint if there is one; leaves the averaged weights in the network.
+
+    Raises `StageInterrupted` after a requested stop.
+    """
+    checkpoint = latest_checkpoint(context.work)
+    samples_seen = checkpoint.samples_seen if checkpoint else 0
+    stage_settings = module.stage_settings
+    context.progress.update(
+        phase=Phase.STARTING,
+        max_samples=stage_settings.max_steps * stage_settings.global_batch_size,
+        samples_seen=samples_seen,
+    )
+    context.tracker.forget_after(samples_seen)
+    shape = shape_of_batch(stage_settings.global_batch_size, context.frozen.trainer)
+    steps_done = samples_seen // stage_settings.global_batch_size
+    loader = training_loader(
+        images,
+        split=Split.TRAIN,
+        seed=context.frozen.seed,
+        global_batch_size=stage_settings.global_batch_size,
+        micro_batch_size=shape.micro_batch_size,
+        rank=process_rank(),
+        world_size=context.frozen.trainer.devices,
+        first_batch=steps_done,
+        batches=stage_settings.max_steps,
+        workers=context.frozen.trainer.loader_workers,
+    )
+    validation = Validation(context, images)
+    trainer = _assemble(context, module, shape, validation, checkpoint)
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint.path.name}", flush=True)
+    trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
+    module.ema_optimizer.adopt_averaged_weights()
+    _keep_last_picture(context)
+    return FitResult(module.samples_seen, validation.latest)
+
+
+def _assemble(
+    context: StageContext,
+    module: StageModule,
+    shape: BatchShape,
+    validation: Validation,
+    checkpoint: Checkpoint | None,
+) -> pl.Trainer:
+    settings = context.frozen.trainer
+    steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
+    return pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        strategy="ddp" if settings.devices > 1 else "auto",
+        precision=settings.precision.value,
+        max_steps=module.stage_settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=shape.accumulation,
+        gradient_clip_val=module.stage_settings.optimizer.gradient_clip_norm,
+        callbacks=[
+            SeedEveryStep(context.frozen.seed),
+            ResumeAtSamples(steps_done, shape.accumulation),
+            Rows(context, settings),
+            validation,
+            Pictures(context, settings.sample_every_samples),
+            Checkpoints(context, settings, checkpoint.elapsed_s if checkpoint else 0.0),
+        ],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=context.work,
+    )
+
+
+def _keep_last_picture(context: StageContext) -> None:
+    pictures = sorted((context.work / SAMPLES).glob("*.png"))
+    if pictures and context.is_first_process:
+        shutil.copyfile(pictures[-1], context.output / f"{SAMPLES}.png")

@@ -1,0 +1,104 @@
+"""AdamW whose state holds the averaged weights, and the learning rate on the `samples_seen` axis."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from pipeline.config import DecayKind, OptimizerSettings
+
+EMA = "ema"
+
+
+class AdamWithEma(AdamW):
+    """AdamW that keeps an exponential moving average of every parameter as optimiser state.
+
+    As state it is saved, resumed and (under ZeRO) sharded with the moments. The decay of step n is
+    min(ema_decay, (1 + n) / (10 + n)), so that a short run's average is not its initial weights.
+    """
+
+    def __init__(self, parameters: Iterable[Any], *, ema_decay: float, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.ema_decay = ema_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One AdamW step, then one step of the average."""
+        loss = super().step(closure)
+        if self.ema_decay == 0:
+            return loss
+        averages, weights = [], []
+        steps = 0.0
+        for parameter, state in self._trained():
+            if EMA not in state:
+                state[EMA] = parameter.detach().clone()
+            averages.append(state[EMA])
+            weights.append(parameter.detach())
+            steps = float(state["step"])
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1.0 - min(self.ema_decay, (1.0 + steps) / (10.0 + steps)))
+        return loss
+
+    def _trained(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter that has taken a step, with its state."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if "step" in self.state.get(parameter, {}):
+                    yield parameter, self.state[parameter]
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Have the parameters hold their averages inside the `with` block."""
+        kept = []
+        for parameter, state in self._trained():
+            if EMA in state:
+                kept.append((parameter, parameter.detach().clone()))
+                parameter.data.copy_(state[EMA])
+        try:
+            yield
+        finally:
+            for parameter, weights in kept:
+                parameter.data.copy_(weights)
+
+    @torch.no_grad()
+    def adopt_averaged_weights(self) -> None:
+        """Replace the parameters by their averages, for good."""
+        for parameter, state in self._trained():
+            if EMA in state:
+                parameter.data.copy_(state[EMA])
+
+
+def build_optimizer(network: nn.Module, settings: OptimizerSettings) -> AdamWithEma:
+    """AdamW over the parameters that train; vectors (norms, biases, learned embeddings) are not decayed."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamWithEma(
+        [group for group in groups if group["params"]],
+        ema_decay=settings.ema_decay,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+    )
+
+
+def learning_rate_factor(settings: OptimizerSettings, samples_seen: int, max_samples: int) -> float:
+    """The share of `learning_rate` that applies after `samples_seen`: linear warm-up, then the decay, in [0, 1]."""
+    if samples_seen < settings.warmup_samples:
+        return (samples_seen + 1) / (settings.warmup_samples + 1)
+    final = settings.final_learning_rate_share
+    span = max(1, max_samples - settings.warmup_samples)
+    progress = min(1.0, (samples_seen - settings.warmup_samples) / span)
+    match settings.decay:
+        case DecayKind.CONSTANT:
+            return 1.0
+        case DecayKind.LINEAR:
+            return 1.0 - (1.0 - final) * progress
+        case DecayKind.COSINE:
+            return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))

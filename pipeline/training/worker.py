@@ -1,0 +1,65 @@
+"""The process that runs stages: `python -m pipeline.training.worker [FROZEN]`.
+
+With a frozen stage's path it runs that one. Without, it reads paths from standard input, one JSON line each, and stays
+warm between them; it ends when its input does.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.training.stage import run_stage
+from pipeline.workflow.frozen import FrozenStage, read_frozen
+from pipeline.workflow.progress import LOG, Outcome, result_path
+
+EXIT_STATUS = {Outcome.FINISHED: 0, Outcome.REUSED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: 75}
+
+
+def main() -> int:
+    """Run the stages that are asked for; the exit status tells how the last one ended."""
+    interruption = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: interruption.set())
+    outcome = Outcome.FINISHED
+    for path in _paths():
+        frozen = read_frozen(path)
+        _log_to(frozen)
+        outcome = run_stage(frozen, interruption)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            _answer(path, outcome)
+        if interruption.is_set():
+            break
+    return EXIT_STATUS[outcome]
+
+
+def _paths() -> Iterator[Path]:
+    if len(sys.argv) > 1:
+        yield Path(sys.argv[1])
+        return
+    for line in sys.stdin:
+        yield Path(json.loads(line)["frozen"])
+
+
+def _log_to(frozen: FrozenStage) -> None:
+    """Send this process's output, that of libraries and of child processes too, to the stage's log."""
+    frozen.work.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with (frozen.work / LOG).open("a") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+
+
+def _answer(frozen: Path, outcome: Outcome) -> None:
+    target = result_path(frozen, os.getpid())
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(outcome.value)
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What planning needs to know of a stage, said where no torch is imported."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pipeline.config import Settings
+from pipeline.errors import UserError
+
+
+class Arity(StrEnum):
+    """How many stages may stand behind an input."""
+
+    ONE = "one"
+    OPTIONAL = "optional"
+    ANY = "any"
+
+
+@dataclass(frozen=True)
+class Input:
+    """A named input; it takes the output of the same name."""
+
+    name: str
+    arity: Arity = Arity.ONE
+
+
+@dataclass(frozen=True)
+class StageDeclaration:
+    """A class of stages. `version` goes up whenever the same settings would make something else.
+
+    `run` names the function that does the work ("module:function"); it is imported in the process that runs the stage.
+    `identity` turns settings into what counts in the fingerprint, for settings that point to files outside the project.
+    A `repeatable` output may have several producers in a workflow (two upsamplers).
+    """
+
+    version: int
+    settings: type[Settings]
+    run: str
+    output: str
+    inputs: tuple[Input, ...] = ()
+    repeatable: bool = False
+    identity: Callable[[Any], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage of a composed workflow: its class and its validated settings."""
+
+    kind: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Every class of stages, and the rules between the stages of one workflow (`check` raises `UserError`)."""
+
+    stages: Mapping[str, StageDeclaration]
+    check: Callable[[Mapping[str, StageSettings]], None]
+
+
+class Blocked(Exception):  # noqa: N818 - a state of a plan, not a fault
+    """Raised by a declaration's `identity` when a stage cannot be planned yet; the message says why and the remedy."""
+
+
+def resolve(reference: str) -> Any:
+    """Import "module:name". Raises `UserError` where it does not exist."""
+    module_name, _, attribute = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise UserError(f"{reference!r} names nothing that can be imported ({error}); use module:name") from error

@@ -1,0 +1,96 @@
+"""A stage, frozen: everything that its process needs, resolved, in one JSON file that no later edit can change."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Settings, TrackingSettings, TrainerSettings, validate
+from pipeline.errors import UserError
+from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
+from pipeline.workflow.declaration import StageDeclaration, resolve
+
+
+class ArtifactReference(Settings):
+    """An artifact by stage and fingerprint."""
+
+    stage: str
+    fingerprint: str
+
+
+class FrozenStage(Settings):
+    """The entry point's only argument, locally, under Slurm and in tests alike."""
+
+    run: str
+    group: str
+    stage: str
+    kind: str
+    fingerprint: str
+    identity: dict[str, Any]
+    inputs: dict[str, list[ArtifactReference]]
+    catalog: str
+    settings: dict[str, Any]
+    seed: int
+    outputs: Path
+    trainer: TrainerSettings
+    tracking: TrackingSettings
+    overrides: list[str]
+
+    @property
+    def store(self) -> ArtifactStore:
+        """Where this stage's inputs are and its artifact goes."""
+        return ArtifactStore(self.outputs)
+
+    @property
+    def work(self) -> Path:
+        """This stage's directory for what is in progress."""
+        return self.store.work(self.stage, self.fingerprint)
+
+    @property
+    def declaration(self) -> StageDeclaration:
+        """The declaration of this stage's class."""
+        return resolve(self.catalog).stages[self.kind]
+
+    def read_settings(self) -> Settings:
+        """The stage's settings, typed."""
+        return validate(self.declaration.settings, self.settings, f"stage.{self.stage}")
+
+    def find_inputs(self) -> dict[str, tuple[Artifact, ...]]:
+        """The artifacts behind each input. Raises `UserError` where one is not there."""
+        return {name: tuple(self._find(each) for each in references) for name, references in self.inputs.items()}
+
+    def _find(self, reference: ArtifactReference) -> Artifact:
+        artifact = self.store.find(reference.stage, reference.fingerprint)
+        if artifact is None:
+            raise UserError(
+                f"stage {self.stage} needs the artifact {reference.stage}/{reference.fingerprint[:12]}, "
+                f"which is not under {self.outputs}; run the workflow again so that {reference.stage} is made first"
+            )
+        return artifact
+
+
+@dataclass(frozen=True)
+class FrozenFile:
+    """A frozen stage and the file that holds it."""
+
+    path: Path
+    stage: FrozenStage
+
+
+def write_frozen(stage: FrozenStage) -> FrozenFile:
+    """Write the stage to a file that is named by its contents: a queued job's file is never rewritten."""
+    values = stage.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    path = stage.work / "frozen" / f"{digest}.json"
+    if not path.exists():
+        write_json_atomically(path, values)
+    return FrozenFile(path, stage)
+
+
+def read_frozen(path: Path) -> FrozenStage:
+    """Read a frozen stage back. Raises `UserError` where the file is not there or not one."""
+    try:
+        return validate(FrozenStage, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is no frozen stage ({error}); start it through `unclip run`") from error

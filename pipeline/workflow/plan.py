@@ -1,0 +1,220 @@
+"""What a run will do with each stage: reuse, resume, run or blocked, and why. Imports no torch, writes nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pipeline.config import (
+    RunConfig,
+    Settings,
+    TrainerSettings,
+    TrainingStageSettings,
+    check_batch,
+    stage_trainer,
+    validate,
+)
+from pipeline.errors import UserError
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, resolve
+from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
+from pipeline.workflow.frozen import ArtifactReference, FrozenStage
+from pipeline.workflow.graph import Graph, Node, build_graph, declaration_of
+from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
+
+MAX_DIFFERENCES_SHOWN = 3
+
+
+class Action(StrEnum):
+    """What happens to a stage."""
+
+    REUSE = "reuse"
+    RESUME = "resume"
+    RUN = "run"
+    BLOCKED = "blocked"
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a plan. A blocked stage has no fingerprint and no frozen form."""
+
+    name: str
+    kind: str
+    action: Action
+    reason: str
+    upstream: tuple[str, ...]
+    frozen: FrozenStage | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of what the stage makes, once it can be known."""
+        return self.frozen.fingerprint if self.frozen else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's stages in an order that can be followed."""
+
+    config: RunConfig
+    store: ArtifactStore
+    stages: tuple[PlannedStage, ...]
+    overrides: tuple[str, ...] = field(default=())
+
+    @property
+    def blocked(self) -> list[PlannedStage]:
+        """The stages that cannot run yet."""
+        return [stage for stage in self.stages if stage.action is Action.BLOCKED]
+
+
+@dataclass(frozen=True)
+class _ValidStage:
+    stage: StageSettings
+    trainer: TrainerSettings
+
+
+def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
+    """Validate a composed config, connect its stages, and decide what happens to each.
+
+    Raises `UserError` for whatever can be known to be wrong before anything runs.
+    """
+    catalog: Catalog = resolve(config.catalog)
+    valid = {name: _validate_stage(name, values, config, catalog) for name, values in config.stage.items()}
+    stages = {name: each.stage for name, each in valid.items()}
+    graph = build_graph(stages, catalog)
+    catalog.check(stages)
+    store = ArtifactStore(config.paths.outputs.absolute())
+    planned: dict[str, PlannedStage] = {}
+    for node in graph:
+        planned[node.name] = _plan_stage(node, valid[node.name].trainer, planned, config, store, overrides)
+    return Plan(config, store, _in_workflow_order(graph, planned), overrides)
+
+
+def _in_workflow_order(graph: Graph, planned: Mapping[str, PlannedStage]) -> tuple[PlannedStage, ...]:
+    return tuple(planned[node.name] for node in graph)
+
+
+def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, catalog: Catalog) -> _ValidStage:
+    own = dict(values)
+    kind = own.pop("kind", None)
+    if kind is None:
+        raise UserError(f"stage.{name} has no `kind`, so it is no stage of this workflow; remove the override")
+    trainer_overrides = own.pop("trainer", None) or {}
+    declaration = declaration_of(name, kind, catalog)
+    settings: Settings = validate(declaration.settings, own, f"stage.{name}")
+    trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
+    if isinstance(settings, TrainingStageSettings):
+        check_batch(settings.global_batch_size, trainer.devices, f"stage.{name}")
+    return _ValidStage(StageSettings(kind, settings), trainer)
+
+
+def _plan_stage(
+    node: Node,
+    trainer: TrainerSettings,
+    planned: Mapping[str, PlannedStage],
+    config: RunConfig,
+    store: ArtifactStore,
+    overrides: tuple[str, ...],
+) -> PlannedStage:
+    upstream = tuple(node.upstream)
+
+    def blocked(reason: str) -> PlannedStage:
+        return PlannedStage(node.name, node.stage.kind, Action.BLOCKED, reason, upstream)
+
+    waiting_for = [name for name in upstream if planned[name].action is Action.BLOCKED]
+    if waiting_for:
+        return blocked(f"needs {', '.join(waiting_for)}")
+    try:
+        identity = _identity(node, trainer, config)
+    except Blocked as reason:
+        return blocked(str(reason))
+    references = {
+        name: [ArtifactReference(stage=each, fingerprint=planned[each].fingerprint or "") for each in producers]
+        for name, producers in node.inputs.items()
+    }
+    input_fingerprints = {name: [each.fingerprint for each in found] for name, found in references.items()}
+    frozen = FrozenStage(
+        run=config.run.name,
+        group=config.run.group or config.run.name,
+        stage=node.name,
+        kind=node.stage.kind,
+        fingerprint=fingerprint(identity, input_fingerprints),
+        identity=identity,
+        inputs=references,
+        catalog=config.catalog,
+        settings=node.stage.settings.model_dump(mode="json"),
+        seed=config.seed,
+        outputs=store.outputs,
+        trainer=trainer,
+        tracking=config.tracking,
+        overrides=list(overrides),
+    )
+    action, reason = _decide(node, frozen, planned, store)
+    return PlannedStage(node.name, node.stage.kind, action, reason, upstream, frozen)
+
+
+def _identity(node: Node, trainer: TrainerSettings, config: RunConfig) -> dict[str, Any]:
+    declaration = node.declaration
+    describe = declaration.identity or counted_settings
+    identity: dict[str, Any] = {
+        "stage": node.name,
+        "version": declaration.version,
+        "settings": describe(node.stage.settings),
+    }
+    if declaration.inputs:
+        identity |= {"seed": config.seed, "precision": trainer.precision.value}
+    return identity
+
+
+def _decide(
+    node: Node, frozen: FrozenStage, planned: Mapping[str, PlannedStage], store: ArtifactStore
+) -> tuple[Action, str]:
+    artifact = store.find(node.name, frozen.fingerprint)
+    if artifact is not None:
+        manifest = artifact.manifest
+        return Action.REUSE, f"finished {manifest.finished_at[:16].replace('T', ' ')} in {manifest.duration_s:.0f} s"
+    work = store.work(node.name, frozen.fingerprint)
+    failure = read_failure(work)
+    after_failure = f"; the last attempt failed: {failure.message}" if failure else ""
+    samples_seen = latest_checkpoint_samples(work)
+    if samples_seen is not None:
+        return Action.RESUME, f"from the checkpoint at {samples_seen:,} samples{after_failure}"
+    changed_inputs = [name for name in node.upstream if planned[name].action is not Action.REUSE]
+    nearest = _nearest(frozen, store)
+    if nearest is None:
+        return Action.RUN, f"new{after_failure}"
+    changes = [
+        f"{_setting_key(node.name, key)}: {_short(old)} -> {_short(new)}"
+        for key, old, new in differences(nearest.manifest.identity, frozen.identity)
+    ]
+    if len(changes) > MAX_DIFFERENCES_SHOWN:
+        changes = [*changes[:MAX_DIFFERENCES_SHOWN], f"and {len(changes) - MAX_DIFFERENCES_SHOWN} more"]
+    if changes:
+        return Action.RUN, f"changed {', '.join(changes)}{after_failure}"
+    if changed_inputs:
+        return Action.RUN, f"because {', '.join(changed_inputs)} will be new{after_failure}"
+    return Action.RUN, f"its inputs are others than before{after_failure}"
+
+
+def _nearest(frozen: FrozenStage, store: ArtifactStore) -> Artifact | None:
+    """The artifact of this stage that differs least, the newest first among equals."""
+    found = sorted(store.all_of(frozen.stage), key=lambda each: each.manifest.finished_at, reverse=True)
+    return min(found, key=lambda each: _distance(each, frozen), default=None)
+
+
+def _distance(artifact: Artifact, frozen: FrozenStage) -> tuple[int, bool]:
+    inputs = {name: [each.fingerprint for each in found] for name, found in frozen.inputs.items()}
+    return len(list(differences(artifact.manifest.identity, frozen.identity))), artifact.manifest.inputs != inputs
+
+
+def _setting_key(stage: str, key: str) -> str:
+    """The key as the user would type it."""
+    if key.startswith("settings.data."):
+        return key.removeprefix("settings.")
+    if key.startswith("settings."):
+        return f"stage.{stage}.{key.removeprefix('settings.')}"
+    return {"precision": "trainer.precision", "version": f"the version of stage {stage}"}.get(key, key)
+
+
+def _short(value: object, limit: int = 40) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"

@@ -1,0 +1,112 @@
+"""How far a stage in progress is, in small files of its work directory that any process can read."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pipeline.workflow.artifacts import write_json_atomically
+
+PROGRESS = "progress.json"
+FAILURE = "failure.json"
+LOG = "log.txt"
+CHECKPOINTS = "checkpoints"
+SECONDS_UNTIL_SILENT = 60.0
+
+
+class Phase(StrEnum):
+    """What a stage's process is at."""
+
+    STARTING = "starting"
+    WORKING = "working"
+    PUBLISHING = "publishing"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+class Outcome(StrEnum):
+    """How an attempt at a stage ended."""
+
+    FINISHED = "finished"
+    REUSED = "reused"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The one counter, `samples_seen`, and what follows from it. Times are seconds since the epoch."""
+
+    phase: Phase
+    samples_seen: int = 0
+    max_samples: int = 0
+    samples_per_s: float = 0.0
+    loss: float | None = None
+    activity: str = ""
+    started_at: float = 0.0
+    updated_at: float = 0.0
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Seconds until `max_samples` at the present rate; None while the rate is unknown."""
+        if self.samples_per_s <= 0 or self.max_samples <= 0:
+            return None
+        return max(0, self.max_samples - self.samples_seen) / self.samples_per_s
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its process has not been heard of for a while, so that it was probably killed."""
+        return time.time() - self.updated_at > SECONDS_UNTIL_SILENT
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage failed, in one line, and whether it is the user's to mend."""
+
+    message: str
+    is_user_error: bool
+
+
+def write_progress(work: Path, progress: Progress) -> None:
+    """Publish progress; not flushed to disk, as losing it costs nothing."""
+    temporary = work / f".{PROGRESS}"
+    temporary.write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    temporary.replace(work / PROGRESS)
+
+
+def read_progress(work: Path) -> Progress | None:
+    """The last published progress, or None."""
+    values = _read_json(work / PROGRESS)
+    return None if values is None else Progress(**{**values, "phase": Phase(values["phase"])})
+
+
+def write_failure(work: Path, failure: Failure) -> None:
+    """Keep why a stage failed; cleared when it starts again."""
+    write_json_atomically(work / FAILURE, asdict(failure))
+
+
+def read_failure(work: Path) -> Failure | None:
+    """Why the last attempt failed, or None."""
+    values = _read_json(work / FAILURE)
+    return None if values is None else Failure(**values)
+
+
+def latest_checkpoint_samples(work: Path) -> int | None:
+    """`samples_seen` of the newest complete checkpoint, from its file name; None without one."""
+    records = sorted((work / CHECKPOINTS).glob("samples-*.json"))
+    return int(records[-1].stem.removeprefix("samples-")) if records else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def result_path(frozen: Path, worker_pid: int) -> Path:
+    """Where a worker process says how a frozen stage ended: one word, an `Outcome`."""
+    return frozen.with_suffix(f".result-{worker_pid}")

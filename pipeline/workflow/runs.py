@@ -1,0 +1,99 @@
+"""A run on disk: `runs/<run.name>/run.json` says which artifact stands for each of its stages."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Settings, validate
+from pipeline.errors import UserError
+from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
+from pipeline.workflow.plan import Plan
+
+RECORD = "run.json"
+PICTURES = "pictures"
+
+
+class RunStage(Settings):
+    """One stage of a recorded run."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    upstream: list[str]
+
+
+class RunRecord(Settings):
+    """One workflow with one config."""
+
+    name: str
+    group: str
+    overrides: list[str]
+    config: dict[str, Any]
+    stages: list[RunStage]
+    started_at: str
+
+    def fingerprint_of(self, stage: str) -> str | None:
+        """The fingerprint behind a stage's name, or None."""
+        return next((each.fingerprint for each in self.stages if each.name == stage), None)
+
+
+def run_directory(outputs: Path, name: str) -> Path:
+    """`runs/<name>/`."""
+    return outputs / "runs" / name
+
+
+def record_run(plan: Plan) -> Path:
+    """Write a plan down as a run and return its directory."""
+    directory = run_directory(plan.store.outputs, plan.config.run.name)
+    record = RunRecord(
+        name=plan.config.run.name,
+        group=plan.config.run.group or plan.config.run.name,
+        overrides=list(plan.overrides),
+        config=plan.config.model_dump(mode="json"),
+        stages=[
+            RunStage(name=stage.name, kind=stage.kind, fingerprint=stage.fingerprint, upstream=list(stage.upstream))
+            for stage in plan.stages
+            if stage.fingerprint is not None
+        ],
+        started_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+    write_json_atomically(directory / RECORD, record.model_dump(mode="json"))
+    return directory
+
+
+def read_run(outputs: Path, name: str) -> RunRecord:
+    """A recorded run. Raises `UserError` that lists the runs there are."""
+    path = run_directory(outputs, name) / RECORD
+    try:
+        return validate(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        names = run_names(outputs)
+        known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
+        raise UserError(f"no run {name!r} under {outputs}; {known}") from error
+
+
+def run_names(outputs: Path) -> list[str]:
+    """Names of all runs under `outputs`, the latest first."""
+    records = sorted(outputs.glob(f"runs/*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent.name for path in records]
+
+
+def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
+    """The finished stages of a run, by name, in workflow order."""
+    store = ArtifactStore(outputs)
+    found = {stage.name: store.find(stage.name, stage.fingerprint) for stage in record.stages}
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def gather_pictures(outputs: Path, record: RunRecord) -> list[Path]:
+    """Copy the PNGs that a run's artifacts hold at their top level to `runs/<name>/pictures/<stage>-<file>`."""
+    directory = run_directory(outputs, record.name) / PICTURES
+    directory.mkdir(parents=True, exist_ok=True)
+    copies = []
+    for stage, artifact in run_artifacts(outputs, record).items():
+        for picture in sorted(artifact.path.glob("*.png")):
+            copies.append(directory / f"{stage}-{picture.name}")
+            shutil.copyfile(picture, copies[-1])
+    return copies

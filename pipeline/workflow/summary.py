@@ -1,0 +1,79 @@
+"""Tables of plans, runs and their stages."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.display import format_duration, progress_line
+from pipeline.workflow.plan import Plan
+from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress
+from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts
+
+SHOWN_METRICS = 4
+
+
+def plan_table(plan: Plan) -> Table:
+    """What will happen to each stage, and why."""
+    table = Table(title=f"plan of run {plan.config.run.name}", title_justify="left")
+    for column in ("stage", "action", "why", "needs", "fingerprint"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("stage", "action"))
+    for stage in plan.stages:
+        table.add_row(
+            stage.name, stage.action.value, stage.reason, ", ".join(stage.upstream), (stage.fingerprint or "")[:12]
+        )
+    return table
+
+
+def result_table(outputs: Path, record: RunRecord) -> Table:
+    """The finished stages of a run with time and metrics."""
+    table = Table(title=f"run {record.name}", title_justify="left")
+    for column in ("stage", "time", "samples", "metrics"):
+        table.add_column(column, overflow="fold", no_wrap=column == "stage")
+    for name, artifact in run_artifacts(outputs, record).items():
+        manifest = artifact.manifest
+        samples = f"{manifest.samples_seen:,}" if manifest.samples_seen else ""
+        table.add_row(name, format_duration(manifest.duration_s), samples, metrics_line(artifact))
+    return table
+
+
+def metrics_line(artifact: Artifact) -> str:
+    """An artifact's first metrics, `name value`, in the order in which the stage gave them."""
+    metrics = list(artifact.manifest.metrics.items())
+    shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics]
+    more = [f"+{len(shown) - SHOWN_METRICS}"] if len(shown) > SHOWN_METRICS else []
+    return ", ".join([*shown[:SHOWN_METRICS], *more])
+
+
+def status_table(outputs: Path, record: RunRecord) -> Table:
+    """Where each stage of a run stands, from its files alone."""
+    store = ArtifactStore(outputs)
+    table = Table(title=f"run {record.name}", title_justify="left")
+    for column in ("stage", "state", "progress", "log"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("stage", "state"))
+    for stage in record.stages:
+        state, detail = stage_state(store, stage)
+        log = store.work(stage.name, stage.fingerprint) / LOG
+        table.add_row(stage.name, state, detail, str(log) if log.exists() else "")
+    return table
+
+
+def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
+    """(state, detail) of one stage."""
+    artifact = store.find(stage.name, stage.fingerprint)
+    if artifact is not None:
+        return "finished", f"{format_duration(artifact.manifest.duration_s)} · {metrics_line(artifact)}".rstrip(" ·")
+    work = store.work(stage.name, stage.fingerprint)
+    failure = read_failure(work)
+    if failure is not None:
+        return Phase.FAILED.value, failure.message
+    progress = read_progress(work)
+    if progress is None:
+        return "waiting", ""
+    if progress.phase in (Phase.INTERRUPTED, Phase.FAILED):
+        return progress.phase.value, progress_line(progress)
+    if progress.is_silent:
+        samples_seen = latest_checkpoint_samples(work)
+        kept = "no checkpoint yet" if samples_seen is None else f"checkpoint at {samples_seen:,} samples"
+        return "stopped", f"not heard of for a minute; {kept}: the same command resumes it"
+    return "running", progress_line(progress)

@@ -1,0 +1,92 @@
+"""The stage `clip`: image and text towers, trained together from the first weight (arXiv 2103.00020, 2303.15343)."""
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import CaptionedImages
+from pipeline.errors import UserError
+from pipeline.training.context import StageContext, StageResult
+from pipeline.training.fit import fit
+from pipeline.training.module import LOSS, StageModule
+from stages.metrics import retrieval_recall
+from stages.models.clip import ClipModel, contrastive_loss, load_open_clip_checkpoint
+from stages.settings import ClipSettings
+
+RETRIEVAL_POOL = 64
+
+
+def run(context: StageContext) -> StageResult:
+    """Train CLIP, or take a checkpoint in; publish `clip.safetensors`."""
+    settings = context.settings_as(ClipSettings)
+    clip = _initial_clip(settings)
+    metrics, samples_seen = {}, 0
+    if settings.max_samples > 0:
+        images = CaptionedImages(
+            context.input("data").path, settings.network.image_size, context.frozen.trainer.cache_mib
+        )
+        result = fit(context, ClipModule(clip, settings), images)
+        metrics, samples_seen = result.metrics, result.samples_seen
+    if context.is_first_process:
+        clip.save(context.output)
+    numbers = {
+        "embed_dim": settings.network.embed_dim,
+        "context_length": settings.network.context_length,
+        "image_size": settings.network.image_size,
+    }
+    return StageResult(numbers, metrics, samples_seen)
+
+
+def _initial_clip(settings: ClipSettings) -> ClipModel:
+    if settings.checkpoint is None:
+        return ClipModel(settings.network, settings.loss)
+    return load_open_clip_checkpoint(settings.checkpoint, settings.network, settings.loss)
+
+
+class ClipModule(StageModule):
+    """Trains both towers by open_clip's contrastive or sigmoid loss over the global batch."""
+
+    def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
+        super().__init__(clip, settings)
+        self._kind = settings.loss
+
+    @property
+    def clip(self) -> ClipModel:
+        """The network that is trained."""
+        return cast(ClipModel, self.network)
+
+    def on_fit_start(self) -> None:
+        """The loss knows how many devices share the batch."""
+        super().on_fit_start()
+        if self.trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                "stage.clip.trainer.micro_batch_size splits the batch, and the contrastive loss needs it whole; "
+                "set it to null, use more devices, or a smaller stage.clip.global_batch_size"
+            )
+
+    def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
+        """The contrastive loss of a batch, and the scale on the similarities."""
+        ranks = self.trainer.world_size if self.training else 1
+        objective = contrastive_loss(self._kind, self.global_rank if self.training else 0, ranks)
+        image_embed, text_embed = self._embed(batch)
+        loss = objective(image_embed, text_embed, self.clip.logit_scale, self.clip.logit_bias)
+        return {LOSS: loss, "logit_scale": self.clip.logit_scale.squeeze()}
+
+    def _embed(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        tokens = self.clip.tokenize(list(batch.caption)).to(self.device)
+        return self.clip(batch.image_signed(), tokens)
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning's hook after a step: keep the scale on the similarities in its range."""
+        self.clip.clamp_logit_scale()
+
+    def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """Recall of text-to-image and image-to-text retrieval among 64, and over all that are given."""
+        pairs = [self._embed(batch) for batch in batches]
+        image_embed = F.normalize(torch.cat([image for image, _ in pairs]).float(), dim=-1)
+        text_embed = F.normalize(torch.cat([text for _, text in pairs]).float(), dim=-1)
+        return retrieval_recall(image_embed, text_embed, RETRIEVAL_POOL)

@@ -1,0 +1,117 @@
+"""`unclip sample RUN CAPTION ...`: PNGs and a grid from the networks of a run."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from pipeline.cli import add_outputs_option
+from pipeline.config import TrainerSettings
+from pipeline.data.mixing import named_seed
+from pipeline.errors import UserError
+from pipeline.training.inference import inference_fabric
+from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.runs import read_run, run_artifacts
+from stages.generation.decoder import DecoderOptions
+from stages.generation.grid import captioned_grid, to_pil
+from stages.generation.text_to_image import GenerationOptions, TextToImage, chain_of_inputs
+
+BATCH_SIZE = 16
+GRID_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture that was asked for: its caption, the seed of what it draws, and its file's name."""
+
+    caption: str
+    seed: int
+    file_name: str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, load the run's networks, sample, write."""
+    options = _parser().parse_args(arguments)
+    _check(options)
+    outputs = options.outputs.absolute()
+    record = read_run(outputs, options.run)
+    artifacts = run_artifacts(outputs, record)
+    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in _NEEDED_KINDS]
+    if unfinished:
+        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
+    fabric = inference_fabric(TrainerSettings.model_validate(record.config["trainer"]))
+    with fabric.autocast():
+        chain = chain_of_inputs(_inputs(list(artifacts.values())), fabric.device)
+        requests = list(_requests(options.captions, options.count, options.seed))
+        pictures = _sample(chain, requests, _generation_options(options))
+    output = options.output or outputs / "runs" / record.name / "samples"
+    output.mkdir(parents=True, exist_ok=True)
+    for request, picture in zip(requests, pictures, strict=True):
+        picture.save(output / request.file_name)
+    grid = captioned_grid([[each] for each in pictures], [each.caption for each in requests], GRID_COLUMNS)
+    grid.save(output / "grid.png")
+    print(f"{len(pictures)} pictures and grid.png in {output}")
+    return 0
+
+
+_NEEDED_KINDS = ("clip", "prior", "decoder", "upsampler")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("unclip sample", description="Pictures from captions by the networks of a run.")
+    parser.add_argument("run", help="name of a finished run")
+    parser.add_argument("captions", nargs="+", metavar="caption")
+    parser.add_argument("--count", type=int, default=1, help="pictures for each caption")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance of the decoder; 1 is none")
+    parser.add_argument("--prior-guidance", type=float, help="classifier-free guidance of the prior; 1 is none")
+    parser.add_argument("--clip-guidance", type=float, metavar="S", help="scale of the CLIP similarity's gradient")
+    parser.add_argument("--steps", type=int, help="sampling steps of the decoder")
+    parser.add_argument("--output", type=Path, help="directory for the PNGs (default: runs/RUN/samples)")
+    add_outputs_option(parser)
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.count < 1:
+        raise UserError(f"--count {options.count} makes no picture; give 1 or more")
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps {options.steps} is no number of sampling steps; give 1 or more")
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed} is negative; give 0 or more")
+
+
+def _inputs(artifacts: Sequence[Artifact]) -> dict[str, tuple[Artifact, ...]]:
+    return {kind: tuple(each for each in artifacts if each.manifest.kind == kind) for kind in _NEEDED_KINDS}
+
+
+def _generation_options(options: argparse.Namespace) -> GenerationOptions:
+    decoder = DecoderOptions(options.guidance, options.clip_guidance, options.steps)
+    return GenerationOptions(decoder, options.prior_guidance)
+
+
+def _requests(captions: Sequence[str], count: int, seed: int) -> list[Request]:
+    """Picture n of a caption has a seed of its own, whatever other captions are asked for."""
+    return [
+        Request(caption, named_seed(seed, caption, number), f"{position:02}-{_slug(caption)}-{number:02}.png")
+        for position, caption in enumerate(captions)
+        for number in range(count)
+    ]
+
+
+def _slug(caption: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "caption"
+
+
+def _sample(chain: TextToImage, requests: Sequence[Request], options: GenerationOptions) -> list[Image.Image]:
+    pictures = []
+    for first in range(0, len(requests), BATCH_SIZE):
+        batch = requests[first : first + BATCH_SIZE]
+        with torch.no_grad():
+            generated = chain.generate([each.caption for each in batch], [each.seed for each in batch], options)
+        pictures += [to_pil(picture) for picture in generated.final]
+    return pictures

@@ -1,0 +1,24 @@
+"""Which module makes the samples of which source. Imports no torch."""
+
+from collections.abc import Iterator
+
+from pipeline.data.splits import Split
+from pipeline.data.write import SourceSample
+from stages.settings import EmojiSettings, ScenesSettings
+
+
+def make_samples(settings: ScenesSettings | EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
+    """The samples of a built-in source, each with its split, in a fixed order.
+
+    Raises:
+        UserError: a setting of the source has a value that it does not know.
+    """
+    match settings:
+        case ScenesSettings():
+            from stages.sources import scenes
+
+            return scenes.samples(settings)
+        case EmojiSettings():
+            from stages.sources import emoji  # loads the names of 5,000 emoji
+
+            return emoji.samples(settings)

@@ -1,0 +1,210 @@
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest_data import source_sample
+
+from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.decode import DecodeFault
+from pipeline.data.loader import evaluation_loader, training_loader
+from pipeline.data.prepared import read_prepared, write_prepared
+from pipeline.data.splits import Split
+from pipeline.data.walk import index_shards
+from pipeline.data.write import SourceSample, write_shards
+from pipeline.errors import UserError
+
+
+def batches(images: CaptionedImages, **options: Any) -> list[ImageBatch]:
+    defaults = {
+        "seed": 5,
+        "global_batch_size": 24,
+        "micro_batch_size": 24,
+        "rank": 0,
+        "world_size": 1,
+        "first_batch": 0,
+        "batches": 5,
+        "workers": 0,
+    }
+    return list(training_loader(images, **{**defaults, **options}))
+
+
+def stream(parts: list[ImageBatch]) -> list[tuple[int, int]]:
+    return [pair for part in parts for pair in zip(part.sample.tolist(), part.sample_seed.tolist(), strict=True)]
+
+
+def test_pictures_captions_and_rows_belong_together(prepared: Path):
+    for batch in batches(CaptionedImages(prepared, 4)):
+        assert batch.image.shape == (24, 3, 4, 4)
+        assert batch.image.dtype == torch.uint8
+        assert (batch.image[:, 0] == batch.sample[:, None, None]).all()
+        assert batch.caption == tuple(f"picture {row}" for row in batch.sample.tolist())
+
+
+def test_training_reads_the_training_split_and_an_epoch_has_each_of_it_once(prepared: Path):
+    images = CaptionedImages(prepared, 4)
+    expected = images.data.samples_in(Split.TRAIN)
+    assert 30 < len(expected) < 50
+    one_epoch = batches(images, global_batch_size=len(expected), micro_batch_size=7, batches=1)
+    np.testing.assert_array_equal(np.sort([sample for sample, _ in stream(one_epoch)]), expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5, 100])
+def test_a_global_batch_is_the_same_for_any_ranks_and_micro_batches(
+    prepared: Path, world_size: int, micro_batch_size: int
+):
+    images = CaptionedImages(prepared, 4)
+    whole = [stream([batch]) for batch in batches(images)]
+    per_rank = [
+        batches(images, world_size=world_size, rank=rank, micro_batch_size=micro_batch_size)
+        for rank in range(world_size)
+    ]
+    steps = len(per_rank[0]) // 5
+    for k in range(5):
+        parts = [batch for rank in per_rank for batch in rank[k * steps : (k + 1) * steps]]
+        assert stream(parts) == whole[k]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_begins_in_the_middle_goes_on_as_the_whole_one_does(prepared: Path, workers: int):
+    images = CaptionedImages(prepared, 4, cache_mib=1)
+    whole, rest = batches(images, workers=workers), batches(images, first_batch=3)
+    assert stream(rest) == stream(whole)[3 * 24 :]
+    assert torch.equal(whole[3].image, rest[0].image)
+
+
+def test_the_length_counts_the_micro_batches_of_the_whole_run(prepared: Path):
+    loader = training_loader(
+        CaptionedImages(prepared, 4),
+        seed=0,
+        global_batch_size=24,
+        micro_batch_size=5,
+        rank=1,
+        world_size=2,
+        first_batch=4,
+        batches=10,
+        workers=0,
+    )
+    assert len(loader) == 10 * 3
+    assert [len(batch) for batch in loader] == [5, 5, 2] * 6
+
+
+def test_devices_that_cannot_share_the_batch_are_refused_with_sizes_that_they_can(prepared: Path):
+    with pytest.raises(UserError, match="global_batch_size 24 is not divisible by 7 devices; use 21 or 28"):
+        batches(CaptionedImages(prepared, 4), world_size=7)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_global_generator_alone(prepared: Path, workers: int):
+    images = CaptionedImages(prepared, 4)
+    before = torch.get_rng_state()
+    batches(images, workers=workers)
+    list(evaluation_loader(images, split=None, batch_size=10, workers=workers))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_evaluation_reads_a_split_in_the_order_of_the_index(prepared: Path):
+    images = CaptionedImages(prepared, 4)
+    rows = images.data.samples_in(Split.VALIDATION)
+    loader = evaluation_loader(images, split=Split.VALIDATION, batch_size=4)
+    assert torch.cat([batch.sample for batch in loader]).tolist() == rows.tolist()
+    limited = evaluation_loader(images, split=Split.VALIDATION, batch_size=4, limit=5)
+    assert [batch.sample.tolist() for batch in limited] == [rows[:4].tolist(), rows[4:5].tolist()]
+    assert sum(len(batch) for batch in evaluation_loader(images, split=None, batch_size=7)) == 50
+    assert list(evaluation_loader(images, split=Split.UNSEEN, batch_size=7)) == []
+
+
+def test_the_cache_gives_the_same_pictures_without_decoding_again(prepared: Path, monkeypatch: pytest.MonkeyPatch):
+    images = CaptionedImages(prepared, 4, cache_mib=1)
+    first = batches(images, workers=2)
+    list(evaluation_loader(images, split=None, batch_size=10))
+    monkeypatch.setattr("pipeline.data.dataset.decode_rgb", lambda _: pytest.fail("decoded again"))
+    again = batches(images)
+    assert all(torch.equal(one.image, other.image) for one, other in zip(first, again, strict=True))
+
+
+def test_pictures_that_do_not_fit_the_budget_are_not_kept(prepared: Path, monkeypatch: pytest.MonkeyPatch):
+    images = CaptionedImages(prepared, 128, cache_mib=1)
+    batches(images)
+    monkeypatch.setattr("pipeline.data.dataset.decode_rgb", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batches(images)
+
+
+def with_faults(directory: Path, usable: int) -> Path:
+    """30 samples of which the first 30 - `usable` are none."""
+    faults = [{"image": b""}, {"image": b"no picture"}, {"caption": " \n"}]
+    samples = [
+        SourceSample(**{**source_sample(number).__dict__, **(faults[number % 3] if number < 30 - usable else {})})
+        for number in range(30)
+    ]
+    write_shards(directory / "shards", samples, 30)
+    index = index_shards(["00000.tar"], directory / "shards", directory / "cache")
+    splits = (np.arange(30) % 2).astype(np.uint8)
+    write_prepared(directory, index=index, splits=splits, shards_root=directory / "shards")
+    return directory
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_samples_are_replaced_in_place_and_counted_by_reason(tmp_path: Path, workers: int):
+    images = CaptionedImages(with_faults(tmp_path, usable=24), 4)
+    seen = batches(images, workers=workers, global_batch_size=15)
+    again = batches(CaptionedImages(tmp_path, 4), first_batch=2, micro_batch_size=4, global_batch_size=15)
+    shown = torch.cat([batch.sample for batch in seen])
+    assert set(shown.tolist()) <= set(range(6, 30, 2))
+    assert torch.cat([batch.sample for batch in again]).tolist() == shown[30:].tolist()
+    image = torch.cat([batch.image for batch in seen])
+    assert (image[:, 0] == shown[:, None, None]).all()
+    assert images.faults() == {DecodeFault.EMPTY_IMAGE: 1, DecodeFault.NOT_AN_IMAGE: 1, DecodeFault.EMPTY_CAPTION: 1}
+
+
+def test_data_without_a_usable_picture_ends_with_a_message(tmp_path: Path):
+    images = CaptionedImages(with_faults(tmp_path, usable=0), 4)
+    with pytest.raises(UserError, match=r"00000\.tar: sample \d+ .* cannot be decoded"):
+        batches(images)
+
+
+def test_an_artifact_can_be_moved(prepared: Path, tmp_path: Path):
+    moved = shutil.move(prepared, tmp_path / "elsewhere")
+    data = read_prepared(Path(moved))
+    assert data.caption(3) == "picture 3"
+    assert data.attributes(3) == {"number": 3}
+
+
+def test_a_prepared_artifact_has_the_same_bytes_each_time(prepared: Path):
+    data = read_prepared(prepared)
+    again = prepared.parent / "again"
+    write_prepared(again, index=data.index, splits=data.split_of_sample, shards_root=again / "shards")
+    for name in ("index.json", "index.npz", "splits.npy", "prepared.json"):
+        assert (again / name).read_bytes() == (prepared / name).read_bytes()
+
+
+def test_data_with_nothing_to_train_on_is_refused(prepared: Path):
+    data = read_prepared(prepared)
+    with pytest.raises(UserError, match=r"data\.validation_fraction leaves none of 50"):
+        write_prepared(prepared, index=data.index, splits=np.ones(50, np.uint8), shards_root=prepared / "shards")
+
+
+def test_a_missing_shard_is_named(prepared: Path):
+    (prepared / "shards" / "00002.tar").unlink()
+    with pytest.raises(UserError, match=r"00002\.tar is in the index but not on disk"):
+        read_prepared(prepared)
+
+
+def test_a_data_set_can_be_sent_to_a_spawned_worker(prepared: Path):
+    images = CaptionedImages(prepared, 4, cache_mib=1)
+    batches(images)
+    copy = pickle.loads(pickle.dumps(images))
+    assert stream(batches(copy)) == stream(batches(images))
+
+
+def test_image_signed_maps_bytes_to_minus_one_to_one():
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    batch = ImageBatch(image=image, caption=("x",), sample=torch.tensor([0]), sample_seed=torch.tensor([0]))
+    assert batch.image_signed().flatten().tolist() == pytest.approx([-1, -0.6, 1])
+    assert batch.to("cpu").image_signed().dtype == torch.float32

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from pipeline.data.mixing import mix, sample_seed
+from pipeline.data.order import GlobalBatches, epoch_order
+
+SAMPLES = np.arange(1, 1001, 2, dtype=np.int64)
+SHARD = (np.arange(1001) // 50).astype(np.int32)
+
+
+def test_an_epoch_holds_every_sample_exactly_once():
+    order = epoch_order(SAMPLES, SHARD, seed=3, epoch=5, shards_per_block=4)
+    np.testing.assert_array_equal(np.sort(order), SAMPLES)
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    orders = {
+        (seed, epoch): epoch_order(SAMPLES, SHARD, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)
+    }
+    assert len({tuple(order) for order in orders.values()}) == 6
+    assert orders[1, 2] == epoch_order(SAMPLES, SHARD, 1, 2).tolist()
+
+
+def test_a_block_of_shards_is_read_to_its_end_before_the_next_one():
+    order = epoch_order(SAMPLES, SHARD, seed=0, epoch=0, shards_per_block=4)
+    blocks = [frozenset(SHARD[order[start : start + 100]]) for start in range(0, len(order), 100)]
+    assert [len(block) for block in blocks] == [4, 4, 4, 4, 4]
+    assert len(frozenset().union(*blocks)) == 20
+
+
+def test_inside_a_block_the_shards_are_mixed():
+    order = epoch_order(SAMPLES, SHARD, seed=0, epoch=0, shards_per_block=20)
+    first = np.bincount(SHARD[order[:250]], minlength=20)
+    assert (first > 0).all()
+    assert (first < 25).all()
+
+
+def test_neighbours_do_not_stay_together():
+    order = epoch_order(SAMPLES, np.zeros(1001, np.int32), seed=0, epoch=0)
+    assert abs(np.corrcoef(np.arange(len(order)), order)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("size", [7, 100, 499, 500, 501, 1300])
+def test_global_batches_cut_the_endless_stream_of_epochs(size: int):
+    batches = GlobalBatches(SAMPLES, SHARD, seed=9, global_batch_size=size, shards_per_block=4)
+    stream = np.concatenate([epoch_order(SAMPLES, SHARD, 9, epoch, 4) for epoch in range(12)])
+    epochs = np.repeat(np.arange(12), len(SAMPLES))
+    for k in (0, 1, 2, 3, 0):
+        epoch, sample = batches.batch(k)
+        np.testing.assert_array_equal(sample, stream[k * size : (k + 1) * size])
+        np.testing.assert_array_equal(epoch, epochs[k * size : (k + 1) * size])
+
+
+def test_splitmix_agrees_with_its_published_sequence():
+    # The first outputs of java.util.SplittableRandom and of the reference C code for the state 1234567.
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    golden = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + step * golden) % 2**64 for step in range(3)], np.uint64)
+    assert mix(states).tolist() == expected
+
+
+def test_sample_seeds_differ_by_seed_epoch_and_sample():
+    seeds = np.concatenate([sample_seed(seed, epoch, SAMPLES) for seed in (0, 1) for epoch in (0, 1, 2)])
+    assert len(np.unique(seeds)) == 6 * len(SAMPLES)
+
+
+def test_a_seed_does_not_depend_on_the_batch_it_is_computed_in():
+    epoch = np.arange(500, dtype=np.int64) % 3
+    together = sample_seed(7, epoch, SAMPLES)
+    alone = [int(sample_seed(7, int(e), np.array([s]))[0]) for e, s in zip(epoch, SAMPLES, strict=True)]
+    assert together.tolist() == alone
