@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -276,6 +276,23 @@ def _build_text_only(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CL
     length = settings.context_length
     network.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
     return network
+
+
+@dataclass(frozen=True)
+class BpeVocabulary:
+    """open_clip's byte-pair encoding under the names that transformers uses: token -> id, and the merges in order."""
+
+    ids: Mapping[str, int]
+    merges: Sequence[tuple[str, str]]
+
+
+def bpe_vocabulary() -> BpeVocabulary:
+    """The vocabulary of `ClipModel.tokenize`, from the file that open_clip brings along."""
+    tokenizer = _tokenizer()
+    special = {tokenizer.sot_token_id: "<|startoftext|>", tokenizer.eot_token_id: "<|endoftext|>"}
+    ids = {special.get(number, token): number for token, number in tokenizer.encoder.items()}
+    pairs = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    return BpeVocabulary(ids, [(left, right) for left, right in pairs])
 
 
 @cache
