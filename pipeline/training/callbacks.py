@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ class Rows(StepBoundary):
         self._context = context
         self._every_steps = settings.log_every_steps
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 0
+        self._counts: Counter[str] = Counter()
         self._samples_per_s = 0.0
         self._last: tuple[float, int] | None = None
 
@@ -77,7 +78,7 @@ class Rows(StepBoundary):
         for name, value in outputs.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._micro_batches += 1
+            self._counts[name] += 1
 
     def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
         """Log a row when it is due."""
@@ -85,10 +86,10 @@ class Rows(StepBoundary):
         if trainer.global_step % self._every_steps and trainer.global_step != trainer.max_steps:
             return
         means = {
-            name: float(trainer.strategy.reduce(total / self._micro_batches, reduce_op="mean"))
+            name: float(trainer.strategy.reduce(total / self._counts[name], reduce_op="mean"))
             for name, total in self._sums.items()
         }
-        self._sums, self._micro_batches = {}, 0
+        self._sums, self._counts = {}, Counter()
         if not math.isfinite(means[LOSS]):
             raise UserError(
                 f"stage {self._context.frozen.stage}: the loss is {means[LOSS]} at {module.samples_seen} samples; "

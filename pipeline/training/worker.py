@@ -16,6 +16,7 @@ from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, read_frozen
 from pipeline.workflow.progress import LOG, Outcome, result_path
 
+SECONDS_BETWEEN_LOOKS = 1.0
 EXIT_STATUS = {Outcome.FINISHED: 0, Outcome.REUSED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: 75}
 
 
@@ -24,6 +25,8 @@ def main() -> int:
     interruption = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: interruption.set())
+    if len(sys.argv) == 1:
+        threading.Thread(target=_stop_with_parent, args=(os.getppid(), interruption), daemon=True).start()
     outcome = Outcome.FINISHED
     for path in _paths():
         frozen = read_frozen(path)
@@ -42,6 +45,13 @@ def _paths() -> Iterator[Path]:
         return
     for line in sys.stdin:
         yield Path(json.loads(line)["frozen"])
+
+
+def _stop_with_parent(parent: int, interruption: threading.Event) -> None:
+    """Checkpoint and stop when the process that asks for stages is gone, so that nothing trains unseen."""
+    while not interruption.wait(SECONDS_BETWEEN_LOOKS):
+        if os.getppid() != parent:
+            interruption.set()
 
 
 def _log_to(frozen: FrozenStage) -> None:

@@ -109,10 +109,12 @@ class ArtifactStore:
             building.rename(target)
         except OSError:
             published = read_artifact(target)
-            if published is None:
-                raise
-            shutil.rmtree(building)
-            return published
+            if published is not None:
+                shutil.rmtree(building)
+                return published
+            # A directory without a manifest is no artifact, and must not be in the way of one.
+            shutil.rmtree(target)
+            building.rename(target)
         sync_directory(target.parent)
         return Artifact(target, manifest)
 

@@ -96,13 +96,17 @@ class Worker:
         self._interrupts = 0
 
     def run(self, frozen: FrozenFile, display: Display) -> Outcome:
-        """Run one stage to its end, showing its progress. Ctrl-C asks it to checkpoint; a second one kills it."""
+        """Run one stage to its end, showing its progress. Ctrl-C (or SIGTERM) asks it to checkpoint; a second kills it."""
         process = self._start(frozen)
-        previous = signal.signal(signal.SIGINT, lambda *_: self._interrupt(process, display))
+        previous = {
+            number: signal.signal(number, lambda *_: self._interrupt(process, display))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             return self._wait(process, frozen, display)
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def close(self) -> None:
         """End the process, if there is one."""

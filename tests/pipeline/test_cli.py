@@ -1,0 +1,199 @@
+import io
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import EXIT_USER_ERROR, main
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that must end with status 2."""
+    assert main(arguments) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith("unclip: ")
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return error
+
+
+def tar(path: Path, names: list[str]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    return path
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("argument", "named", "rule", "remedy"),
+    [
+        ("stage.decoder.max_sample=1", "stage.decoder.max_sample", "unknown key", "did you mean 'max_samples'?"),
+        ("stage.clip.loss=softmax", "stage.clip.loss='softmax'", "'contrastive' or 'siglip'", "give a value that fits"),
+        ("tracking=offlin", "tracking/offlin", "is no choice", "none, offline, wandb"),
+        ("data=imagenet", "data/imagenet", "is no choice", "emoji, scenes, webdataset"),
+        ("seed=1 2 =", "seed=1 2 =", "", ""),
+        ("stage.decoder.image_size=18", "stage.decoder.image_size 18", "not divisible by 4", "use 16 or 20"),
+        ("stage.upsampler.crop_size=30", "stage.upsampler.crop_size 30", "whole number", "use 28 or 32"),
+        ("trainer.devices=3", "stage.clip.global_batch_size=128", "not divisible by 3 devices", "use 126 or 129"),
+        ("stage.clip.network.embed_dim=48", "text_width 64", "must equal embed_dim 48", "set both to one value"),
+        ("stage.clip.max_samples=0", "stage.clip.max_samples=0", "trains nothing", "set stage.clip.checkpoint"),
+        ("stage.clip.checkpoint=/no/such.pt", "stage.clip.checkpoint=/no/such.pt", "cannot be read", "give the path"),
+        ("stage.decoder.condition=text_embed", "stage.decoder.condition=text_embed", "prior", "use workflow=glide"),
+        ("stage.upsampler.low_size=8", "stage.upsampler.low_size=8", "does not continue", "make them equal"),
+        ("stage.decoder.sampler.steps=2000", "stage.decoder.sampler.steps 2000", "more than", "use at most 1000"),
+        ("data.image_size=32", "stage.prepare.data.image_size=32", "greater than or equal to 64", "give a value"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(capsys, command: str, argument: str, named: str, rule: str, remedy: str):
+    message = refusal(capsys, command, argument)
+    for fragment in (named, rule, remedy):
+        assert fragment in message
+
+
+def test_a_refused_run_leaves_nothing_behind(capsys, tmp_path: Path):
+    refusal(capsys, "run", "trainer.devices=3")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_path_that_does_not_exist_is_refused(capsys):
+    message = refusal(capsys, "plan", "data=webdataset", "data.shards=/no/such/directory")
+    assert "data.shards: /no/such/directory does not exist" in message
+    assert "give a directory of tars" in message
+
+
+def test_a_directory_without_tars_is_refused(capsys, tmp_path: Path):
+    message = refusal(capsys, "plan", "data=webdataset", f"data.shards={tmp_path}")
+    assert f"data.shards: {tmp_path} holds no *.tar; give" in message
+
+
+def test_data_that_runs_a_shell_is_refused_unless_allowed(capsys):
+    message = refusal(capsys, "plan", "data=webdataset", "data.shards='pipe:cat x.tar'")
+    assert "would run a shell command; set data.allow_shell_urls=true" in message
+
+
+def test_shards_without_an_index_block_the_plan_and_refuse_the_run(capsys, tmp_path: Path):
+    tar(tmp_path / "00000.tar", ["a.jpg", "a.txt"])
+    arguments = ["data=webdataset", f"data.shards={tmp_path}"]
+    assert main(["plan", *arguments]) == 0
+    table = capsys.readouterr().out
+    assert table.count("blocked") == 8
+    assert "unclip shards index" in table
+    message = refusal(capsys, "run", *arguments)
+    assert f"stage prepare is blocked: {tmp_path} has no index" in message
+    assert f"run `unclip shards index {tmp_path}`" in message
+
+
+def test_a_shard_that_is_no_tar_is_refused(capsys, tmp_path: Path):
+    (tmp_path / "00000.tar").write_bytes(b"this is no tar" * 100)
+    message = refusal(capsys, "shards", "index", str(tmp_path))
+    assert str(tmp_path / "00000.tar") in message
+    assert "tar" in message.replace("00000.tar", "")
+
+
+def test_captions_without_images_are_refused(capsys, tmp_path: Path):
+    tar(tmp_path / "00000.tar", ["a.txt", "b.txt"])
+    message = refusal(capsys, "shards", "index", str(tmp_path))
+    assert "no complete sample" in message
+    assert "a sample needs key.txt beside key.jpg" in message
+
+
+def test_an_unknown_command_lists_the_commands(capsys):
+    message = refusal(capsys, "trian")
+    assert "'trian' is no command; commands are run, plan, status, shards" in message
+    assert "sample" in message
+
+
+def test_status_without_runs_says_how_to_start_one(capsys):
+    assert "there is no run yet: start one with `unclip run`" in refusal(capsys, "status")
+
+
+def test_sampling_from_a_run_that_does_not_exist_is_refused(capsys):
+    assert "no run 'nothing'" in refusal(capsys, "sample", "nothing", "a red circle")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(capsys, arguments: list[str]):
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for command in ("unclip run", "unclip plan", "unclip status", "unclip shards index", "unclip sample"):
+        assert command in out
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_help_of_a_hydra_command_lists_the_groups(capsys, command: str, tmp_path: Path):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "workflow: glide, unclip, unclip_two_upsamplers" in out
+    assert "unclip run experiment=emoji" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_cfg_job_prints_the_composed_config_and_starts_nothing(capsys, command: str, tmp_path: Path):
+    assert main([command, "experiment=smoke", "--cfg", "job"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^run:\n  name: smoke$", out, re.MULTILINE)
+    assert "clip_loss:" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_shows_every_stage_with_action_reason_and_needs(capsys, tmp_path: Path):
+    assert main(["plan", "experiment=smoke"]) == 0
+    out = capsys.readouterr().out
+    assert "plan of run smoke" in out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == "prepare clip embed prior decoder upsampler evaluate export".split()
+    assert {row[1] for row in rows} == {"run"}
+    assert {row[2] for row in rows} == {"new"}
+    assert rows[3][3] == "prepare, clip, embed"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_planned_sweep_shares_what_its_members_have_in_common(capsys):
+    assert main(["plan", "-m", "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "plan of run sweep.0" in out
+    assert "plan of run sweep.1" in out
+    found: dict[str, set[str]] = {}
+    for name, fingerprint in re.findall(r"^│ (\w+) .* ([0-9a-f]{12}) │$", out, re.MULTILINE):
+        found.setdefault(name, set()).add(fingerprint)
+    different = {name for name, fingerprints in found.items() if len(fingerprints) == 2}
+    assert different == {"decoder", "evaluate", "export"}
+
+
+def test_planning_imports_no_torch(tmp_path: Path):
+    code = (
+        "import sys; from pipeline.cli import main; status = main(['plan'] + sys.argv[1:]);"
+        "heavy = {'torch', 'pytorch_lightning', 'diffusers', 'open_clip', 'wandb', 'transformers'} & set(sys.modules);"
+        "print('imported', sorted(heavy)); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported []"
+
+
+def test_an_unknown_option_exits_with_status_2_and_without_a_traceback(tmp_path: Path):
+    command = [sys.executable, "-m", "pipeline.cli", "plan", "--no-such-option"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_USER_ERROR
+    assert "--no-such-option" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback(tmp_path: Path):
+    command = f"{sys.executable} -m pipeline.cli plan | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.compose import Member, compose_members, registered_commands
+from pipeline.errors import UserError
+from pipeline.workflow.declaration import resolve
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def compose(*arguments: str) -> list[Member]:
+    return compose_members("unclip plan", [*arguments, "tracking=none"])
+
+
+def test_without_overrides_one_member_is_the_demo():
+    (member,) = compose_members("unclip plan", [])
+    assert member.config.run.name == "demo"
+    assert member.config.run.group is None
+    assert member.overrides == ()
+    assert list(member.config.stage)[0] == "prepare"
+    assert member.config.stage["prepare"]["data"] == member.config.data
+
+
+def test_overrides_are_applied_and_kept_as_they_were_typed():
+    (member,) = compose("stage.decoder.clip_loss.weight=0.25", "run.name=mine")
+    assert member.config.stage["decoder"]["clip_loss"]["weight"] == 0.25
+    assert member.config.run.name == "mine"
+    assert member.overrides == ("stage.decoder.clip_loss.weight=0.25", "run.name=mine", "tracking=none")
+
+
+def test_a_sweep_has_a_member_for_each_point_named_after_it():
+    members = compose("-m", "run.name=sweep", "seed=1,2", "stage.decoder.clip_loss.weight=0,0.1")
+    assert [member.config.run.name for member in members] == ["sweep.0", "sweep.1", "sweep.2", "sweep.3"]
+    assert {member.config.run.group for member in members} == {"sweep"}
+    points = [(each.config.seed, each.config.stage["decoder"]["clip_loss"]["weight"]) for each in members]
+    assert points == [(1, 0), (1, 0.1), (2, 0), (2, 0.1)]
+
+
+def test_composing_writes_nothing(tmp_path: Path):
+    compose("experiment=smoke")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_composing_twice_in_one_process_gives_equal_configs():
+    assert compose("experiment=smoke") == compose("experiment=smoke")
+
+
+@pytest.mark.parametrize(
+    ("argument", "fragments"),
+    [
+        ("sed=1", ["sed is an unknown key", "did you mean 'seed'?", "valid keys here: catalog, data"]),
+        ("stage.decoder.clip_loss.wieght=1", ["stage.decoder.clip_loss.wieght", "did you mean 'weight'?"]),
+        ("stage.clp.max_samples=1", ["stage.clp is an unknown key", "did you mean 'clip'?"]),
+        ("workflow=unclipp", ["workflow/unclipp", "glide, unclip, unclip_two_upsamplers"]),
+        ("experiment=nope", ["experiment/nope", "emoji", "smoke"]),
+        ("trainer.precision=fp8", ["trainer.precision='fp8'", "'bf16-mixed'"]),
+        ("trainer.devices=0", ["trainer.devices=0", "greater than 0"]),
+        ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
+        ("seed=many", ["seed='many'", "valid integer"]),
+        ("run.name=../up", ["run.name='../up'"]),
+        ("launch.kind=moon", ["launch.kind='moon'", "'local'"]),
+        ("data=webdataset", ["data.shards has no value; set data.shards=..."]),
+        ("no_equals_sign", ["no_equals_sign"]),
+        ("seed=[1", ["seed=[1"]),
+        ("+data=emoji", ["data"]),
+        ("seed=${nowhere}", ["seed", "nowhere"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_names_key_and_remedy(argument: str, fragments: list[str]):
+    with pytest.raises(UserError) as caught:
+        compose(argument)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_every_registered_command_can_be_imported():
+    commands = registered_commands()
+    assert "sample" in commands
+    assert all(callable(resolve(function)) for function in commands.values())
