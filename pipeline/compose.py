@@ -1,6 +1,7 @@
 """The one door to Hydra: from a command line to validated configs, with every fault a `UserError` of one line."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -21,6 +22,8 @@ from pipeline.config import RunConfig, validate
 from pipeline.errors import UserError
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
+_STAGE_TRAINER = re.compile(r"stage\.[^.=]+\.trainer\.[^=]+=")
+_TWO_VALUES = "Multiple values for "  # how Hydra begins its complaint
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def compose_members(program: str, arguments: Sequence[str]) -> list[Member]:
     def collect(config: DictConfig) -> None:
         composed.append((config, HydraConfig.get()))
 
-    with _command_line(program, arguments):
+    with _command_line(program, [_addable(argument) for argument in arguments]):
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(collect)()
         except (HydraException, OmegaConfBaseException) as error:
@@ -69,7 +72,18 @@ def _member(config: DictConfig, runtime: HydraConf) -> Member:
     if runtime.mode == RunMode.MULTIRUN:
         sweep = values["run"]["name"]
         values["run"] |= {"name": f"{sweep}.{runtime.job.num}", "group": sweep}
-    return Member(validate(RunConfig, _string_keys(values)), tuple(runtime.overrides.task))
+    overrides = tuple(_as_typed(override) for override in runtime.overrides.task)
+    return Member(validate(RunConfig, _string_keys(values)), overrides)
+
+
+def _addable(argument: str) -> str:
+    """A stage's `trainer` holds only what differs from the run's, so Hydra must be let add a key that is not there."""
+    return f"++{argument}" if _STAGE_TRAINER.match(argument) else argument
+
+
+def _as_typed(override: str) -> str:
+    typed = override.removeprefix("++")
+    return typed if _STAGE_TRAINER.match(typed) else override
 
 
 def _string_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -98,6 +112,14 @@ def _one_line(error: Exception) -> str:
         return _unknown_key(cause)
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key} has no value; set {cause.full_key}=..."
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read as an override ({error.message.splitlines()[0]}); write key=value, "
+            "and key='...' around a value with special characters"
+        )
+    if isinstance(error, ConfigCompositionException) and str(error).startswith(_TWO_VALUES):
+        group = str(error).removeprefix(_TWO_VALUES).split(".")[0]
+        return f"{group} has a value already; write {group}=... without the +"
     if isinstance(error, MissingConfigException) and error.options:
         return f"{error.missing_cfg_file!r} is no choice; there are {', '.join(sorted(error.options))}"
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:

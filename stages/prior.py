@@ -25,6 +25,9 @@ from stages.models.prior import build_prior, denoise_prior, set_whitening
 from stages.models.saved import clip_numbers, load_clip, load_clip_embeddings, save_weights
 from stages.settings import PriorSettings
 
+SAMPLED_BATCHES = 1
+"""Sampling costs as much as many steps of training, and the mean cosine of one batch tells enough."""
+
 
 def run(context: StageContext) -> StageResult:
     """Train the prior on cached image embeddings and the frozen text tower's states."""
@@ -83,7 +86,7 @@ class PriorModule(StageModule):
         kept = list(batches)
         sampler = PriorSampler(self.prior, self.settings, self._captions)
         sampled, true, text = [], [], []
-        for batch in kept:
+        for batch in kept[:SAMPLED_BATCHES]:
             sampled.append(sampler.sample(batch.caption, SampleDraws(batch.sample_seed)))
             true.append(self._embeddings.image_embed[batch.sample.cpu()])
             text.append(self._embeddings.text_embed[batch.sample.cpu()])

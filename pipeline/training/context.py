@@ -27,7 +27,10 @@ def process_rank() -> int:
 
 
 class ProgressWriter:
-    """Publishes a stage's progress, and a heartbeat while it is busy with something that reports none."""
+    """Publishes a stage's progress, and a heartbeat while it is busy with something that reports none.
+
+    Of the processes that train one stage together the first one publishes.
+    """
 
     def __init__(self, work: Path) -> None:
         now = time.time()
@@ -57,6 +60,8 @@ class ProgressWriter:
             self._write()
 
     def _write(self) -> None:
+        if process_rank() > 0:
+            return
         with self._lock:
             write_progress(self._work, self._progress)
 

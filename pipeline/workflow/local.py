@@ -96,7 +96,7 @@ class Worker:
         self._interrupts = 0
 
     def run(self, frozen: FrozenFile, display: Display) -> Outcome:
-        """Run one stage to its end, showing its progress. Ctrl-C (or SIGTERM) asks it to checkpoint; a second kills it."""
+        """Run one stage to its end, showing its progress. Ctrl-C or SIGTERM asks it to checkpoint; a second kills."""
         process = self._start(frozen)
         previous = {
             number: signal.signal(number, lambda *_: self._interrupt(process, display))

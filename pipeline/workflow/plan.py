@@ -100,7 +100,13 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
         raise UserError(f"stage.{name} has no `kind`, so it is no stage of this workflow; remove the override")
     trainer_overrides = own.pop("trainer", None) or {}
     declaration = declaration_of(name, kind, catalog)
-    settings: Settings = validate(declaration.settings, own, f"stage.{name}")
+    try:
+        settings: Settings = validate(declaration.settings, own, f"stage.{name}")
+    except UserError as error:
+        # A stage takes the group `data` in by interpolation: its keys are typed without the stage.
+        prefix = f"stage.{name}."
+        message = str(error)
+        raise UserError(message.removeprefix(prefix) if message.startswith(f"{prefix}data.") else message) from error
     trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
     if isinstance(settings, TrainingStageSettings):
         check_batch(settings.global_batch_size, trainer.devices, f"stage.{name}")

@@ -21,7 +21,7 @@ def test_without_overrides_one_member_is_the_demo():
     assert member.config.run.name == "demo"
     assert member.config.run.group is None
     assert member.overrides == ()
-    assert list(member.config.stage)[0] == "prepare"
+    assert next(iter(member.config.stage)) == "prepare"
     assert member.config.stage["prepare"]["data"] == member.config.data
 
 
@@ -38,6 +38,12 @@ def test_a_sweep_has_a_member_for_each_point_named_after_it():
     assert {member.config.run.group for member in members} == {"sweep"}
     points = [(each.config.seed, each.config.stage["decoder"]["clip_loss"]["weight"]) for each in members]
     assert points == [(1, 0), (1, 0.1), (2, 0), (2, 0.1)]
+
+
+def test_a_stage_s_own_trainer_settings_are_typed_like_any_others():
+    (member,) = compose("stage.clip.trainer.micro_batch_size=2")
+    assert member.config.stage["clip"]["trainer"] == {"micro_batch_size": 2}
+    assert member.overrides[0] == "stage.clip.trainer.micro_batch_size=2"
 
 
 def test_composing_writes_nothing(tmp_path: Path):
@@ -64,9 +70,10 @@ def test_composing_twice_in_one_process_gives_equal_configs():
         ("run.name=../up", ["run.name='../up'"]),
         ("launch.kind=moon", ["launch.kind='moon'", "'local'"]),
         ("data=webdataset", ["data.shards has no value; set data.shards=..."]),
-        ("no_equals_sign", ["no_equals_sign"]),
-        ("seed=[1", ["seed=[1"]),
-        ("+data=emoji", ["data"]),
+        ("no_equals_sign", ["'no_equals_sign' cannot be read as an override", "write key=value"]),
+        ("seed=[1", ["'seed=[1' cannot be read as an override", "write key=value"]),
+        ("seed=1 2 =", ["'seed=1 2 =' cannot be read as an override"]),
+        ("+data=emoji", ["data has a value already; write data=... without the +"]),
         ("seed=${nowhere}", ["seed", "nowhere"]),
     ],
 )

@@ -155,7 +155,9 @@ def actions(stages: dict[str, PlannedStage]) -> dict[str, str]:
     return {name: stage.action.value for name, stage in stages.items()}
 
 
-def publish(stage: PlannedStage, content: bytes = b"weights", finished_at: str = "2026-01-02T03:04:05+0000") -> Artifact:
+def publish(
+    stage: PlannedStage, content: bytes = b"weights", finished_at: str = "2026-01-02T03:04:05+0000"
+) -> Artifact:
     """Publish what a stage of a plan would make, without running it."""
     assert stage.frozen is not None
     frozen = stage.frozen

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +31,7 @@ def publish(store: ArtifactStore, content: bytes = b"0123456789") -> Artifact:
 def test_a_published_artifact_is_found_with_its_manifest(store: ArtifactStore):
     published = publish(store)
     found = store.find("clip", FINGERPRINT)
+    assert found is not None
     assert found == published
     assert found.path == store.outputs / "artifacts" / "clip" / FINGERPRINT
     assert found.manifest.metrics == {"loss": 0.5}
@@ -112,7 +112,7 @@ def test_json_is_replaced_whole_and_nothing_is_left_beside(tmp_path: Path):
     write_json_atomically(path, {"a": "ü"})
     write_json_atomically(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
-    assert os.listdir(path.parent) == ["value.json"]
+    assert [each.name for each in path.parent.iterdir()] == ["value.json"]
 
 
 def test_a_failed_write_keeps_the_old_json(tmp_path: Path):

@@ -2,7 +2,15 @@ import re
 from dataclasses import replace
 
 import pytest
-from fakes import STAGES, DecoderSettings, EncoderSettings, EnlargerSettings, JudgeSettings, LossSettings, SourceSettings
+from fakes import (
+    STAGES,
+    DecoderSettings,
+    EncoderSettings,
+    EnlargerSettings,
+    JudgeSettings,
+    LossSettings,
+    SourceSettings,
+)
 from fakes import no_check as unchecked
 
 from pipeline.errors import UserError

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import plan, publish, run_config, with_settings
@@ -13,7 +14,7 @@ from pipeline.workflow.runs import gather_pictures, read_run, record_run, run_ar
 from pipeline.workflow.summary import stage_state
 
 
-def record(outputs: Path, name: str, **changes: object) -> Path:
+def record(outputs: Path, name: str, **changes: Any) -> Path:
     return record_run(plan_run(run_config(outputs, run=RunSettings(name=name), **changes), ("seed=0",)))
 
 

@@ -1,0 +1,333 @@
+"""Whole workflows by the real command, on tiny data: shared stages, sweeps, interruptions, failures."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+UNCLIP = str(Path(sys.executable).parent / "unclip")
+NARROW_UNET = (
+    "{channels: [8, 16], layers_per_block: 1, attention: [false, false], attention_head_dim: 8, norm_groups: 4}"
+)
+DECODER_STEPS = 60
+
+COMMON = [
+    "experiment=smoke",
+    "trainer.accelerator=cpu",
+    "trainer.cpu_threads=1",
+    "data.samples=64",
+    "data.unseen_samples=4",
+    "data.validation_fraction=0.25",
+    "stage.clip.network.vision_width=24",
+    "stage.clip.network.vision_layers=1",
+    "stage.clip.network.vision_heads=2",
+    "stage.clip.network.embed_dim=16",
+    "stage.clip.network.text_width=16",
+    "stage.clip.network.text_layers=1",
+    "stage.clip.global_batch_size=8",
+    "stage.clip.max_samples=16",
+    f"stage.decoder.network={NARROW_UNET}",
+    "stage.decoder.image_size=16",
+    "stage.decoder.clip_loss.weight=0.1",
+    "stage.decoder.global_batch_size=8",
+    f"stage.decoder.max_samples={8 * DECODER_STEPS}",
+    "stage.decoder.sampler.steps=2",
+    "stage.evaluate.samples=6",
+    "stage.evaluate.grid_captions=4",
+]
+PRIOR = [
+    "stage.prior.network={layers: 1, heads: 2, head_dim: 8}",
+    "stage.prior.global_batch_size=8",
+    "stage.prior.max_samples=16",
+    "stage.prior.sampler.steps=2",
+]
+BEFORE_THE_DECODER = ("prepare", "clip", "embed", "prior", "upsampler")
+
+
+def upsampler(name: str, crop_size: int) -> list[str]:
+    return [
+        f"stage.{name}.network={NARROW_UNET}",
+        f"stage.{name}.global_batch_size=4",
+        f"stage.{name}.max_samples=8",
+        f"stage.{name}.crop_size={crop_size}",
+        f"stage.{name}.sampler.steps=2",
+    ]
+
+
+UNCLIP_WORKFLOW = [*COMMON, *PRIOR, *upsampler("upsampler", 16)]
+
+
+def command(*arguments: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [UNCLIP, *arguments], capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert check is None or done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def run(outputs: Path, *overrides: str, tracking: str = "none", check: int | None = 0) -> list[str]:
+    """The lines that `unclip run` prints."""
+    arguments = [*overrides, f"tracking={tracking}", f"paths.outputs={outputs}"]
+    return command("run", *arguments, check=check).stdout.splitlines()
+
+
+def stages_by(lines: list[str], word: str) -> list[str]:
+    """The stages that were `reused`, `done`, `skipped:`, `FAILED:` or `shared` according to the printed lines."""
+    found = (re.match(rf"\[\d+/\d+\] (\w+)  {word}", line) for line in lines)
+    return [match.group(1) for match in found if match]
+
+
+def artifacts(outputs: Path, stage: str) -> set[str]:
+    return {path.parent.name for path in (outputs / "artifacts" / stage).glob("*/manifest.json")}
+
+
+def run_fingerprints(outputs: Path, name: str) -> dict[str, str]:
+    record = json.loads((outputs / "runs" / name / "run.json").read_text())
+    return {stage["name"]: stage["fingerprint"] for stage in record["stages"]}
+
+
+def file_digests(outputs: Path, stage: str, fingerprint: str) -> dict[str, str]:
+    manifest = json.loads((outputs / "artifacts" / stage / fingerprint / "manifest.json").read_text())
+    return {each["path"]: each["sha256"] for each in manifest["files"]}
+
+
+def wandb_records(file: Path) -> Iterator[Record]:
+    """The records of an offline run, which W&B keeps in LevelDB's log format: 32 KiB blocks of checksummed parts."""
+    content, place, parts = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        left_in_block = 32768 - place % 32768
+        if left_in_block < 7:
+            place += left_in_block
+            continue
+        size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a first run of workflow=unclip, tracked offline, is finished; its name is `base`."""
+    directory = tmp_path_factory.mktemp("workflows") / "outputs"
+    lines = run(directory, *UNCLIP_WORKFLOW, "run.name=base", tracking="offline")
+    assert len(stages_by(lines, "done")) == 8, lines
+    return directory
+
+
+@pytest.fixture
+def halfway(outputs: Path, tmp_path: Path) -> Path:
+    """Other outputs, in which everything before the decoder is finished."""
+    for stage in BEFORE_THE_DECODER:
+        (fingerprint,) = {run_fingerprints(outputs, "base")[stage]}
+        shutil.copytree(outputs / "artifacts" / stage / fingerprint, tmp_path / "artifacts" / stage / fingerprint)
+    return tmp_path
+
+
+def test_the_run_leaves_pictures_and_a_record(outputs: Path):
+    pictures = {path.name for path in (outputs / "runs" / "base" / "pictures").glob("*.png")}
+    assert {"evaluate-grid.png", "decoder-samples.png"} <= pictures
+    assert list(run_fingerprints(outputs, "base")) == [
+        "prepare", "clip", "embed", "prior", "decoder", "upsampler", "evaluate", "export",
+    ]  # fmt: skip
+
+
+def test_a_second_run_reuses_everything_and_takes_no_worker(outputs: Path):
+    logs = {path: path.stat().st_mtime_ns for path in outputs.glob("work/*/*/log.txt")}
+    started = time.monotonic()
+    lines = run(outputs, *UNCLIP_WORKFLOW, "run.name=base")
+    assert time.monotonic() - started < 6
+    assert "run base: 0 of 8 stages to do" in lines
+    assert len(stages_by(lines, "reused")) == 8
+    assert {path: path.stat().st_mtime_ns for path in outputs.glob("work/*/*/log.txt")} == logs
+
+
+def test_every_stage_has_an_offline_run_of_weights_and_biases_named_after_its_class(outputs: Path):
+    for stage, fingerprint in run_fingerprints(outputs, "base").items():
+        (file,) = (outputs / "work" / stage / fingerprint / "wandb").glob("offline-run-*/run-*.wandb")
+        described, metrics = None, set()
+        for record in wandb_records(file):
+            if record.HasField("run"):
+                described = record.run
+            metrics |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+        assert described is not None
+        assert (described.job_type, described.run_group, described.project) == (stage, "base", "unclip")
+        if stage in ("clip", "prior", "decoder", "upsampler"):
+            assert {"samples_seen", "train/loss", "validation/loss"} <= metrics
+
+
+def test_a_sweep_over_the_decoder_s_clip_loss_trains_clip_once(outputs: Path):
+    clips = artifacts(outputs, "clip")
+    lines = run(outputs, "-m", *UNCLIP_WORKFLOW, "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.2")
+    assert artifacts(outputs, "clip") == clips
+    assert len(clips) == 1
+    assert stages_by(lines, "done") == ["decoder", "evaluate", "export"] * 2
+    base, first, second = (run_fingerprints(outputs, name) for name in ("base", "sweep.0", "sweep.1"))
+    for stage in base:
+        expected = 3 if stage in ("decoder", "evaluate", "export") else 1
+        assert len({base[stage], first[stage], second[stage]}) == expected, stage
+
+
+def test_the_plan_names_the_setting_that_causes_a_rerun(outputs: Path):
+    arguments = [*UNCLIP_WORKFLOW, "stage.decoder.clip_loss.weight=0.3", f"paths.outputs={outputs}"]
+    text = command("plan", *arguments).stdout
+    assert re.search(r"decoder +│ run +│ changed stage\.decoder\.clip_loss\.weight: 0\.\d -> 0\.3", text)
+    assert text.count("│ reuse") == 5
+
+
+def test_glide_trains_without_a_prior_and_samples(outputs: Path, tmp_path: Path):
+    lines = run(outputs, *COMMON, *upsampler("upsampler", 16), "workflow=glide", "run.name=glide")
+    assert stages_by(lines, "reused") == ["prepare", "clip", "upsampler"]
+    assert stages_by(lines, "done") == ["decoder", "evaluate", "export"]
+    assert "prior" not in run_fingerprints(outputs, "glide")
+    command("sample", "glide", "a red circle", "--outputs", str(outputs), "--output", str(tmp_path), "--steps", "2")
+    assert len(list(tmp_path.glob("00-*.png"))) == 1
+
+
+def test_two_upsamplers_stand_in_a_chain(outputs: Path):
+    chain = [*upsampler("upsampler_1", 16), *upsampler("upsampler_2", 32)]
+    lines = run(
+        outputs, *COMMON, *PRIOR, *chain, "workflow=unclip_two_upsamplers", "run.name=chain"
+    )
+    assert stages_by(lines, "done") == ["upsampler_1", "upsampler_2", "evaluate", "export"]
+    assert stages_by(lines, "reused") == ["prepare", "clip", "embed", "prior", "decoder"]
+
+
+SAMPLE = ["base", "a red circle", "--count", "2", "--guidance", "2", "--clip-guidance", "1", "--steps", "2"]
+
+
+def test_sampling_gives_the_same_bytes_for_the_same_seed_and_others_for_another(outputs: Path, tmp_path: Path):
+    def arguments(name: str, seed: int) -> list[str]:
+        return [*SAMPLE, "--seed", str(seed), "--outputs", str(outputs), "--output", str(tmp_path / name)]
+
+    command("sample", *arguments("first", 1))
+    code = (
+        "import json, sys; from pipeline.cli import main; sys.exit(max(main(each) for each in json.loads(sys.argv[1])))"
+    )
+    again = json.dumps([["sample", *arguments("again", 1)], ["sample", *arguments("other", 2)]])
+    subprocess.run([sys.executable, "-c", code, again], check=True, capture_output=True)
+    pictures = {
+        name: [path.read_bytes() for path in sorted((tmp_path / name).glob("00-a-red-circle-*.png"))]
+        for name in ("first", "again", "other")
+    }
+    assert len(pictures["first"]) == 2
+    assert pictures["first"] == pictures["again"]
+    assert len(set(pictures["first"] + pictures["other"])) == 4
+    assert (tmp_path / "first" / "grid.png").exists()
+
+
+def test_status_shows_a_finished_run(outputs: Path):
+    text = command("status", "base", "--outputs", str(outputs)).stdout
+    assert "run base" in text
+    assert text.count("finished") == 8
+
+
+def test_sampling_from_an_unfinished_run_is_refused(outputs: Path):
+    record = json.loads((outputs / "runs" / "base" / "run.json").read_text())
+    decoder = next(stage for stage in record["stages"] if stage["name"] == "decoder")
+    decoder["fingerprint"] = "f" * 64
+    (outputs / "runs" / "torso").mkdir()
+    (outputs / "runs" / "torso" / "run.json").write_text(json.dumps({**record, "name": "torso"}))
+    done = command("sample", "torso", "a red circle", "--outputs", str(outputs), check=2)
+    shutil.rmtree(outputs / "runs" / "torso")
+    assert done.stderr == "unclip: run torso lacks decoder; finish it with unclip run, then sample\n"
+
+
+class Running:
+    """`unclip run` in the background, with its worker."""
+
+    def __init__(self, outputs: Path) -> None:
+        self._outputs = outputs
+        arguments = [*UNCLIP_WORKFLOW, "run.name=base", "tracking=none", f"paths.outputs={outputs}"]
+        self.process = subprocess.Popen(
+            [UNCLIP, "run", *arguments, "trainer.checkpoint_every_samples=8"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for_checkpoint(self, after: int) -> int:
+        """Wait until the decoder has a checkpoint at more samples than `after`; give its samples."""
+        return wait_until(lambda: next((each for each in self._checkpoints() if each > after), None), self.process)
+
+    def kill(self) -> None:
+        """End the command and its worker at once."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        for child in children:
+            os.killpg(int(child), signal.SIGKILL)
+        assert children
+        self.process.communicate()
+
+    def _checkpoints(self) -> list[int]:
+        records = self._outputs.glob("work/decoder/*/checkpoints/samples-*.json")
+        return sorted(int(record.stem.removeprefix("samples-")) for record in records)
+
+
+def wait_until(ready: Callable[[], int | None], process: subprocess.Popen[str], limit_s: float = 90.0) -> int:
+    started = time.monotonic()
+    while time.monotonic() - started < limit_s:
+        value = ready()
+        if value is not None:
+            return value
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError("nothing happened in time")
+
+
+def test_an_interrupted_and_then_killed_stage_ends_bit_identical_to_an_undisturbed_one(outputs: Path, halfway: Path):
+    total = 8 * DECODER_STEPS
+    running = Running(halfway)
+    running.wait_for_checkpoint(after=0)
+    running.process.send_signal(signal.SIGINT)
+    text, _ = running.process.communicate(timeout=60)
+    assert running.process.returncode == 75, text
+    assert "stopped; the same command resumes it" in text
+    assert "decoder" in command("status", "base", "--outputs", str(halfway)).stdout
+
+    running = Running(halfway)
+    stopped_at = max(int(p.stem.removeprefix("samples-")) for p in halfway.glob("work/decoder/*/checkpoints/*.json"))
+    assert stopped_at < total
+    killed_at = running.wait_for_checkpoint(after=stopped_at)
+    running.kill()
+    assert killed_at < total
+    assert artifacts(halfway, "decoder") == set()
+
+    text = command("plan", *UNCLIP_WORKFLOW, f"paths.outputs={halfway}").stdout
+    assert "resume" in text
+    lines = run(halfway, *UNCLIP_WORKFLOW, "run.name=base")
+    assert stages_by(lines, "done") == ["decoder", "evaluate", "export"]
+    fingerprint = run_fingerprints(halfway, "base")["decoder"]
+    assert fingerprint == run_fingerprints(outputs, "base")["decoder"]
+    disturbed, whole = (file_digests(where, "decoder", fingerprint) for where in (halfway, outputs))
+    assert disturbed["weights.safetensors"] == whole["weights.safetensors"]
+    assert disturbed["samples.png"] == whole["samples.png"]
+    rows = (halfway / "artifacts" / "decoder" / fingerprint / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["samples_seen"] for row in rows] == [*range(8, total + 1, 8), total]
+
+
+def test_a_stage_that_cannot_read_its_data_fails_in_one_line_and_its_descendants_are_skipped(halfway: Path):
+    shutil.rmtree(halfway / "artifacts" / "upsampler")
+    shard = next((halfway / "artifacts" / "prepare").glob("*/shards/*.tar"))
+    shard.unlink()
+    arguments = [*UNCLIP_WORKFLOW, "run.name=base", "tracking=none", f"paths.outputs={halfway}"]
+    done = command("run", *arguments, check=2)
+    lines = done.stdout.splitlines()
+    assert stages_by(lines, "FAILED:") == ["decoder", "upsampler"]
+    assert stages_by(lines, "skipped:") == ["evaluate", "export"]
+    assert sum(shard.name in line for line in lines) == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "the last attempt failed" in command("plan", *UNCLIP_WORKFLOW, f"paths.outputs={halfway}").stdout

@@ -1,0 +1,72 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.training.checkpoints import latest_checkpoint
+from pipeline.workflow.progress import latest_checkpoint_samples
+
+
+def checkpoint(work: Path, samples: int) -> Path:
+    directory = work / "checkpoints"
+    directory.mkdir(exist_ok=True)
+    path = directory / f"samples-{samples:012}.ckpt"
+    path.write_bytes(b"state at %d" % samples)
+    record = {
+        "samples_seen": samples,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "elapsed_s": samples / 10,
+    }
+    path.with_suffix(".json").write_text(json.dumps(record))
+    return path
+
+
+def test_without_checkpoints_there_is_none(tmp_path: Path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint_samples(tmp_path) is None
+
+
+def test_the_newest_is_the_one_with_most_samples_whatever_the_file_times(tmp_path: Path):
+    checkpoint(tmp_path, 1_000)
+    checkpoint(tmp_path, 900)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.samples_seen, found.elapsed_s) == (1_000, 100.0)
+    assert latest_checkpoint_samples(tmp_path) == 1_000
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "torn record", "record of another kind"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint(tmp_path, 100)
+    newest = checkpoint(tmp_path, 200)
+    match damage:
+        case "cut":
+            newest.write_bytes(newest.read_bytes()[:-1])
+        case "changed":
+            newest.write_bytes(newest.read_bytes().replace(b"2", b"3"))
+        case "missing":
+            newest.unlink()
+        case "torn record":
+            newest.with_suffix(".json").write_text('{"samples_seen": 2')
+        case "record of another kind":
+            newest.with_suffix(".json").write_text('{"samples": 200}')
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.samples_seen == 100
+    assert f"{newest} is damaged and passed over" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_its_record_is_not_used(tmp_path: Path):
+    checkpoint(tmp_path, 100)
+    checkpoint(tmp_path, 200).with_suffix(".json").unlink()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.samples_seen == 100
+
+
+def test_when_all_are_damaged_training_begins_anew(tmp_path: Path):
+    checkpoint(tmp_path, 100).write_bytes(b"")
+    assert latest_checkpoint(tmp_path) is None

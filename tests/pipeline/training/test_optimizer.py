@@ -1,0 +1,156 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import DecayKind, OptimizerSettings
+from pipeline.training.optimizer import AdamWithEma, build_optimizer, learning_rate_factor
+
+SETTINGS = OptimizerSettings(
+    learning_rate=0.01,
+    warmup_samples=100,
+    decay=DecayKind.COSINE,
+    final_learning_rate_share=0.1,
+    beta1=0.9,
+    beta2=0.98,
+    epsilon=1e-8,
+    weight_decay=0.1,
+    gradient_clip_norm=None,
+    ema_decay=0.95,
+)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)).double()
+
+
+def train(trained: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    batch = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    trained(batch).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("ema_decay", [0.95, 0.5])
+def test_weights_follow_torch_s_adamw_and_the_average_a_hand_kept_one(ema_decay: float):
+    trained, reference = network(), network()
+    reference.load_state_dict(trained.state_dict())
+    ours = build_optimizer(trained, SETTINGS.model_copy(update={"ema_decay": ema_decay}))
+    matrices = [each for each in reference.parameters() if each.ndim >= 2]
+    vectors = [each for each in reference.parameters() if each.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98), eps=1e-8)
+    average = None
+    for step in range(1, 41):
+        train(trained, ours, step)
+        train(reference, theirs, step)
+        weights = [each.detach().clone() for each in reference.parameters()]
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        average = (
+            weights
+            if average is None
+            else [decay * old + (1 - decay) * new for old, new in zip(average, weights, strict=True)]
+        )
+    assert average is not None
+    for own, expected in zip(trained.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-14)
+    with ours.averaged_weights():
+        for own, expected in zip(trained.parameters(), average, strict=True):
+            torch.testing.assert_close(own.detach(), expected, rtol=0, atol=1e-14)
+
+
+def test_averaged_weights_are_lent_and_given_back_even_after_an_error():
+    trained = network()
+    optimizer = build_optimizer(trained, SETTINGS)
+    for step in range(3):
+        train(trained, optimizer, step)
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+
+    def evaluate_and_fail() -> None:
+        with optimizer.averaged_weights():
+            assert any(not torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
+            raise RuntimeError("evaluation failed")
+
+    with pytest.raises(RuntimeError, match="evaluation failed"):
+        evaluate_and_fail()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_adopting_the_average_makes_it_the_weights():
+    trained = network()
+    optimizer = build_optimizer(trained, SETTINGS)
+    for step in range(3):
+        train(trained, optimizer, step)
+    with optimizer.averaged_weights():
+        average = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    optimizer.adopt_averaged_weights()
+    assert all(torch.equal(average[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_the_average_is_part_of_the_optimizer_s_state():
+    trained = network()
+    optimizer = build_optimizer(trained, SETTINGS)
+    train(trained, optimizer, 0)
+    restored = build_optimizer(trained, SETTINGS)
+    restored.load_state_dict(optimizer.state_dict())
+    with optimizer.averaged_weights():
+        expected = [each.detach().clone() for each in trained.parameters()]
+    with restored.averaged_weights():
+        assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), expected, strict=True))
+
+
+def test_a_decay_of_zero_keeps_no_average():
+    trained = network()
+    optimizer = build_optimizer(trained, SETTINGS.model_copy(update={"ema_decay": 0.0}))
+    train(trained, optimizer, 0)
+    before = [each.detach().clone() for each in trained.parameters()]
+    assert all("ema" not in state for state in optimizer.state.values())
+    with optimizer.averaged_weights():
+        assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), before, strict=True))
+
+
+def test_vectors_are_not_decayed_and_frozen_parameters_are_left_out():
+    trained = network()
+    frozen = next(trained.parameters())
+    frozen.requires_grad_(False)
+    optimizer = build_optimizer(trained, SETTINGS)
+    assert isinstance(optimizer, AdamWithEma)
+    decay_of = {
+        id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
+    assert id(frozen) not in decay_of
+    for parameter in list(trained.parameters())[1:]:
+        assert decay_of[id(parameter)] == (0.1 if parameter.ndim >= 2 else 0.0)
+
+
+def test_the_warm_up_rises_linearly_to_the_learning_rate():
+    factors = [learning_rate_factor(SETTINGS, samples, 1100) for samples in range(101)]
+    steps = [after - before for before, after in pairwise(factors)]
+    assert factors[0] > 0
+    assert factors[100] == 1.0
+    assert max(steps) == pytest.approx(min(steps))
+
+
+def test_the_cosine_decay_is_torch_s_on_the_axis_of_samples():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000, eta_min=0.1)
+    for samples in range(1000):
+        assert learning_rate_factor(SETTINGS, 100 + samples, 1100) == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize(
+    ("decay", "halfway", "end"), [(DecayKind.CONSTANT, 1.0, 1.0), (DecayKind.LINEAR, 0.55, 0.1), ("cosine", 0.55, 0.1)]
+)
+def test_every_decay_ends_at_its_share_and_stays_there(decay: DecayKind, halfway: float, end: float):
+    settings = SETTINGS.model_copy(update={"decay": DecayKind(decay)})
+    assert learning_rate_factor(settings, 600, 1100) == pytest.approx(halfway)
+    assert learning_rate_factor(settings, 1100, 1100) == pytest.approx(end)
+    assert learning_rate_factor(settings, 5000, 1100) == pytest.approx(end)
+
+
+def test_without_a_warm_up_training_begins_at_the_full_rate_and_a_short_run_may_be_all_warm_up():
+    assert learning_rate_factor(SETTINGS.model_copy(update={"warmup_samples": 0}), 0, 1000) == 1.0
+    assert 0 < learning_rate_factor(SETTINGS, 50, 50) < 1.0

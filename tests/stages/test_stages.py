@@ -1,0 +1,246 @@
+"""Each stage on tiny data, through the engine's entry point."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.model import CLIP
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_runs import failure_of, plan_stages, rows_of, run_stage_of, run_until
+
+from pipeline.errors import UserError
+from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.progress import Outcome
+from stages.decoder import DecoderModule
+from stages.models.clip import ClipModel, Towers
+from stages.models.embeddings import load_embeddings
+from stages.models.saved import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One place for all tests of this file, so that data and CLIP are made once."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clip(outputs: Path) -> Artifact:
+    return run_until(outputs, "clip")
+
+
+@pytest.fixture(scope="module")
+def wider_clip(outputs: Path) -> Artifact:
+    return run_until(outputs, "clip", "stage.clip.network.embed_dim=24", "stage.clip.network.text_width=24")
+
+
+def test_prepare_publishes_shards_with_splits_and_says_whose_pictures_they_are(outputs: Path):
+    artifact = run_until(outputs, "prepare")
+    samples = artifact.numbers["samples"]
+    assert samples["train"] + samples["validation"] == 64
+    assert samples["unseen"] == 4
+    assert artifact.numbers["licence"]
+    assert (artifact.path / "index.json").exists()
+
+
+def test_clip_publishes_what_its_consumers_need_and_its_retrieval(clip: Artifact):
+    assert clip.numbers == {"embed_dim": 16, "context_length": 16, "image_size": 32}
+    assert {"R@1/all", "R@5/all", "R@10/all"} <= clip.manifest.metrics.keys()
+    assert all(0 <= value <= 1 for name, value in clip.manifest.metrics.items() if name.startswith("R@"))
+    model = ClipModel.load(clip.path)
+    assert model.encode_image(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+
+
+def test_clip_trains_with_the_sigmoid_loss_too(outputs: Path):
+    siglip = run_until(outputs, "clip", "stage.clip.loss=siglip")
+    assert "network.logit_bias" in dict(ClipModel.load(siglip.path).named_parameters())
+
+
+def test_clip_refuses_micro_batches_that_would_change_its_loss(outputs: Path):
+    failure = failure_of(outputs, "clip", "stage.clip.trainer.micro_batch_size=2", "seed=7")
+    assert failure.is_user_error
+    assert "stage.clip.trainer.micro_batch_size splits the batch" in failure.message
+
+
+def test_a_local_open_clip_checkpoint_replaces_the_training(outputs: Path, clip: Artifact, tmp_path: Path):
+    checkpoint = tmp_path / "open_clip.safetensors"
+    weights = {name: tensor + 0.25 for name, tensor in load_file(clip.path / "clip.safetensors").items()}
+    save_file(weights, checkpoint)
+    taken = run_until(outputs, "clip", f"stage.clip.checkpoint={checkpoint}", "stage.clip.max_samples=0")
+    assert taken.manifest.samples_seen == 0
+    published = load_file(taken.path / "clip.safetensors")
+    assert all(torch.equal(published[name], tensor) for name, tensor in weights.items())
+
+
+def test_training_starts_from_a_local_open_clip_checkpoint(outputs: Path, clip: Artifact, tmp_path: Path):
+    checkpoint = tmp_path / "open_clip.pt"
+    network = ClipModel.load(clip.path).network
+    assert isinstance(network, CLIP)
+    torch.save(network.state_dict(), checkpoint)
+    slow = ["stage.clip.optimizer.learning_rate=1e-9", "stage.clip.optimizer.weight_decay=0"]
+    continued = run_until(outputs, "clip", f"stage.clip.checkpoint={checkpoint}", *slow)
+    assert continued.manifest.samples_seen == 16
+    for name, tensor in load_file(continued.path / "clip.safetensors").items():
+        torch.testing.assert_close(tensor, network.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_of_another_width_is_refused(outputs: Path, wider_clip: Artifact):
+    checkpoint = f"stage.clip.checkpoint={wider_clip.path / 'clip.safetensors'}"
+    failure = failure_of(outputs, "clip", checkpoint, "stage.clip.max_samples=0")
+    assert failure.is_user_error
+    assert "set stage.clip.network to the sizes of the checkpoint" in failure.message
+
+
+def test_embeddings_are_those_of_the_projections_not_normalised_with_the_training_split_s_statistics(outputs: Path):
+    embeddings = load_embeddings(run_until(outputs, "embed").path)
+    assert embeddings.image_embed.shape == embeddings.text_embed.shape == (68, 16)
+    norms = embeddings.image_embed.norm(dim=1)
+    assert not torch.allclose(norms, torch.ones_like(norms), atol=1e-3)
+    splits = np.load(run_until(outputs, "prepare").path / "splits.npy", allow_pickle=False)
+    training = embeddings.image_embed[torch.from_numpy(splits == 0)].double()
+    torch.testing.assert_close(embeddings.whitening.mean.double().flatten(), training.mean(0), rtol=1e-4, atol=1e-5)
+    std = embeddings.whitening.std.double().flatten()
+    assert torch.allclose(std, training.std(0), rtol=0.03)
+
+
+def test_embed_resumes_by_parts_to_the_same_numbers(outputs: Path, tmp_path: Path):
+    in_parts = ["stage.embed.part_samples=16", "stage.embed.batch_size=8"]
+    run_until(tmp_path, "clip")
+    frozen = plan_stages(tmp_path, *in_parts)["embed"]
+    parts = frozen.work / "parts"
+    stop, is_over = threading.Event(), threading.Event()
+
+    def stop_after_two_parts() -> None:
+        while len(list(parts.glob("part-*.safetensors"))) < 2:
+            if is_over.wait(0.001):
+                return
+        stop.set()
+
+    watcher = threading.Thread(target=stop_after_two_parts)
+    watcher.start()
+    outcome = run_stage_of(frozen, stop)
+    is_over.set()
+    watcher.join()
+    assert outcome is Outcome.INTERRUPTED
+    written = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.safetensors")}
+    assert 2 <= len(written) < 5
+    assert run_stage_of(frozen) is Outcome.FINISHED
+    assert all(path.stat().st_mtime_ns == before for path, before in written.items())
+    at_once = load_file(run_until(outputs, "embed").path / "embeddings.safetensors")
+    resumed = load_file(frozen.store.path("embed", frozen.fingerprint) / "embeddings.safetensors")
+    for name, tensor in at_once.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prior_publishes_its_health_and_loads_with_its_clip(outputs: Path, clip: Artifact):
+    prior = run_until(outputs, "prior")
+    assert prior.numbers["clip"] == clip.manifest.fingerprint
+    assert {"cosine_to_image", "cosine_to_other_image", "cosine_to_caption", "loss"} <= prior.manifest.metrics.keys()
+    load_prior(prior, clip)
+    assert [row["samples_seen"] for row in rows_of(prior) if "train/loss" in row] == [8, 16]
+
+
+@pytest.fixture
+def towers(monkeypatch: pytest.MonkeyPatch) -> list[Towers]:
+    """Which towers the decoders had that were built from here on."""
+    seen: list[Towers] = []
+    fit_start = DecoderModule.on_fit_start
+
+    def note_towers(module: DecoderModule) -> None:
+        seen.append(module.clip.towers)
+        fit_start(module)
+
+    monkeypatch.setattr(DecoderModule, "on_fit_start", note_towers)
+    return seen
+
+
+def test_the_decoder_with_a_clip_loss_loads_the_image_tower_and_logs_both_terms_with_their_gradients(
+    outputs: Path, clip: Artifact, towers: list[Towers]
+):
+    decoder = run_until(
+        outputs, "decoder", "stage.decoder.clip_loss.weight=0.1", "stage.decoder.clip_loss.sample_share=1"
+    )
+    assert towers == [Towers.BOTH]
+    rows = [row for row in rows_of(decoder) if "train/loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["train/loss"] == pytest.approx(row["train/diffusion"] + 0.1 * row["train/clip"], rel=1e-5)
+        assert row["train/gradient_norm_diffusion"] > 0
+        assert row["train/gradient_norm_clip"] > 0
+    load_decoder(decoder, clip)
+    with Image.open(decoder.path / "samples.png") as grid:
+        assert grid.size[0] >= 4 * 2 * 16
+
+
+def test_the_decoder_with_lambda_zero_loads_no_image_tower(outputs: Path, towers: list[Towers]):
+    decoder = run_until(outputs, "decoder", "stage.decoder.clip_loss.weight=0")
+    assert towers == [Towers.TEXT]
+    rows = [row for row in rows_of(decoder) if "train/loss" in row]
+    assert all("train/clip" not in row for row in rows)
+    assert all(row["train/loss"] == row["train/diffusion"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stage.decoder.objective.prediction_type=epsilon", "stage.decoder.schedule.kind=linear"],
+        [
+            "stage.decoder.objective.prediction_type=v_prediction",
+            "stage.decoder.schedule.zero_terminal_snr=true",
+            "stage.decoder.objective.min_snr_gamma=5",
+            "stage.decoder.sampler.clip_guidance_scale=1",
+        ],
+    ],
+    ids=["epsilon, linear", "v, zero terminal snr, min-SNR, CLIP guidance"],
+)
+def test_the_decoder_trains_and_samples_with_every_prediction_type(outputs: Path, overrides: list[str]):
+    decoder = run_until(outputs, "decoder", *overrides)
+    assert np.isfinite(list(decoder.manifest.metrics.values())).all()
+    assert (decoder.path / "samples.png").exists()
+
+
+@pytest.mark.parametrize("degradation", ["blur", "bsr"])
+def test_the_upsampler_trains_on_crops_and_is_measured_beside_bicubic(outputs: Path, degradation: str):
+    upsampler = run_until(outputs, "upsampler", f"stage.upsampler.degradation={degradation}")
+    assert upsampler.numbers == {"low_size": 16, "high_size": 64}
+    assert upsampler.manifest.metrics["psnr_bicubic_db"] > 10
+    assert np.isfinite(upsampler.manifest.metrics["psnr_db"])
+    load_upsampler(upsampler)
+
+
+def test_an_upsampler_needs_the_pictures_alone(outputs: Path):
+    assert list(plan_stages(outputs)["upsampler"].inputs) == ["data"]
+
+
+def test_evaluate_samples_validation_captions_and_draws_a_grid(outputs: Path):
+    evaluation = run_until(outputs, "evaluate")
+    assert evaluation.numbers == {"samples": 6}
+    metrics = evaluation.manifest.metrics
+    assert {"sample_to_caption", "real_to_caption", "condition_to_real", "sample_R@1/all"} <= metrics.keys()
+    assert all(-1.001 <= value <= 1.001 for value in metrics.values())
+    with Image.open(evaluation.path / "grid.png") as grid:
+        assert grid.size[0] >= 4 * 3 * 64
+
+
+def test_embeddings_of_another_width_are_refused(outputs: Path, clip: Artifact, wider_clip: Artifact):
+    embeddings = run_until(outputs, "embed")
+    with pytest.raises(UserError, match=r"embeddings of width 16 and .* gives 24; train stage embed on that CLIP"):
+        load_clip_embeddings(embeddings, wider_clip)
+    require_same_clip(embeddings, clip)
+
+
+def test_a_network_of_another_clip_is_refused(outputs: Path):
+    decoder = run_until(outputs, "decoder", "stage.decoder.clip_loss.weight=0")
+    with pytest.raises(UserError, match=r"was made with the CLIP .*, not with .*; train stage decoder on that CLIP"):
+        load_decoder(decoder, run_until(outputs, "clip", "stage.clip.loss=siglip"))

@@ -1,0 +1,103 @@
+"""Real stages on tiny data, run in this process through the engine's entry point."""
+
+import json
+import threading
+from pathlib import Path
+
+from pipeline.compose import compose_members
+from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.plan import plan_run
+from pipeline.workflow.progress import Failure, Outcome, read_failure
+
+NARROW_UNET = (
+    "{channels: [8, 16], layers_per_block: 1, attention: [false, true], attention_head_dim: 8, norm_groups: 4}"
+)
+
+TINY = [
+    "experiment=smoke",
+    "tracking=none",
+    "trainer.accelerator=cpu",
+    "trainer.cpu_threads=1",
+    "trainer.log_every_steps=1",
+    "data.samples=64",
+    "data.unseen_samples=4",
+    "data.validation_fraction=0.25",
+    "stage.clip.network.vision_width=24",
+    "stage.clip.network.vision_layers=1",
+    "stage.clip.network.vision_heads=2",
+    "stage.clip.network.embed_dim=16",
+    "stage.clip.network.text_width=16",
+    "stage.clip.network.text_layers=1",
+    "stage.clip.network.text_heads=2",
+    "stage.clip.network.context_length=16",
+    "stage.clip.global_batch_size=8",
+    "stage.clip.max_samples=16",
+    "stage.prior.network={layers: 1, heads: 2, head_dim: 8}",
+    "stage.prior.global_batch_size=8",
+    "stage.prior.max_samples=16",
+    "stage.prior.sampler.steps=2",
+    f"stage.decoder.network={NARROW_UNET}",
+    "stage.decoder.image_size=16",
+    "stage.decoder.global_batch_size=8",
+    "stage.decoder.max_samples=16",
+    "stage.decoder.sampler.steps=2",
+    f"stage.upsampler.network={NARROW_UNET}",
+    "stage.upsampler.network.attention=[false,false]",
+    "stage.upsampler.global_batch_size=4",
+    "stage.upsampler.max_samples=8",
+    "stage.upsampler.crop_size=16",
+    "stage.upsampler.sampler.steps=2",
+    "stage.evaluate.samples=6",
+    "stage.evaluate.grid_captions=4",
+    "stage.evaluate.batch_size=4",
+]
+
+
+def plan_stages(outputs: Path, *overrides: str) -> dict[str, FrozenStage]:
+    """Every stage of the tiny workflow, frozen, by name, in an order that can be followed."""
+    (member,) = compose_members("unclip plan", [*TINY, f"paths.outputs={outputs}", *overrides])
+    planned = plan_run(member.config, member.overrides).stages
+    return {stage.name: stage.frozen for stage in planned if stage.frozen is not None}
+
+
+def run_until(outputs: Path, target: str, *overrides: str) -> Artifact:
+    """Run what `target` needs, then `target`, reusing what `outputs` holds already; its artifact."""
+    stages = plan_stages(outputs, *overrides)
+    for frozen in _needed(stages, target):
+        outcome = run_stage_of(frozen)
+        assert outcome in (Outcome.FINISHED, Outcome.REUSED), read_failure(frozen.work)
+    artifact = stages[target].store.find(target, stages[target].fingerprint)
+    assert artifact is not None
+    artifact.verify()
+    return artifact
+
+
+def failure_of(outputs: Path, target: str, *overrides: str) -> Failure:
+    """Run what `target` needs, then `target`, which must fail."""
+    stages = plan_stages(outputs, *overrides)
+    *before, last = _needed(stages, target)
+    for frozen in before:
+        assert run_stage_of(frozen) in (Outcome.FINISHED, Outcome.REUSED), read_failure(frozen.work)
+    assert run_stage_of(last) is Outcome.FAILED
+    failure = read_failure(last.work)
+    assert failure is not None
+    return failure
+
+
+def run_stage_of(frozen: FrozenStage, interruption: threading.Event | None = None) -> Outcome:
+    from pipeline.training.stage import run_stage
+
+    return run_stage(frozen, interruption or threading.Event())
+
+
+def rows_of(artifact: Artifact) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def _needed(stages: dict[str, FrozenStage], target: str) -> list[FrozenStage]:
+    wanted = {target}
+    for name in reversed(stages):
+        if name in wanted:
+            wanted |= {reference.stage for found in stages[name].inputs.values() for reference in found}
+    return [frozen for name, frozen in stages.items() if name in wanted]

@@ -1,0 +1,161 @@
+"""The design's rules on who imports whom, held by reading the sources."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGE_MODULES = ("prepare", "clip", "embed", "prior", "decoder", "upsampler", "evaluate", "export")
+HEAVY = {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "diffusers", "transformers", "torchmetrics"}
+SLURM_COMMANDS = {"sbatch", "squeue", "sacct", "scancel", "scontrol", "srun", "sinfo"}
+
+
+def sources(*patterns: str) -> list[Path]:
+    found = sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
+    assert found, f"no source matches {patterns}"
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function; `from a import b` gives a and a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_when_loaded(path: Path) -> Iterator[str]:
+    """The modules that importing a file imports: those outside of functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    pending: list[ast.stmt] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
+            pending += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+
+
+def is_within(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def offenders(paths: list[Path], *forbidden: str, but: tuple[str, ...] = ()) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in paths
+        for module in imports(path)
+        if is_within(module, *forbidden) and not is_within(module, *but)
+    ]
+
+
+def users(*packages: str) -> set[str]:
+    paths = sources("pipeline/**/*.py", "stages/**/*.py")
+    return {
+        str(path.relative_to(ROOT)) for path in paths if any(is_within(module, *packages) for module in imports(path))
+    }
+
+
+def test_the_pipeline_never_imports_stages():
+    assert offenders(sources("pipeline/**/*.py"), "stages", "tests") == []
+
+
+def test_the_workflow_imports_only_settings_and_errors_of_the_pipeline():
+    own = ("pipeline.workflow", "pipeline.config", "pipeline.errors")
+    assert offenders(sources("pipeline/workflow/*.py"), "pipeline", but=own) == []
+
+
+def test_the_data_layer_imports_only_settings_and_errors_of_the_pipeline():
+    own = ("pipeline.data", "pipeline.config", "pipeline.errors")
+    assert offenders(sources("pipeline/data/*.py"), "pipeline", but=own) == []
+
+
+def test_training_imports_data_and_workflow_and_no_command_line():
+    own = ("pipeline.training", "pipeline.data", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    assert offenders(sources("pipeline/training/*.py"), "pipeline", but=own) == []
+
+
+def test_settings_and_errors_import_nothing_else_of_the_pipeline():
+    paths = sources("pipeline/config.py", "pipeline/errors.py")
+    assert offenders(paths, "pipeline", but=("pipeline.errors",)) == []
+
+
+def test_the_engine_names_no_heavy_library_and_no_training():
+    paths = sources("pipeline/*.py", "pipeline/workflow/*.py")
+    assert offenders(paths, *HEAVY, "pipeline.training") == []
+
+
+def test_what_planning_loads_of_the_stages_and_of_the_data_names_no_heavy_library():
+    pending = sources("stages/declarations.py", "pipeline/cli.py", "pipeline/workflow/*.py", "pipeline/compose.py")
+    loaded: dict[Path, list[str]] = {}
+    while pending:
+        path = pending.pop()
+        loaded[path] = list(imports_when_loaded(path))
+        for module in loaded[path]:
+            file = ROOT / Path(*module.split(".")).with_suffix(".py")
+            if file.exists() and file not in loaded:
+                pending.append(file)
+    assert ROOT / "pipeline" / "data" / "summary.py" in loaded
+    heavy = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path, modules in loaded.items()
+        for module in modules
+        if is_within(module, *HEAVY, "webdataset", "open_clip", "wandb", "deepspeed")
+    ]
+    assert heavy == []
+
+
+@pytest.mark.parametrize("stage", STAGE_MODULES)
+def test_stages_hand_each_other_artifacts_and_never_import_each_other(stage: str):
+    others = [f"stages.{name}" for name in STAGE_MODULES if name != stage]
+    assert offenders([ROOT / "stages" / f"{stage}.py"], *others) == []
+
+
+def test_nothing_below_the_stages_imports_a_stage():
+    paths = sources("stages/*/**/*.py", "stages/settings.py", "stages/checks.py", "stages/declarations.py")
+    assert offenders(paths, *(f"stages.{name}" for name in STAGE_MODULES)) == []
+
+
+@pytest.mark.parametrize(
+    ("libraries", "door"),
+    [
+        (("hydra", "omegaconf"), "pipeline/compose.py"),
+        (("wandb",), "pipeline/training/"),
+        (("deepspeed",), "pipeline/training/"),
+        (("open_clip",), "stages/models/clip.py"),
+        (("webdataset",), "pipeline/data/"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_every_library_has_one_door(libraries: tuple[str, ...], door: str):
+    assert {user for user in users(*libraries) if not user.startswith(door)} == set()
+
+
+def test_slurm_s_commands_stand_in_one_file_at_most():
+    named = {
+        str(path.relative_to(ROOT))
+        for path in sources("pipeline/**/*.py", "stages/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in SLURM_COMMANDS
+    }
+    assert len(named) <= 1
+
+
+def test_importing_a_module_does_no_work_on_the_command_line():
+    """Only files that are started as programs have an entry point."""
+    started = {"pipeline/cli.py", "pipeline/training/worker.py"}
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sources("pipeline/**/*.py", "stages/**/*.py")
+        if "__main__" in path.read_text(encoding="utf-8")
+    }
+    assert found == started
