@@ -118,13 +118,15 @@ def _status(arguments: list[str]) -> int:
     from rich.console import Console
 
     from pipeline.workflow.runs import read_run, run_names
-    from pipeline.workflow.summary import status_table
+    from pipeline.workflow.summary import status_table, unfinished_logs
 
     outputs = options.outputs.absolute()
     names = run_names(outputs)
     record = read_run(outputs, options.run or (names[0] if names else "demo"))
     console = Console(highlight=False)
     console.print(status_table(outputs, record))
+    for log in unfinished_logs(outputs, record):
+        console.print(f"log: {_shown(log)}", soft_wrap=True, markup=False)
     others = [name for name in names if name != record.name]
     if others and options.run is None:
         console.print(f"other runs: {', '.join(others)}", soft_wrap=True)

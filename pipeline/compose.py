@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -44,7 +45,11 @@ def compose_members(program: str, arguments: Sequence[str]) -> list[Member]:
     def collect(config: DictConfig) -> None:
         composed.append((config, HydraConfig.get()))
 
-    with _command_line(program, [_addable(argument) for argument in arguments]):
+    # A sweep has Hydra write a file; planning writes nothing, and runs keep their own records.
+    with (
+        TemporaryDirectory() as scratch,
+        _command_line(program, [*map(_addable, arguments), f"hydra.sweep.dir={scratch}"]),
+    ):
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(collect)()
         except (HydraException, OmegaConfBaseException) as error:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,12 @@ class ArtifactStore:
         return read_artifact(self.path(stage, fingerprint))
 
     def all_of(self, stage: str) -> Iterator[Artifact]:
-        """Every artifact of that stage, whatever its settings."""
+        """Every artifact of that stage that this code can read, whatever its settings."""
         for directory in sorted((self.outputs / "artifacts" / stage).glob("[0-9a-f]*")):
-            artifact = read_artifact(directory)
-            if artifact is not None:
-                yield artifact
+            with suppress(UserError):
+                artifact = read_artifact(directory)
+                if artifact is not None:
+                    yield artifact
 
     def start_building(self, stage: str, fingerprint: str) -> Path:
         """An empty directory beside the artifact's place, on the same file system."""

@@ -97,7 +97,10 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
     own = dict(values)
     kind = own.pop("kind", None)
     if kind is None:
-        raise UserError(f"stage.{name} has no `kind`, so it is no stage of this workflow; remove the override")
+        raise UserError(
+            f"stage.{name} has no `kind`, so it is no stage of this workflow; remove what sets it from the command line, "
+            f"or for an experiment that sets it add ~stage.{name}"
+        )
     trainer_overrides = own.pop("trainer", None) or {}
     declaration = declaration_of(name, kind, catalog)
     try:

@@ -11,25 +11,20 @@ from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, re
 from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts
 
 SHOWN_METRICS = 4
+_WRAPPED = ("why", "metrics", "progress")
 
 
 def plan_table(plan: Plan) -> Table:
     """What will happen to each stage, and why."""
-    table = Table(title=f"plan of run {plan.config.run.name}", title_justify="left")
-    for column in ("stage", "action", "why", "needs", "fingerprint"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("stage", "action"))
+    table = _table(f"plan of run {plan.config.run.name}", "stage", "action", "why", "fingerprint")
     for stage in plan.stages:
-        table.add_row(
-            stage.name, stage.action.value, stage.reason, ", ".join(stage.upstream), (stage.fingerprint or "")[:12]
-        )
+        table.add_row(stage.name, stage.action.value, stage.reason, (stage.fingerprint or "")[:12])
     return table
 
 
 def result_table(outputs: Path, record: RunRecord) -> Table:
     """The finished stages of a run with time and metrics."""
-    table = Table(title=f"run {record.name}", title_justify="left")
-    for column in ("stage", "time", "samples", "metrics"):
-        table.add_column(column, overflow="fold", no_wrap=column == "stage")
+    table = _table(f"run {record.name}", "stage", "time", "samples", "metrics")
     for name, artifact in run_artifacts(outputs, record).items():
         manifest = artifact.manifest
         samples = f"{manifest.samples_seen:,}" if manifest.samples_seen else ""
@@ -48,13 +43,27 @@ def metrics_line(artifact: Artifact) -> str:
 def status_table(outputs: Path, record: RunRecord) -> Table:
     """Where each stage of a run stands, from its files alone."""
     store = ArtifactStore(outputs)
-    table = Table(title=f"run {record.name}", title_justify="left")
-    for column in ("stage", "state", "progress", "log"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("stage", "state"))
+    table = _table(f"run {record.name}", "stage", "state", "progress", "fingerprint")
     for stage in record.stages:
-        state, detail = stage_state(store, stage)
-        log = store.work(stage.name, stage.fingerprint) / LOG
-        table.add_row(stage.name, state, detail, str(log) if log.exists() else "")
+        table.add_row(stage.name, *stage_state(store, stage), stage.fingerprint[:12])
+    return table
+
+
+def unfinished_logs(outputs: Path, record: RunRecord) -> list[Path]:
+    """Logs of the stages that were started and are not finished."""
+    store = ArtifactStore(outputs)
+    logs = [
+        store.work(stage.name, stage.fingerprint) / LOG
+        for stage in record.stages
+        if store.find(stage.name, stage.fingerprint) is None
+    ]
+    return [log for log in logs if log.exists()]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column not in _WRAPPED)
     return table
 
 
