@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 _STAGE_TRAINER = re.compile(r"stage\.[^.=]+\.trainer\.[^=]+=")
+_SWEEP_DIR = "hydra.sweep.dir="
 _TWO_VALUES = "Multiple values for "  # how Hydra begins its complaint
 
 
