@@ -121,7 +121,11 @@ class ContrastiveLoss(StrEnum):
 
 
 class ClipNetworkSettings(Settings):
-    """An open_clip ViT and its text transformer. `diffusers` needs text_width == embed_dim."""
+    """An open_clip ViT and its text transformer. `diffusers` needs text_width == embed_dim.
+
+    `initial_position_gain` multiplies the positional embeddings with which open_clip begins. A short training that
+    begins with weak ones learns what is in a picture long before it learns where.
+    """
 
     embed_dim: Positive
     image_size: Positive
@@ -134,6 +138,7 @@ class ClipNetworkSettings(Settings):
     text_heads: Positive
     context_length: Positive
     quick_gelu: bool
+    initial_position_gain: PositiveFloat
 
 
 class ClipSettings(TrainingStageSettings):

@@ -254,7 +254,7 @@ def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
         case ContrastiveLoss.SIGLIP:
             # arXiv 2303.15343, section 3.2
             logit_scale, logit_bias = math.log(10.0), -10.0
-    return CLIP(
+    network = CLIP(
         settings.embed_dim,
         vision,
         text,
@@ -264,6 +264,10 @@ def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
         # DeepSpeed cannot shard scalar parameters.
         nonscalar_logit_scale=True,
     )
+    with torch.no_grad():
+        network.positional_embedding.mul_(settings.initial_position_gain)
+        cast(VisionTransformer, network.visual).positional_embedding.mul_(settings.initial_position_gain)
+    return network
 
 
 def _build_text_only(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:

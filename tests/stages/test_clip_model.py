@@ -38,6 +38,7 @@ def make_settings(**changes):
         "text_heads": 4,
         "context_length": 12,
         "quick_gelu": False,
+        "initial_position_gain": 1.0,
     }
     return ClipNetworkSettings(**{**sizes, **changes})
 
@@ -288,3 +289,13 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, capsys):
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_open_clip_checkpoint(tmp_path / "none.pt", make_settings())
+
+
+def test_the_position_gain_scales_both_positional_embeddings_and_nothing_else():
+    torch.manual_seed(0)
+    plain = ClipModel(make_settings()).network.state_dict()
+    torch.manual_seed(0)
+    scaled = ClipModel(make_settings(initial_position_gain=3.0)).network.state_dict()
+    for name, weight in plain.items():
+        gain = 3.0 if name.endswith("positional_embedding") else 1.0
+        torch.testing.assert_close(scaled[name], gain * weight)

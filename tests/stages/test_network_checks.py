@@ -83,6 +83,7 @@ def clip_network(**changes):
         "text_heads": 4,
         "context_length": 16,
         "quick_gelu": False,
+        "initial_position_gain": 1.0,
     }
     return ClipNetworkSettings(**{**sizes, **changes})
 

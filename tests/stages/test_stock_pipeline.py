@@ -49,6 +49,7 @@ CLIP_NETWORK = ClipNetworkSettings(
     text_heads=2,
     context_length=24,
     quick_gelu=False,
+    initial_position_gain=1.0,
 )
 UNET = UNetSettings(
     channels=(16, 32),
