@@ -266,7 +266,7 @@ def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
     )
     with torch.no_grad():
         network.positional_embedding.mul_(settings.initial_position_gain)
-        cast(VisionTransformer, network.visual).positional_embedding.mul_(settings.initial_position_gain)
+        cast(Tensor, network.visual.positional_embedding).mul_(settings.initial_position_gain)
     return network
 
 
