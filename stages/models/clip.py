@@ -265,8 +265,8 @@ def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
         nonscalar_logit_scale=True,
     )
     with torch.no_grad():
-        network.positional_embedding.mul_(settings.initial_position_gain)
-        cast(Tensor, network.visual.positional_embedding).mul_(settings.initial_position_gain)
+        for positions in (network.positional_embedding, network.visual.positional_embedding):
+            cast(Tensor, positions).mul_(settings.initial_position_gain)
     return network
 
 
