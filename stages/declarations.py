@@ -76,7 +76,7 @@ CATALOG = Catalog(
             inputs=(Input("data"), Input("clip"), Input("embeddings")),
         ),
         "decoder": StageDeclaration(
-            version=1,
+            version=2,
             settings=DecoderSettings,
             run="stages.decoder:run",
             output="decoder",

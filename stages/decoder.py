@@ -10,6 +10,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
+from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
@@ -27,6 +28,7 @@ from stages.models.saved import clip_numbers, load_clip, load_clip_embeddings, s
 from stages.settings import DecoderCondition, DecoderSettings
 
 GRID_PICTURES = 16
+DECORRELATION_SAMPLES = 4096
 
 
 def run(context: StageContext) -> StageResult:
@@ -40,6 +42,7 @@ def run(context: StageContext) -> StageResult:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
     images = CaptionedImages(context.input("data").path, settings.image_size, context.frozen.trainer.cache_mib)
     decoder = Decoder(settings.network, settings.image_size, clip.settings.embed_dim)
+    _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     module = DecoderModule(
         decoder, settings, clip, embeddings, shown, log_every_steps=context.frozen.trainer.log_every_steps
@@ -49,6 +52,20 @@ def run(context: StageContext) -> StageResult:
         save_weights(decoder, context.output)
     numbers = {**clip_numbers(clip_artifact), "image_size": settings.image_size}
     return StageResult(numbers, result.metrics, result.samples_seen)
+
+
+def _fit_decorrelation(
+    decoder: Decoder, data: PreparedData, captions: CaptionEncoder, embeddings: Embeddings | None
+) -> None:
+    """Take the statistics of what will condition the decoder, from the first samples of the training split."""
+    rows = data.samples_in(Split.TRAIN)[:DECORRELATION_SAMPLES]
+    if embeddings is not None:
+        decoder.image_decorrelation.fit(embeddings.image_embed[torch.from_numpy(rows)])
+        decoder.text_decorrelation.fit(embeddings.text_embed[torch.from_numpy(rows)])
+        return
+    text_embed = captions.encode([data.caption(int(row)) for row in rows]).embed
+    decoder.image_decorrelation.fit(text_embed)
+    decoder.text_decorrelation.fit(text_embed)
 
 
 class DecoderModule(StageModule):

@@ -53,7 +53,7 @@ def run(context: StageContext) -> StageResult:
     else:
         text_to_transformers(clip).save_pretrained(context.output / "text_encoder")
         decoder.unet.save_pretrained(context.output / "decoder")
-        decoder.text_proj.save_pretrained(context.output / "text_proj")
+        decoder.plain_text_proj().save_pretrained(context.output / "text_proj")
         if prior is not None:
             prior.save_pretrained(context.output / "prior")
     for upsampler, artifact in zip(upsamplers, chain, strict=True):

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.checks import CLIP_EXTRA_CONTEXT_TOKENS
+from stages.models.decorrelation import Decorrelation
 from stages.settings import UNetSettings
 
 
 class Decoder(nn.Module):
     """`unet` and `text_proj` are the two networks that diffusers' `UnCLIPPipeline` calls `decoder` and `text_proj`.
+
+    Both CLIP embeddings are decorrelated before `text_proj`; `plain_text_proj` has that folded in, for export.
 
     The U-Net has 3 output channels; the stock pipeline's 6 are made at export. Check the settings with
     `stages.checks.check_unet` first.
@@ -43,6 +46,8 @@ class Decoder(nn.Module):
             time_embed_dim=4 * network.channels[0],
             cross_attention_dim=embed_dim,
         )
+        self.image_decorrelation = Decorrelation(embed_dim)
+        self.text_decorrelation = Decorrelation(embed_dim)
 
     def forward(
         self,
@@ -64,10 +69,10 @@ class Decoder(nn.Module):
         if drop_image_embed is None:
             drop_image_embed = torch.zeros(len(noisy), dtype=torch.bool, device=noisy.device)
         # Through `where` in every case, so that the null embedding has a gradient on every rank in every step.
-        image_embed = torch.where(drop_image_embed[:, None], null_embed.to(image_embed), image_embed)
+        decorrelated = self.image_decorrelation(image_embed)
         hidden, time_embed = self.text_proj(
-            image_embeddings=image_embed,
-            prompt_embeds=text_embed,
+            image_embeddings=torch.where(drop_image_embed[:, None], null_embed.to(decorrelated), decorrelated),
+            prompt_embeds=self.text_decorrelation(text_embed),
             text_encoder_hidden_states=text_hidden,
             do_classifier_free_guidance=False,
         )
@@ -81,6 +86,23 @@ class Decoder(nn.Module):
             attention_mask=mask,
             return_dict=False,
         )[0]
+
+    def plain_text_proj(self) -> UnCLIPTextProjModel:
+        """`text_proj` with the decorrelation folded in: on CLIP's embeddings as they are it gives the same results."""
+        ours = self.text_proj
+        plain = UnCLIPTextProjModel.from_config(ours.config)
+        assert isinstance(plain, UnCLIPTextProjModel)
+        plain.load_state_dict(ours.state_dict())
+        plain.embedding_proj = self.text_decorrelation.folded_into(ours.embedding_proj)
+        image = self.image_decorrelation
+        plain.clip_image_embeddings_project_to_time_embeddings = image.folded_into(
+            ours.clip_image_embeddings_project_to_time_embeddings
+        )
+        plain.clip_extra_context_tokens_proj = image.folded_into(ours.clip_extra_context_tokens_proj)
+        with torch.no_grad():
+            null_embed = plain.learned_classifier_free_guidance_embeddings
+            null_embed.copy_(image.inverse(ours.learned_classifier_free_guidance_embeddings))
+        return plain.eval()
 
 
 def _block_types(attention: Sequence[bool], plain: str, attending: str) -> tuple[str, ...]:

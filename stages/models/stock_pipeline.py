@@ -68,7 +68,7 @@ def save_stock_pipeline(directory: Path, networks: StockNetworks) -> None:
         decoder=_with_learned_range(networks.decoder.unet),
         text_encoder=text_to_transformers(networks.clip),
         tokenizer=_tokenizer(networks.clip.settings.context_length),
-        text_proj=networks.decoder.text_proj,
+        text_proj=networks.decoder.plain_text_proj(),
         super_res_first=networks.upsampler,
         super_res_last=networks.upsampler,
         prior_scheduler=_scheduler(
