@@ -24,7 +24,6 @@ from pipeline.errors import UserError
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 _STAGE_TRAINER = re.compile(r"stage\.[^.=]+\.trainer\.[^=]+=")
-_SWEEP_DIR = "hydra.sweep.dir="
 _TWO_VALUES = "Multiple values for "  # how Hydra begins its complaint
 
 
@@ -49,7 +48,7 @@ def compose_members(program: str, arguments: Sequence[str]) -> list[Member]:
     # A sweep has Hydra write a file; planning writes nothing, and runs keep their own records.
     with (
         TemporaryDirectory() as scratch,
-        _command_line(program, [*map(_addable, arguments), f"hydra.sweep.dir={scratch}"]),
+        _command_line(program, _with_sweep_dir(list(map(_addable, arguments)), scratch)),
     ):
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(collect)()
@@ -80,6 +79,16 @@ def _member(config: DictConfig, runtime: HydraConf) -> Member:
         values["run"] |= {"name": f"{sweep}.{runtime.job.num}", "group": sweep}
     overrides = tuple(_as_typed(override) for override in runtime.overrides.task)
     return Member(validate(RunConfig, _string_keys(values)), overrides)
+
+
+def _with_sweep_dir(arguments: list[str], directory: str) -> list[str]:
+    """Add Hydra's setting in front of the first override, where its parser takes it whatever options stand around."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    first = next((place for place, each in enumerate(arguments) if "=" in each and not each.startswith("-")), None)
+    if first is None:
+        return arguments
+    return [*arguments[:first], f"hydra.sweep.dir={directory}", *arguments[first:]]
 
 
 def _addable(argument: str) -> str:

@@ -11,14 +11,15 @@ from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, re
 from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts
 
 SHOWN_METRICS = 4
-_WRAPPED = ("why", "metrics", "progress")
+_WRAPPED = ("why", "needs", "metrics", "progress")
 
 
 def plan_table(plan: Plan) -> Table:
     """What will happen to each stage, and why."""
-    table = _table(f"plan of run {plan.config.run.name}", "stage", "action", "why", "fingerprint")
+    table = _table(f"plan of run {plan.config.run.name}", "stage", "action", "why", "needs", "fingerprint")
     for stage in plan.stages:
-        table.add_row(stage.name, stage.action.value, stage.reason, (stage.fingerprint or "")[:12])
+        needs = ", ".join(stage.upstream)
+        table.add_row(stage.name, stage.action.value, stage.reason, needs, (stage.fingerprint or "")[:12])
     return table
 
 
