@@ -145,7 +145,8 @@ def _nearest_multiples(value: int, divisor: int) -> str:
 
 def check_workflow(stages: Mapping[str, StageSettings]) -> None:
     """Raise `UserError` for whatever can be known to be wrong between the stages of one workflow before any runs."""
-    clip = next((each.settings for each in stages.values() if isinstance(each.settings, ClipSettings)), None)
+    clips = (each.settings for each in stages.values() if each.kind == "clip")
+    clip = next((settings for settings in clips if isinstance(settings, ClipSettings)), None)
     kinds = {each.kind for each in stages.values()}
     for name, stage in stages.items():
         path = f"stage.{name}"

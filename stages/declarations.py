@@ -14,6 +14,7 @@ from stages.settings import (
     EmbedSettings,
     EvaluateSettings,
     ExportSettings,
+    JudgeSettings,
     PrepareSettings,
     PriorSettings,
     UpsamplerSettings,
@@ -42,7 +43,7 @@ def clip_identity(settings: ClipSettings) -> dict[str, Any]:
             counted["checkpoint"] = file_sha256(settings.checkpoint)
         except OSError as error:
             raise UserError(
-                f"stage.clip.checkpoint={settings.checkpoint} cannot be read ({error.strerror}); "
+                f"a CLIP's checkpoint={settings.checkpoint} cannot be read ({error.strerror}); "
                 "give the path of a local open_clip checkpoint"
             ) from error
     return counted
@@ -90,8 +91,17 @@ CATALOG = Catalog(
             inputs=(Input("data"),),
             repeatable=True,
         ),
-        "evaluate": StageDeclaration(
+        "judge": StageDeclaration(version=1, settings=JudgeSettings, run="stages.judge:run", output="judge"),
+        "judge_clip": StageDeclaration(
             version=1,
+            settings=ClipSettings,
+            run="stages.clip:run",
+            output="judge_clip",
+            inputs=(Input("data"),),
+            identity=clip_identity,
+        ),
+        "evaluate": StageDeclaration(
+            version=2,
             settings=EvaluateSettings,
             run="stages.evaluate:run",
             output="evaluation",
@@ -101,6 +111,8 @@ CATALOG = Catalog(
                 Input("prior", Arity.OPTIONAL),
                 Input("decoder"),
                 Input("upsampler", Arity.ANY),
+                Input("judge", Arity.OPTIONAL),
+                Input("judge_clip", Arity.OPTIONAL),
             ),
         ),
         "export": StageDeclaration(

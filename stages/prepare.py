@@ -1,21 +1,16 @@
 """The stage `prepare`: captioned pictures as WebDataset shards with an index and splits."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
-
-from pipeline.data.index import ShardIndex
+from pipeline.data.make import make_prepared
 from pipeline.data.prepared import write_prepared
 from pipeline.data.splits import Split
-from pipeline.data.walk import index_shards, without_times
-from pipeline.data.write import SourceSample, write_shards
+from pipeline.data.write import SourceSample
 from pipeline.training.context import StageContext, StageResult
 from stages.settings import EmojiSettings, PrepareSettings, ScenesSettings, WebDatasetSettings
 from stages.sources import emoji, scenes, webdataset
 from stages.sources.registry import make_samples
 
-SHARDS = "shards"
 LICENCES = {"scenes": scenes.LICENCE, "emoji": emoji.LICENCE, "webdataset": webdataset.LICENCE}
 
 
@@ -27,24 +22,13 @@ def run(context: StageContext) -> StageResult:
             index, splits, root = webdataset.take_in(data, data.cache_dir)
             write_prepared(context.output, index=index, splits=splits, shards_root=root, cache_dir=data.cache_dir)
         case ScenesSettings() | EmojiSettings():
-            index, splits = _make(context, data)
-            write_prepared(context.output, index=index, splits=splits, shards_root=context.output / SHARDS)
+            index, splits = make_prepared(context.output, _made(context, data), data.shard_samples)
     counts = {split.value: int((splits == split.code).sum()) for split in Split}
     numbers = {"samples": counts, "licence": LICENCES[data.source]}
     return StageResult(numbers, {f"{name}_samples": float(count) for name, count in counts.items()}, len(index))
 
 
-def _make(context: StageContext, data: ScenesSettings | EmojiSettings) -> tuple[ShardIndex, np.ndarray]:
-    directory = context.output / SHARDS
-    splits: list[int] = []
-
-    def samples() -> Iterator[SourceSample]:
-        for sample, split in make_samples(data):
-            splits.append(split.code)
-            context.step(len(splits), 0, f"{len(splits):,} pictures made")
-            yield sample
-
-    shards = write_shards(directory, samples(), data.shard_samples)
-    names = [Path(shard).name for shard in shards]
-    index = without_times(index_shards(names, directory, directory))
-    return index, np.array(splits, np.uint8)
+def _made(context: StageContext, data: ScenesSettings | EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
+    for number, made in enumerate(make_samples(data), 1):
+        context.step(number, 0, f"{number:,} pictures made")
+        yield made

@@ -260,14 +260,44 @@ class UpsamplerSettings(TrainingStageSettings):
     sampler: SamplerSettings
 
 
-# --- evaluate, export ------------------------------------------------------------------------------------------------
+# --- judge, evaluate, export -----------------------------------------------------------------------------------------
+
+
+class JudgeDataSettings(Settings):
+    """Real pictures that the judge learns from and is measured on: drawn scenes of one object, of all pairs."""
+
+    samples: Positive
+    validation_samples: Positive
+    image_size: Annotated[int, Field(ge=64)]
+    seed: NotNegative
+    shard_samples: Positive
+
+
+class JudgeSettings(TrainingStageSettings):
+    """A classifier of drawn scenes: `width` channels, pictures brought to `image_size` pixels.
+
+    It learns to read pictures that were reduced to each of `seen_at` pixels. `max_noise` is the largest standard
+    deviation of the Gaussian noise that it learns to look past.
+    """
+
+    data: JudgeDataSettings
+    image_size: Positive
+    seen_at: tuple[Positive, ...]
+    width: Positive
+    max_noise: NotNegativeFloat
 
 
 class EvaluateSettings(Settings):
-    """First metrics and grids on the validation split."""
+    """How good a run is, on held-out pictures and captions.
+
+    `samples` pictures are made from validation captions, and `judged_samples` more from captions of one fully described
+    object for each kind of pairs, seen and never seen, where there is a judge.
+    """
 
     retrieval_pool: Positive
+    retrieval_samples: Positive
     samples: Positive
+    judged_samples: Positive
     grid_captions: Positive
     batch_size: Annotated[Positive, RUNTIME]
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from pipeline.data.batch import ImageBatch
@@ -114,7 +116,15 @@ def evaluation_loader(
 
     The last batch may be short; an empty split gives no batch.
     """
-    rows = images.data.samples_in(split)[first:][:limit]
+    return rows_loader(
+        images, images.data.samples_in(split)[first:][:limit], batch_size=batch_size, seed=seed, workers=workers
+    )
+
+
+def rows_loader(
+    images: CaptionedImages, rows: NDArray[np.int64], *, batch_size: int, seed: int = 0, workers: int = 0
+) -> DataLoader[ImageBatch]:
+    """These rows of the index in their order; they draw as in epoch 0. The last batch may be short."""
     seeds = sample_seed(seed, 0, rows)
     requests = list(map(SampleRequest, rows.tolist(), seeds.tolist()))
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]

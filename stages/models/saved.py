@@ -14,9 +14,10 @@ from pipeline.workflow.artifacts import Artifact
 from stages.models.clip import ClipModel, Towers
 from stages.models.decoder import Decoder
 from stages.models.embeddings import Embeddings, load_embeddings
+from stages.models.judge import Judge, build_judge
 from stages.models.prior import build_prior
 from stages.models.upsampler import build_upsampler
-from stages.settings import DecoderSettings, PriorSettings, UpsamplerSettings
+from stages.settings import DecoderSettings, JudgeSettings, PriorSettings, UpsamplerSettings
 
 WEIGHTS_FILE = "weights.safetensors"
 CPU = torch.device("cpu")
@@ -83,6 +84,13 @@ def load_upsampler(artifact: Artifact, device: torch.device = CPU) -> UNet2DMode
     upsampler = build_upsampler(settings.network, settings.high_size)
     _load(upsampler, artifact.path, device)
     return upsampler
+
+
+def load_judge(artifact: Artifact, device: torch.device = CPU) -> Judge:
+    """The judge of an artifact."""
+    judge = build_judge(validate(JudgeSettings, artifact.manifest.config, str(artifact.path)))
+    _load(judge, artifact.path, device)
+    return judge
 
 
 def prior_settings(artifact: Artifact) -> PriorSettings:

@@ -85,12 +85,15 @@ def samples(settings: ScenesSettings) -> Iterator[tuple[SourceSample, Split]]:
     for number in range(settings.samples):
         rng = random.Random(f"scenes/{settings.seed}/{number}")
         objects = 2 if rng.random() < settings.two_objects_share else 1
-        sample = _sample(f"scene-{number:08d}", random_scene(rng, objects, SEEN_PAIRS), settings.image_size, rng)
+        scene = random_scene(rng, objects, SEEN_PAIRS)
+        wording = _random_wording(rng, objects)
+        sample = draw_sample(f"scene-{number:08d}", scene, settings.image_size, rng, *wording)
         yield sample, split_of_sample(sample, settings)
     for number in range(settings.unseen_samples):
         rng = random.Random(f"unseen/{settings.seed}/{number}")
         scene = random_scene(rng, 1, UNSEEN_PAIRS)
-        yield _sample(f"unseen-{number:08d}", scene, settings.image_size, rng), Split.UNSEEN
+        # What is held out is held out to be measured: its captions leave nothing open.
+        yield draw_sample(f"unseen-{number:08d}", scene, settings.image_size, rng), Split.UNSEEN
 
 
 def random_scene(rng: random.Random, objects: int, pairs: Collection[Pair]) -> Scene:
@@ -138,10 +141,16 @@ def caption(scene: Scene, phrasing: Phrasing, named: Collection[Attribute]) -> s
             return whole
 
 
-def _sample(key: str, scene: Scene, image_size: int, rng: random.Random) -> SourceSample:
+def draw_sample(
+    key: str,
+    scene: Scene,
+    image_size: int,
+    rng: random.Random,
+    phrasing: Phrasing = Phrasing.PLAIN,
+    named: Collection[Attribute] = frozenset(Attribute),
+) -> SourceSample:
+    """A scene as a picture with its caption, which by default leaves nothing open."""
     unseen = any((item.colour, item.shape) in UNSEEN_PAIRS for item in scene.objects)
-    # What is held out is held out to be measured: its captions leave nothing open.
-    phrasing, named = (Phrasing.PLAIN, frozenset(Attribute)) if unseen else _random_wording(rng, len(scene.objects))
     image = io.BytesIO()
     Image.fromarray(draw(scene, image_size, rng)).save(image, "PNG", compress_level=1)
     attributes = {**asdict(scene), "unseen": unseen, "named": sorted(named)}
