@@ -22,7 +22,7 @@ class AdamWithEma(AdamW):
     """
 
     def __init__(self, parameters: Iterable[Any], *, ema_decay: float, **options: Any) -> None:
-        super().__init__(parameters, **options)
+        super().__init__(parameters, fused=True, **options)
         self.ema_decay = ema_decay
 
     @torch.no_grad()

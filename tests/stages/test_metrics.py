@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from stages.metrics import peak_signal_to_noise, retrieval_recall
+from stages.metrics import frechet_distance, mean_of_shares, peak_signal_to_noise, proportion, retrieval_recall
 
 
 def naive_recall(image_embed: Tensor, text_embed: Tensor, at: int) -> float:
@@ -59,3 +59,33 @@ def test_psnr_is_torchmetrics_s_mean_over_pictures():
 
 def test_psnr_of_equal_pictures_is_finite():
     assert peak_signal_to_noise(torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)) > 90
+
+
+def test_frechet_distance_of_gaussians_is_that_of_its_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    std = torch.tensor([1.0, 2.0, 3.0])
+    reference = torch.randn(20_000, 3, generator=generator)
+    shifted = std * torch.randn(20_000, 3, generator=generator) + torch.tensor([1.0, 0.0, -1.0])
+    # For diagonal covariances: |difference of the means|^2 + sum (difference of the standard deviations)^2.
+    assert frechet_distance(shifted, reference) == pytest.approx(2 + float((std - 1).square().sum()), rel=0.05)
+    assert frechet_distance(reference, reference) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_proportion_has_wilson_s_interval():
+    # R: binom::binom.confint(8, 10, methods = "wilson")
+    estimate = proportion(torch.tensor([True] * 8 + [False] * 2))
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.8, 0.4901625, 0.9433178), abs=1e-5)
+    certain = proportion(torch.ones(20, dtype=torch.bool))
+    assert certain.high == pytest.approx(1)
+    assert 0.8 < certain.low < 0.9
+
+
+def test_the_interval_of_a_mean_of_shares_holds_the_true_mean_nineteen_times_in_twenty():
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(400):
+        # Dependent within a row: all of a row's values have one probability, with mean 0.6.
+        of_row = 0.2 + 0.8 * torch.rand(100, 1, generator=generator)
+        estimate = mean_of_shares(torch.rand(100, 5, generator=generator) < of_row)
+        held += estimate.low <= 0.6 <= estimate.high
+    assert 0.9 < held / 400 < 0.985
