@@ -1,5 +1,6 @@
 """Every class of stages: its inputs, output, version and settings. Imports no torch, so that planning is quick."""
 
+from functools import partial
 from typing import Any
 
 from pipeline.data.summary import index_identity
@@ -35,7 +36,7 @@ def prepare_identity(settings: PrepareSettings) -> dict[str, Any]:
     return counted
 
 
-def clip_identity(settings: ClipSettings) -> dict[str, Any]:
+def clip_identity(settings: ClipSettings, stage: str = "clip") -> dict[str, Any]:
     """A checkpoint to start from counts by its contents, not by its path."""
     counted = counted_settings(settings)
     if settings.checkpoint is not None:
@@ -43,7 +44,7 @@ def clip_identity(settings: ClipSettings) -> dict[str, Any]:
             counted["checkpoint"] = file_sha256(settings.checkpoint)
         except OSError as error:
             raise UserError(
-                f"a CLIP's checkpoint={settings.checkpoint} cannot be read ({error.strerror}); "
+                f"stage.{stage}.checkpoint={settings.checkpoint} cannot be read ({error.strerror}); "
                 "give the path of a local open_clip checkpoint"
             ) from error
     return counted
@@ -98,7 +99,7 @@ CATALOG = Catalog(
             run="stages.clip:run",
             output="judge_clip",
             inputs=(Input("data"),),
-            identity=clip_identity,
+            identity=partial(clip_identity, stage="judge_clip"),
         ),
         "evaluate": StageDeclaration(
             version=2,

@@ -76,19 +76,23 @@ def build_graph(stages: Mapping[str, StageSettings], catalog: Catalog) -> Graph:
 
 
 def _ordered(nodes: Mapping[str, Node]) -> Iterator[str]:
-    """Every stage after its inputs, and otherwise in the order in which the config names them."""
-    sorter = TopologicalSorter({name: list(node.upstream) for name, node in nodes.items()})
+    """The order in which the config names the stages, but each one right after those it waits for."""
     try:
-        sorter.prepare()
+        TopologicalSorter({name: list(node.upstream) for name, node in nodes.items()}).prepare()
     except CycleError as error:
         raise UserError(f"the stages form a cycle: {' -> '.join(error.args[1])}; break one of these inputs") from error
-    place = {name: number for number, name in enumerate(nodes)}
-    ready = set(sorter.get_ready())
-    while ready:
-        first = min(ready, key=place.__getitem__)
-        yield first
-        sorter.done(first)
-        ready = ready - {first} | set(sorter.get_ready())
+    given: set[str] = set()
+
+    def with_its_inputs(name: str) -> Iterator[str]:
+        if name in given:
+            return
+        given.add(name)
+        for needed in nodes[name].upstream:
+            yield from with_its_inputs(needed)
+        yield name
+
+    for name in nodes:
+        yield from with_its_inputs(name)
 
 
 def _producers_of(stage: str, needed: Input, producers: Mapping[str, list[str]]) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def test_shards_without_an_index_block_the_plan_and_refuse_the_run(capsys, tmp_p
     arguments = ["data=webdataset", f"data.shards={tmp_path}"]
     assert main(["plan", *arguments]) == 0
     table = capsys.readouterr().out
-    assert table.count("blocked") == 8
+    assert table.count("blocked") == 9
     assert "unclip shards index" in table
     message = refusal(capsys, "run", *arguments)
     assert f"stage prepare is blocked: {tmp_path} has no index" in message
@@ -178,7 +178,8 @@ def test_a_plan_shows_every_stage_with_action_reason_and_needs(capsys, tmp_path:
     out = capsys.readouterr().out
     assert "plan of run smoke" in out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert ", ".join(row[0] for row in rows) == "prepare, clip, embed, prior, decoder, upsampler, evaluate, export"
+    stages = "prepare, clip, embed, prior, decoder, upsampler, judge_clip, judge, evaluate, export"
+    assert ", ".join(row[0] for row in rows) == stages
     assert {row[1] for row in rows} == {"run"}
     assert {row[2] for row in rows} == {"new"}
     assert rows[3][3] == "prepare, clip, embed"
