@@ -53,7 +53,7 @@ def clip_identity(settings: ClipSettings, stage: str = "clip") -> dict[str, Any]
 CATALOG = Catalog(
     stages={
         "prepare": StageDeclaration(
-            version=1, settings=PrepareSettings, run="stages.prepare:run", output="data", identity=prepare_identity
+            version=2, settings=PrepareSettings, run="stages.prepare:run", output="data", identity=prepare_identity
         ),
         "clip": StageDeclaration(
             version=1,

@@ -37,8 +37,13 @@ def plan(*arguments: str) -> Plan:
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_composes_and_plans_under_a_name_of_its_own(path: Path):
-    assert plan(f"experiment={path.stem}").config.run.name != "demo"
+def test_every_experiment_composes_and_plans_under_a_name_of_its_own(path: Path, tmp_path: Path):
+    arguments = [f"experiment={path.stem}"]
+    if "/data: webdataset" in path.read_text(encoding="utf-8"):
+        write_tar(tmp_path / "shards" / "00000.tar")
+        assert main(["shards", "index", str(tmp_path / "shards")]) == 0
+        arguments.append(f"data.shards={tmp_path / 'shards'}")
+    assert plan(*arguments).config.run.name != "demo"
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
