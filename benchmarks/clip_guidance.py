@@ -1,0 +1,139 @@
+"""What CLIP guidance does: similarity to the caption, by a CLIP that did not guide, and attribute accuracy, against S.
+
+    python benchmarks/clip_guidance.py RUN --scales 0 30 100 300 --samples 128 --figure docs/clip_guidance.png
+
+The base pictures are judged: the upsampler neither guides nor is guided. Needs a run with both judges and a decoder that can
+load CLIP's image tower.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.draws import SampleDraws
+from pipeline.data.loader import rows_loader
+from pipeline.data.splits import Split
+from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.runs import read_run, run_artifacts
+from stages.attribute_accuracy import MEAN, AttributeAccuracy
+from stages.generation.decoder import DecoderOptions
+from stages.generation.text_to_image import TextToImage, chain_of_inputs
+from stages.metrics import Estimate
+from stages.models.captions import CaptionEncoder
+from stages.models.clip import ClipModel
+from stages.models.judge import Judge
+from stages.models.saved import load_clip, load_judge
+from stages.sources.scene_labels import labels
+
+CPU = torch.device("cpu")
+BATCH_SIZE = 64
+COLUMNS = ("S", "sim, own CLIP", "sim, other CLIP", "attributes, seen pairs", "attributes, unseen pairs")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What pictures of one scale are like; similarities are means over the seen and unseen captions."""
+
+    scale: float
+    own_similarity: float
+    other_similarity: float
+    seen: Estimate
+    unseen: Estimate
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """The run's networks, and those that measure."""
+
+    chain: TextToImage
+    images: CaptionedImages
+    judge: Judge
+    judge_clip: ClipModel
+
+
+def main() -> None:
+    """Sample at every scale, print the table, draw the figure."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("--scales", type=float, nargs="+", required=True)
+    parser.add_argument("--samples", type=int, default=128, help="captions of each kind of pairs")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"))
+    options = parser.parse_args()
+    artifacts = run_artifacts(options.outputs, read_run(options.outputs, options.run))
+    instruments = _instruments(artifacts)
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    rows = []
+    for scale in options.scales:
+        row = _measure(instruments, scale, options.samples)
+        rows.append(row)
+        accuracies = " | ".join(f"{each.value:.3f} ({each.low:.2f}-{each.high:.2f})" for each in (row.seen, row.unseen))
+        print(f"| {scale:g} | {row.own_similarity:.3f} | {row.other_similarity:.3f} | {accuracies} |", flush=True)
+    if options.figure:
+        _draw(rows, options.figure)
+
+
+def _instruments(artifacts: dict[str, Artifact]) -> Instruments:
+    kinds = ("clip", "prior", "decoder", "upsampler")
+    inputs = {kind: tuple(each for each in artifacts.values() if each.manifest.kind == kind) for kind in kinds}
+    return Instruments(
+        chain_of_inputs(inputs, CPU),
+        CaptionedImages(artifacts["prepare"].path, 64),
+        load_judge(artifacts["judge"]),
+        load_clip(artifacts["judge_clip"]).eval(),
+    )
+
+
+@torch.no_grad()
+def _measure(instruments: Instruments, scale: float, samples: int) -> Row:
+    chain, data = instruments.chain, instruments.images.data
+    assert chain.prior is not None, "the figure is of unCLIP"
+    accuracy = AttributeAccuracy()
+    own, other = [], []
+    for group, split in (("seen", Split.VALIDATION), ("unseen", Split.UNSEEN)):
+        rows = [row for row in data.samples_in(split) if labels(data.attributes(int(row)))][:samples]
+        for batch in rows_loader(instruments.images, np.array(rows), batch_size=BATCH_SIZE):
+            draws = SampleDraws(batch.sample_seed)
+            image_embed = chain.prior.sample(batch.caption, draws)
+            options = DecoderOptions(clip_guidance_scale=scale)
+            made = chain.decoder.sample(batch.caption, image_embed, draws, options)
+            own.append(_similarity(chain.clip, made, batch.caption))
+            other.append(_similarity(instruments.judge_clip, made, batch.caption))
+            truth = torch.tensor([labels(data.attributes(int(row))) for row in batch.sample])
+            accuracy.add(group, instruments.judge.read(made) == truth)
+    estimates = accuracy.estimates()
+    similarities = float(torch.cat(own).mean()), float(torch.cat(other).mean())
+    return Row(scale, *similarities, estimates["seen"][MEAN], estimates["unseen"][MEAN])
+
+
+def _similarity(clip: ClipModel, made: torch.Tensor, captions: tuple[str, ...]) -> torch.Tensor:
+    return F.cosine_similarity(clip.encode_image(made), CaptionEncoder(clip).encode(captions).embed)
+
+
+def _draw(rows: list[Row], path: Path) -> None:
+    scales = [row.scale for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    left.plot(scales, [row.own_similarity for row in rows], marker="o", label="the CLIP that guides")
+    left.plot(scales, [row.other_similarity for row in rows], marker="o", label="another CLIP")
+    left.set_ylabel("sim(picture, caption)")
+    for name in ("seen", "unseen"):
+        estimates: list[Estimate] = [getattr(row, name) for row in rows]
+        (line,) = right.plot(scales, [each.value for each in estimates], marker="o", label=f"{name} pairs")
+        low, high = [each.low for each in estimates], [each.high for each in estimates]
+        right.fill_between(scales, low, high, color=line.get_color(), alpha=0.15)
+    right.set_ylabel("attribute accuracy")
+    for axes in (left, right):
+        axes.set_xscale("symlog", linthresh=max(1.0, min(scale for scale in scales if scale > 0)))
+        axes.set_xlabel("CLIP guidance scale S")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
