@@ -78,7 +78,7 @@ CATALOG = Catalog(
             inputs=(Input("data"), Input("clip"), Input("embeddings")),
         ),
         "decoder": StageDeclaration(
-            version=2,
+            version=3,
             settings=DecoderSettings,
             run="stages.decoder:run",
             output="decoder",

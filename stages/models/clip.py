@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -25,6 +25,9 @@ from stages.settings import ClipNetworkSettings, ContrastiveLoss
 
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
+_CACHED_CAPTIONS = 65536
+"""Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
+
 MAX_LOGIT_SCALE = math.log(100.0)
 """The logarithm of the largest factor on the similarities (arXiv 2103.00020, section 2.5)."""
 
@@ -89,7 +92,8 @@ class ClipModel(nn.Module):
 
         Captions are cleaned as open_clip does: mended Unicode, HTML entities resolved, spaces collapsed, lower case.
         """
-        return _tokenizer()(captions, context_length=self.settings.context_length)
+        length = self.settings.context_length
+        return torch.tensor([_token_ids(caption, length) for caption in captions], dtype=torch.int64)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Embeddings float [B, E] of square pictures float [B, 3, S, S] in [-1, 1]; any S; differentiable.
@@ -103,21 +107,25 @@ class ClipModel(nn.Module):
         return self.network.encode_image(normalised)
 
     def encode_text(self, tokens: Tensor) -> TextEncoding:
-        """The encoding of token ids int64 [B, L] from `tokenize`."""
+        """The encoding of token ids int64 [B, L] from `tokenize`; L may be cut to the longest of these captions."""
         network = self.network
+        length = tokens.shape[1]
         # open_clip's own `encode_text` does not hand out the token states.
         transformer, token_embedding = cast(nn.Module, network.transformer), cast(nn.Module, network.token_embedding)
-        hidden = transformer(token_embedding(tokens) + network.positional_embedding, attn_mask=network.attn_mask)
+        mask = cast(Tensor, network.attn_mask)[:length, :length]
+        hidden = transformer(token_embedding(tokens) + network.positional_embedding[:length], attn_mask=mask)
         hidden = cast(nn.Module, network.ln_final)(hidden)
         # The end-of-text token has the highest id of all.
         end = tokens.argmax(dim=-1)
         pooled = hidden[torch.arange(len(tokens), device=tokens.device), end]
-        mask = torch.arange(tokens.shape[1], device=tokens.device)[None, :] <= end[:, None]
+        mask = torch.arange(length, device=tokens.device)[None, :] <= end[:, None]
         return TextEncoding(embed=pooled @ cast(Tensor, network.text_projection), hidden=hidden, mask=mask)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Image and text embeddings, float [B, E] each: what the contrastive losses take."""
-        return self.encode_image(image), self.encode_text(tokens).embed
+        # In a causal transformer nothing depends on what follows the end-of-text token.
+        longest = int(tokens.argmax(dim=-1).max()) + 1
+        return self.encode_image(image), self.encode_text(tokens[:, :longest]).embed
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -297,6 +305,11 @@ def bpe_vocabulary() -> BpeVocabulary:
     ids = {special.get(number, token): number for token, number in tokenizer.encoder.items()}
     pairs = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     return BpeVocabulary(ids, [(left, right) for left, right in pairs])
+
+
+@lru_cache(maxsize=_CACHED_CAPTIONS)
+def _token_ids(caption: str, context_length: int) -> tuple[int, ...]:
+    return tuple(_tokenizer()([caption], context_length=context_length)[0].tolist())
 
 
 @cache

@@ -37,7 +37,7 @@ UNSEEN_PAIRS: frozenset[Pair] = frozenset(
 ALL_PAIRS: frozenset[Pair] = frozenset(product(Colour, Shape))
 SEEN_PAIRS: frozenset[Pair] = ALL_PAIRS - UNSEEN_PAIRS
 
-_FULL_CAPTION_SHARE = 0.75
+_FULL_CAPTION_SHARE = 0.9
 _OMISSION_PROBABILITY = 0.3
 _OPPOSITE = (
     (Position.LEFT, Position.RIGHT),

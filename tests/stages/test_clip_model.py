@@ -299,3 +299,9 @@ def test_the_position_gain_scales_both_positional_embeddings_and_nothing_else():
     for name, weight in plain.items():
         gain = 3.0 if name.endswith("positional_embedding") else 1.0
         torch.testing.assert_close(scaled[name], gain * weight)
+
+
+def test_training_cuts_the_captions_to_the_longest_and_gives_the_same_embeddings(model):
+    tokens = model.tokenize(["a ring", "a red circle"])
+    assert int((tokens > 0).sum(1).max()) < tokens.shape[1]
+    torch.testing.assert_close(model(torch.zeros(2, 3, 16, 16), tokens)[1], model.encode_text(tokens).embed)
