@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import run_until
 
 from pipeline.workflow.artifacts import Artifact
@@ -98,6 +99,12 @@ def test_evaluate_reports_every_attribute_for_seen_and_unseen_pairs_at_both_reso
     assert len(table.splitlines()) == 2 + 8
 
 
+def test_evaluate_draws_a_grid_of_validation_captions(evaluation: Artifact):
+    assert evaluation.numbers == {"samples": 6 + 2 * 4}
+    with Image.open(evaluation.path / "grid.png") as grid:
+        assert grid.size[0] >= 4 * 3 * 64
+
+
 def test_evaluate_measures_each_network_by_itself(evaluation: Artifact):
     metrics = evaluation.manifest.metrics
     assert {"clip/R@1/all", "prior/to_image", "prior/to_other_image", "prior/to_caption"} <= metrics.keys()
@@ -107,6 +114,7 @@ def test_evaluate_measures_each_network_by_itself(evaluation: Artifact):
 
 def test_a_clip_that_trained_nothing_judges_too(evaluation: Artifact):
     metrics = evaluation.manifest.metrics
+    assert {"sample_to_caption", "real_to_caption", "sample_to_real", "sample_R@1/all"} <= metrics.keys()
     assert metrics["judge_clip/sample_to_caption"] != metrics["sample_to_caption"]
     assert metrics["judge_clip/frechet"] > 0
     assert metrics["judge_clip/frechet_of_real"] > 0
