@@ -2,8 +2,7 @@
 
     python benchmarks/clip_guidance.py RUN --scales 0 30 100 300 --samples 128 --figure docs/clip_guidance.png
 
-The base pictures are judged: the upsampler neither guides nor is guided. Needs a run with both judges and a decoder that can
-load CLIP's image tower.
+The base pictures are judged: the upsampler neither guides nor is guided. Needs a run with both judges.
 """
 
 import argparse

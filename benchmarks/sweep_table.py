@@ -1,12 +1,13 @@
-"""A sweep's members by their overrides, averaged over seeds, as a Markdown table.
+"""The members of sweeps by their overrides, averaged over seeds, as a Markdown table.
 
-    python benchmarks/sweep_table.py SWEEP [--metric NAME=HEADING ...] [--outputs DIR]
+    python benchmarks/sweep_table.py SWEEP ... [--metric NAME=HEADING ...] [--outputs DIR]
 
 The figures are those of the artifacts of `evaluate`; the cost is the time of the stage `decoder`.
 """
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,12 +29,12 @@ SEED = "seed="
 def main() -> None:
     """Read the sweep's runs and print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("sweep")
+    parser.add_argument("sweeps", nargs="+", metavar="sweep")
     parser.add_argument("--metric", action="append", help="NAME=HEADING, once for each column")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     options = parser.parse_args()
     columns = dict(each.split("=", 1) for each in options.metric or METRICS)
-    groups = _members(options.outputs, options.sweep)
+    groups = _members(options.outputs, options.sweeps)
     print(f"| setting | runs | {' | '.join(columns.values())} | decoder, s |")
     print(f"|---|---|{'---|' * (len(columns) + 1)}")
     for setting in sorted(groups):
@@ -43,13 +44,13 @@ def main() -> None:
         print(f"| {setting} | {len(members)} | {' | '.join(cells)} | {seconds:.0f} |")
 
 
-def _members(outputs: Path, sweep: str) -> dict[str, list[dict[str, Artifact]]]:
+def _members(outputs: Path, sweeps: Sequence[str]) -> dict[str, list[dict[str, Artifact]]]:
     """The finished members' artifacts, by their overrides without the seed and without what all have in common."""
     found: list[tuple[list[str], dict[str, Artifact]]] = []
     for name in run_names(outputs):
         record = read_run(outputs, name)
         artifacts = run_artifacts(outputs, record)
-        if record.group == sweep and "evaluate" in artifacts:
+        if record.group in sweeps and "evaluate" in artifacts:
             found.append((record.overrides, artifacts))
     common = set.intersection(*(set(overrides) for overrides, _ in found)) if found else set()
     groups: dict[str, list[dict[str, Artifact]]] = defaultdict(list)

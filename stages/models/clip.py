@@ -113,7 +113,8 @@ class ClipModel(nn.Module):
         # open_clip's own `encode_text` does not hand out the token states.
         transformer, token_embedding = cast(nn.Module, network.transformer), cast(nn.Module, network.token_embedding)
         mask = cast(Tensor, network.attn_mask)[:length, :length]
-        hidden = transformer(token_embedding(tokens) + network.positional_embedding[:length], attn_mask=mask)
+        position = cast(Tensor, network.positional_embedding)[:length]
+        hidden = transformer(token_embedding(tokens) + position, attn_mask=mask)
         hidden = cast(nn.Module, network.ln_final)(hidden)
         # The end-of-text token has the highest id of all.
         end = tokens.argmax(dim=-1)
