@@ -25,10 +25,8 @@ class AttributeAccuracy:
         return {group: _estimates(torch.cat(found)) for group, found in self._right.items()}
 
     def metrics(self) -> dict[str, float]:
-        """`<group>/<attribute>`, and `_low` and `_high` of their 95 % intervals; the means come first."""
+        """`<group>/<attribute>`, and `_low` and `_high` of their 95 % intervals."""
         flat: dict[str, float] = {}
-        for group, estimates in self.estimates().items():
-            flat[f"{group}/{MEAN}"] = estimates[MEAN].value
         for group, estimates in self.estimates().items():
             for name, estimate in estimates.items():
                 flat[f"{group}/{name}"] = estimate.value

@@ -16,7 +16,7 @@ from pipeline.data.loader import rows_loader
 from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
-from stages.attribute_accuracy import AttributeAccuracy
+from stages.attribute_accuracy import MEAN, AttributeAccuracy
 from stages.generation.grid import captioned_grid, to_pil
 from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_of_inputs
 from stages.metrics import frechet_distance, peak_signal_to_noise, retrieval_recall
@@ -80,7 +80,9 @@ class Evaluation:
                 for name, picture in pictures.items():
                     accuracy.add(f"{group}/{name}", judge.read(picture).cpu() == truth)
         (self._context.output / "attributes.md").write_text(accuracy.table(), encoding="utf-8")
-        return accuracy.metrics()
+        metrics = accuracy.metrics()
+        most_telling = [f"{group}/{name}/{MEAN}" for name in ("final", "base") for group in self._judged_rows]
+        return {name: metrics[name] for name in most_telling} | metrics
 
     def samples(self) -> dict[str, float]:
         """Pictures from validation captions beside the real ones: cosines, retrieval, Fréchet distance; the grid."""
