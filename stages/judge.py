@@ -13,7 +13,7 @@ from pipeline.data.draws import SampleDraws
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
 from pipeline.data.write import SourceSample
-from pipeline.training.context import StageContext, StageResult
+from pipeline.training.context import StageContext, StageResult, process_rank
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
 from stages.models.judge import Judge, build_judge
@@ -26,9 +26,9 @@ from stages.sources.scene_labels import CLASSES, judge_samples, labels
 def run(context: StageContext) -> StageResult:
     """Draw single objects of all pairs, train on them, and say how often the judge is right about held-out ones."""
     settings = context.settings_as(JudgeSettings)
-    data = context.work / "data"
-    if context.is_first_process:
-        make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
+    # Each process draws the same ones for itself: nothing tells the others when the first one's are complete.
+    data = context.work / f"data-of-process-{process_rank()}"
+    make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
     judge = build_judge(settings)
     result = fit(context, JudgeModule(judge, settings, _labels_of_rows(images)), images)
