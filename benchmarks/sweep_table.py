@@ -23,7 +23,7 @@ METRICS = (
     "sample_to_caption=the same, own CLIP",
     "judge_clip/frechet=Fréchet, other CLIP",
 )
-SEED = "seed="
+NOT_A_SETTING = ("seed=", "run.name=")
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def _members(outputs: Path, sweeps: Sequence[str]) -> dict[str, list[dict[str, A
     common = set.intersection(*(set(overrides) for overrides, _ in found)) if found else set()
     groups: dict[str, list[dict[str, Artifact]]] = defaultdict(list)
     for overrides, artifacts in found:
-        own = [each for each in overrides if each not in common and not each.startswith(SEED)]
+        own = [each for each in overrides if each not in common and not each.startswith(NOT_A_SETTING)]
         groups[", ".join(own)].append(artifacts)
     return groups
 
