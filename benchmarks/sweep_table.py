@@ -46,15 +46,15 @@ def main() -> None:
 
 def _members(outputs: Path, sweeps: Sequence[str]) -> dict[str, list[dict[str, Artifact]]]:
     """The finished members' artifacts, by their overrides without the seed and without what all have in common."""
-    found: list[tuple[list[str], dict[str, Artifact]]] = []
+    found: dict[str, tuple[list[str], dict[str, Artifact]]] = {}  # by fingerprint: two sweeps may share a member
     for name in run_names(outputs):
         record = read_run(outputs, name)
         artifacts = run_artifacts(outputs, record)
         if record.group in sweeps and "evaluate" in artifacts:
-            found.append((record.overrides, artifacts))
-    common = set.intersection(*(set(overrides) for overrides, _ in found)) if found else set()
+            found[artifacts["evaluate"].manifest.fingerprint] = record.overrides, artifacts
+    common = set.intersection(*(set(overrides) for overrides, _ in found.values())) if found else set()
     groups: dict[str, list[dict[str, Artifact]]] = defaultdict(list)
-    for overrides, artifacts in found:
+    for overrides, artifacts in found.values():
         own = [each for each in overrides if each not in common and not each.startswith(NOT_A_SETTING)]
         groups[", ".join(own)].append(artifacts)
     return groups
