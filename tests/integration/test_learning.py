@@ -10,6 +10,7 @@ SHORT = [
     "run.name=short",
     "tracking=none",
     "trainer.accelerator=cpu",
+    "trainer.cpu_threads=1",  # two threads stall each other where something else wants a core
     "data.samples=3000",
     "data.unseen_samples=64",
     "stage.clip.max_samples=30720",
