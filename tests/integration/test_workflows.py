@@ -22,6 +22,8 @@ DECODER_STEPS = 60
 
 COMMON = [
     "experiment=smoke",
+    "~stage.judge",  # the judges have tests of their own
+    "~stage.judge_clip",
     "trainer.accelerator=cpu",
     "trainer.cpu_threads=1",
     "data.samples=64",
