@@ -23,6 +23,8 @@ class AdamWithEma(AdamW):
 
     def __init__(self, parameters: Iterable[Any], *, ema_decay: float, **options: Any) -> None:
         super().__init__(parameters, fused=True, **options)
+        # Lightning clips no gradients for an optimiser that unscales them in its own kernel: leave that to the scaler.
+        self._step_supports_amp_scaling = False
         self.ema_decay = ema_decay
 
     @torch.no_grad()
