@@ -10,25 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import rows_loader
-from pipeline.data.splits import Split
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.runs import read_run, run_artifacts
-from stages.attribute_accuracy import MEAN, AttributeAccuracy
+from stages.attribute_accuracy import MEAN, AttributeAccuracy, judged_rows, true_labels
 from stages.generation.decoder import DecoderOptions
-from stages.generation.text_to_image import TextToImage, chain_of_inputs
+from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
 from stages.metrics import Estimate
 from stages.models.captions import CaptionEncoder
 from stages.models.clip import ClipModel
 from stages.models.judge import Judge
 from stages.models.saved import load_clip, load_judge
-from stages.sources.scene_labels import labels
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 64
@@ -79,33 +76,29 @@ def main() -> None:
 
 
 def _instruments(artifacts: dict[str, Artifact]) -> Instruments:
-    kinds = ("clip", "prior", "decoder", "upsampler")
-    inputs = {kind: tuple(each for each in artifacts.values() if each.manifest.kind == kind) for kind in kinds}
     return Instruments(
-        chain_of_inputs(inputs, CPU),
+        chain_of_inputs(inputs_by_kind(artifacts.values()), CPU),
         CaptionedImages(artifacts["prepare"].path, 64),
         load_judge(artifacts["judge"]),
-        load_clip(artifacts["judge_clip"]).eval(),
+        load_clip(artifacts["judge_clip"]),
     )
 
 
 @torch.no_grad()
 def _measure(instruments: Instruments, scale: float, samples: int) -> Row:
-    chain, data = instruments.chain, instruments.images.data
+    chain, images = instruments.chain, instruments.images
     assert chain.prior is not None, "the figure is of unCLIP"
     accuracy = AttributeAccuracy()
     own, other = [], []
-    for group, split in (("seen", Split.VALIDATION), ("unseen", Split.UNSEEN)):
-        rows = [row for row in data.samples_in(split) if labels(data.attributes(int(row)))][:samples]
-        for batch in rows_loader(instruments.images, np.array(rows), batch_size=BATCH_SIZE):
+    for group, rows in judged_rows(images, samples).items():
+        for batch in rows_loader(images, rows, batch_size=BATCH_SIZE):
             draws = SampleDraws(batch.sample_seed)
             image_embed = chain.prior.sample(batch.caption, draws)
             options = DecoderOptions(clip_guidance_scale=scale)
             made = chain.decoder.sample(batch.caption, image_embed, draws, options)
             own.append(_similarity(chain.clip, made, batch.caption))
             other.append(_similarity(instruments.judge_clip, made, batch.caption))
-            truth = torch.tensor([labels(data.attributes(int(row))) for row in batch.sample])
-            accuracy.add(group, instruments.judge.read(made) == truth)
+            accuracy.add(group, instruments.judge.read(made) == true_labels(images, batch.sample.tolist()))
     estimates = accuracy.estimates()
     similarities = float(torch.cat(own).mean()), float(torch.cat(other).mean())
     return Row(scale, *similarities, estimates["seen"][MEAN], estimates["unseen"][MEAN])

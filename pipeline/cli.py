@@ -20,6 +20,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why
   unclip status [RUN]                 where a run's stages stand
   unclip shards index PATH            index WebDataset shards for data=webdataset
+  unclip shards check PATH            read and decode all of them, and say what cannot be used
 {registered}
 `unclip run --help` lists the config groups, `unclip run --cfg job` prints the composed config.
 `unclip COMMAND --help` says more of a command.

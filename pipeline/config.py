@@ -37,6 +37,13 @@ class DecayKind(StrEnum):
     LINEAR = "linear"
 
 
+class NonFinite(StrEnum):
+    """What a stage does about a step whose loss or gradient is not finite."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
 class OptimizerSettings(Settings):
     """AdamW with warm-up and decay on the `samples_seen` axis, and an exponential moving average of the weights.
 
@@ -52,6 +59,7 @@ class OptimizerSettings(Settings):
     epsilon: PositiveFloat
     weight_decay: NotNegativeFloat
     gradient_clip_norm: PositiveFloat | None
+    non_finite: NonFinite
     ema_decay: Fraction
 
 
@@ -80,6 +88,7 @@ class TrainerSettings(Settings):
     """How a stage runs on its devices. Only `precision` changes what it makes.
 
     `micro_batch_size` is the most samples that one device takes at once; null means its whole share of the batch.
+    `lease_s` is how many seconds a process may give no sign of life before another takes its stage over.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"]
@@ -96,6 +105,8 @@ class TrainerSettings(Settings):
     checkpoint_every_samples: Positive | None
     checkpoint_every_min: PositiveFloat
     keep_checkpoints: Positive
+    max_faulty_share: Fraction
+    lease_s: PositiveFloat
 
 
 class TrackingMode(StrEnum):

@@ -1,13 +1,40 @@
 """Attribute accuracy: how often a judge reads off a picture what its caption asked for."""
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.splits import Split
 from stages.metrics import Estimate, mean_of_shares, proportion
-from stages.sources.scene_labels import CLASSES
+from stages.sources.scene_labels import CLASSES, labels
 
 MEAN = "mean"
 ALL_RIGHT = "all_right"
+SPLIT_OF_GROUP = {"seen": Split.VALIDATION, "unseen": Split.UNSEEN}
+"""Held-out pictures by whether training showed their pair of colour and shape."""
+
+
+def judged_rows(images: CaptionedImages, samples: int) -> dict[str, NDArray[np.int64]]:
+    """The first `samples` rows of each group that can be judged: one object, of which the caption says everything."""
+    found: dict[str, list[int]] = {group: [] for group in SPLIT_OF_GROUP}
+    for group, split in SPLIT_OF_GROUP.items():
+        for row in images.data.samples_in(split):
+            if len(found[group]) == samples:
+                break
+            if labels(images.data.attributes(int(row))) is not None:
+                found[group].append(int(row))
+    return {group: np.array(rows, np.int64) for group, rows in found.items() if rows}
+
+
+def true_labels(images: CaptionedImages, rows: Iterable[int]) -> Tensor:
+    """The classes of every row's picture, int64 [N, A] in the order of `CLASSES`; each row must be one to judge."""
+    found = [labels(images.data.attributes(int(row))) for row in rows]
+    assert all(each is not None for each in found), "only pictures of one object, fully described, are judged"
+    return torch.tensor(found)
 
 
 class AttributeAccuracy:

@@ -16,7 +16,7 @@ from pipeline.data.loader import rows_loader
 from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
-from stages.attribute_accuracy import MEAN, AttributeAccuracy
+from stages.attribute_accuracy import MEAN, AttributeAccuracy, judged_rows, true_labels
 from stages.generation.grid import captioned_grid, to_pil
 from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_of_inputs
 from stages.metrics import frechet_distance, peak_signal_to_noise, retrieval_recall
@@ -25,10 +25,8 @@ from stages.models.clip import ClipModel
 from stages.models.saved import load_clip, load_judge
 from stages.models.upsampler import upsample_condition
 from stages.settings import EvaluateSettings
-from stages.sources.scene_labels import labels
 
 GRID_COLUMNS = 4
-JUDGED_SPLITS = {"seen": Split.VALIDATION, "unseen": Split.UNSEEN}
 
 
 @torch.no_grad()
@@ -56,7 +54,8 @@ class Evaluation:
         self._settings = settings
         self._chain = chain
         self._images = images
-        self._judged_rows = self._rows_to_judge() if context.optional_input("judge") else {}
+        is_judged = context.optional_input("judge") is not None
+        self._judged_rows = judged_rows(images, settings.judged_samples) if is_judged else {}
         self._sampled_rows = _spread(images.data.samples_in(Split.VALIDATION), settings.samples)
         self._to_make = len(self._sampled_rows) + sum(map(len, self._judged_rows.values()))
 
@@ -69,7 +68,7 @@ class Evaluation:
         accuracy = AttributeAccuracy()
         for group, rows in self._judged_rows.items():
             for batch, generated in self._generated(rows, f"{group} pairs for the judge"):
-                truth = torch.tensor([labels(self._images.data.attributes(int(row))) for row in batch.sample])
+                truth = true_labels(self._images, batch.sample.tolist())
                 real = batch.image_signed()
                 pictures = {
                     "base": generated.base,
@@ -88,22 +87,20 @@ class Evaluation:
         """Pictures from validation captions beside the real ones: cosines, retrieval, Fréchet distance; the grid."""
         own = Similarities(self._chain.clip)
         judge_clip = self._context.optional_input("judge_clip")
-        foreign = Similarities(load_clip(judge_clip).to(self._chain.device).eval()) if judge_clip else None
-        embeds, text_embeds, real_embeds, cells, captions = [], [], [], [], []
+        foreign = Similarities(load_clip(judge_clip, device=self._chain.device)) if judge_clip else None
+        embeds, cells, captions = [], [], []
         for batch, generated in self._generated(self._sampled_rows, "validation captions"):
             real = batch.image_signed()
             for similarities in (own, foreign):
                 if similarities is not None:
                     similarities.add(batch.caption, real, generated.final)
             embeds.append(generated.image_embed.float())
-            text_embeds.append(CaptionEncoder(self._chain.clip).encode(batch.caption).embed.float())
-            real_embeds.append(self._chain.clip.encode_image(real).float())
             cells += _cells(real, generated)
             captions += batch.caption
         self._draw_grid(cells, captions)
         metrics = own.metrics(self._settings.retrieval_pool)
         if self._chain.prior is not None:
-            metrics |= _prior_health(torch.cat(embeds), torch.cat(real_embeds), torch.cat(text_embeds))
+            metrics |= own.of_prior(torch.cat(embeds))
         if foreign is not None:
             of_foreign = foreign.metrics(self._settings.retrieval_pool) | foreign.frechet()
             metrics |= {f"judge_clip/{name}": value for name, value in of_foreign.items()}
@@ -129,31 +126,18 @@ class Evaluation:
         """PSNR of real pictures, reduced and enlarged again: by the upsamplers, and by plain bicubic interpolation."""
         if not self._chain.upsamplers:
             return {}
-        drawn, bicubic = [], []
+        drawn = bicubic = 0.0
         for batch in self._batches(self._sampled_rows):
             real = batch.image_signed()
             low = upsample_condition(real, self._chain.upsamplers[0].settings.low_size)
             enlarged = low
             for upsampler in self._chain.upsamplers:
                 enlarged = upsampler.sample(enlarged, SampleDraws(batch.sample_seed))
-            drawn += [peak_signal_to_noise(a[None], b[None]) for a, b in zip(enlarged, real, strict=True)]
-            plain = upsample_condition(low, real.shape[-1])
-            bicubic += [peak_signal_to_noise(a[None], b[None]) for a, b in zip(plain, real, strict=True)]
+            share = len(batch) / len(self._sampled_rows)
+            drawn += share * peak_signal_to_noise(enlarged, real)
+            bicubic += share * peak_signal_to_noise(upsample_condition(low, real.shape[-1]), real)
             self._context.step(self.made, self._to_make, "upsampling")
-        return {"upsampler/psnr_db": float(np.mean(drawn)), "upsampler/psnr_bicubic_db": float(np.mean(bicubic))}
-
-    def _rows_to_judge(self) -> dict[str, NDArray[np.int64]]:
-        """Rows of fully described single objects, by whether their pairs were seen in training."""
-        data = self._images.data
-        found: dict[str, list[int]] = {}
-        for group, split in JUDGED_SPLITS.items():
-            found[group] = []
-            for row in data.samples_in(split):
-                if len(found[group]) == self._settings.judged_samples:
-                    break
-                if labels(data.attributes(int(row))) is not None:
-                    found[group].append(int(row))
-        return {group: np.array(rows, np.int64) for group, rows in found.items() if rows}
+        return {"upsampler/psnr_db": drawn, "upsampler/psnr_bicubic_db": bicubic}
 
     def _generated(self, rows: NDArray[np.int64], activity: str) -> Iterator[tuple[ImageBatch, Generated]]:
         for batch in self._batches(rows):
@@ -201,6 +185,16 @@ class Similarities:
             **{f"sample_{name}": value for name, value in retrieval_recall(made, text, pool).items()},
         }
 
+    def of_prior(self, sampled: Tensor) -> dict[str, float]:
+        """Mean cosines of the prior's embeddings float [N, E] to the true image's, another image's, the caption's."""
+        real, text = torch.cat(self._real), torch.cat(self._text)
+        return {
+            "prior/to_image": float(F.cosine_similarity(sampled, real).mean()),
+            "prior/to_other_image": float(F.cosine_similarity(sampled, real.roll(1, 0)).mean()),
+            "prior/to_caption": float(F.cosine_similarity(sampled, text).mean()),
+            "prior/caption_to_image": float((text * real).sum(1).mean()),
+        }
+
     def frechet(self) -> dict[str, float]:
         """Fréchet distance of half of the made pictures from the other half's real ones, and of the real halves.
 
@@ -213,16 +207,6 @@ class Similarities:
             "frechet": frechet_distance(made[::2], real[1::2]),
             "frechet_of_real": frechet_distance(real[::2], real[1::2]),
         }
-
-
-def _prior_health(sampled: Tensor, real: Tensor, text: Tensor) -> dict[str, float]:
-    """Mean cosines of the prior's embeddings [N, E] to the true image embedding, an unrelated one, and the text's."""
-    return {
-        "prior/to_image": float(F.cosine_similarity(sampled, real).mean()),
-        "prior/to_other_image": float(F.cosine_similarity(sampled, real.roll(1, 0)).mean()),
-        "prior/to_caption": float(F.cosine_similarity(sampled, text).mean()),
-        "prior/caption_to_image": float(F.cosine_similarity(text, real).mean()),
-    }
 
 
 def _spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:

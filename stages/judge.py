@@ -16,11 +16,12 @@ from pipeline.data.write import SourceSample
 from pipeline.training.context import StageContext, StageResult, process_rank
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
+from stages.attribute_accuracy import true_labels
 from stages.models.judge import Judge, build_judge
 from stages.models.saved import save_weights
 from stages.models.upsampler import upsample_condition
 from stages.settings import JudgeDataSettings, JudgeSettings
-from stages.sources.scene_labels import CLASSES, judge_samples, labels
+from stages.sources.scene_labels import CLASSES, judge_samples
 
 
 def run(context: StageContext) -> StageResult:
@@ -31,7 +32,7 @@ def run(context: StageContext) -> StageResult:
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
     judge = build_judge(settings)
-    result = fit(context, JudgeModule(judge, settings, _labels_of_rows(images)), images)
+    result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
     if context.is_first_process:
         save_weights(judge, context.output)
     return StageResult({"attributes": list(CLASSES)}, result.metrics, result.samples_seen)
@@ -41,13 +42,6 @@ def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple
     for number, made in enumerate(judge_samples(settings), 1):
         context.step(number, 0, f"{number:,} pictures made")
         yield made
-
-
-def _labels_of_rows(images: CaptionedImages) -> Tensor:
-    """The classes of every row's picture, int64 [N, A]."""
-    found = [labels(images.data.attributes(row)) for row in range(len(images))]
-    assert all(each is not None for each in found), "a judge's pictures have one object, fully described"
-    return torch.tensor(found)
 
 
 class JudgeModule(StageModule):

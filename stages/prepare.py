@@ -20,7 +20,14 @@ def run(context: StageContext) -> StageResult:
     match data:
         case WebDatasetSettings():
             index, splits, root = webdataset.take_in(data, data.cache_dir)
-            write_prepared(context.output, index=index, splits=splits, shards_root=root, cache_dir=data.cache_dir)
+            write_prepared(
+                context.output,
+                index=index,
+                splits=splits,
+                shards_root=root,
+                cache_dir=data.cache_dir,
+                cache_bytes=webdataset.cache_bytes(data, index),
+            )
         case ScenesSettings() | EmojiSettings():
             index, splits = make_prepared(context.output, _made(context, data), data.shard_samples)
     counts = {split.value: int((splits == split.code).sum()) for split in Split}

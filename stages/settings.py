@@ -92,13 +92,14 @@ class EmojiSettings(SourceSettings):
 class WebDatasetSettings(SourceSettings):
     """The user's own shards: a directory, a brace pattern, or URLs, as img2dataset writes them.
 
-    Remote shards are kept in `cache_dir` once they were read.
+    Remote shards are kept in `cache_dir` once they were read, at most `cache_gib` of them.
     """
 
     source: Literal["webdataset"]
     shards: str | tuple[str, ...]
     allow_shell_urls: Annotated[bool, RUNTIME]
     cache_dir: Annotated[Path, RUNTIME]
+    cache_gib: Annotated[PositiveFloat | None, RUNTIME]
 
 
 DataSettings = Annotated[ScenesSettings | EmojiSettings | WebDatasetSettings, Field(discriminator="source")]

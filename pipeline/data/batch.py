@@ -1,9 +1,12 @@
 """The batch that every stage reads."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from pipeline.data.decode import DecodeFault
 
 
 @dataclass(frozen=True, eq=False)
@@ -11,13 +14,14 @@ class ImageBatch:
     """Captioned pictures, B of them, S pixels wide and high.
 
     `sample` is the row in the index. `sample_seed` is the seed of what the sample draws in this epoch (see
-    `SampleDraws`).
+    `SampleDraws`). `faults` counts the samples that are shown in the place of one that cannot be used.
     """
 
     image: Tensor  # uint8 [B, 3, S, S], RGB
     caption: tuple[str, ...]  # B captions
     sample: Tensor  # int64 [B]
     sample_seed: Tensor  # int64 [B]
+    faults: Mapping[DecodeFault, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.caption)

@@ -1,6 +1,7 @@
 """Captioned pictures by row: read, decoded, squared; kept in memory where they fit."""
 
 import mmap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,20 +61,25 @@ class CaptionedImages(Dataset[ImageBatch]):
         shape = (len(requests), 3, self.image_size, self.image_size)
         image = torch.empty(shape, dtype=torch.uint8)
         rows, captions = [], []
+        faults: Counter[DecodeFault] = Counter()
         for place, request in zip(image.numpy(), requests, strict=True):
             row = self._show(request.sample, place, captions)
             rows.append(row)
+            if row != request.sample:
+                faults[self._fault_of(request.sample)] += 1
         return ImageBatch(
             image=image,
             caption=tuple(captions),
             sample=torch.tensor(rows, dtype=torch.int64),
             sample_seed=torch.tensor([request.sample_seed for request in requests], dtype=torch.int64),
+            faults=dict(faults),
         )
 
-    def faults(self) -> dict[DecodeFault, int]:
-        """Samples found unusable so far, by reason; loader workers' finds are included."""
-        counts = np.bincount(self._status, minlength=_FIRST_FAULT + len(_FAULTS))[_FIRST_FAULT:]
-        return {fault: int(count) for fault, count in zip(_FAULTS, counts, strict=True) if count}
+    def faulty_by_shard(self) -> dict[str, int]:
+        """Samples found unusable so far, by the name of their shard; those that forked loader workers found too."""
+        index = self.data.index
+        shards, counts = np.unique(index.shard[self._status >= _FIRST_FAULT], return_counts=True)
+        return {index.shards[shard].name: int(count) for shard, count in zip(shards, counts, strict=True)}
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker gets no cache: shared memory is inherited, not sent.
@@ -99,10 +105,13 @@ class CaptionedImages(Dataset[ImageBatch]):
             "its split cannot be decoded; replace that shard and run `unclip shards index` on it"
         )
 
+    def _fault_of(self, row: int) -> DecodeFault:
+        return _FAULTS[self._status[row] - _FIRST_FAULT]
+
     def _read(self, row: int, place: NDArray[np.uint8]) -> str:
         status = self._status[row]
         if status >= _FIRST_FAULT:
-            raise DecodeError(_FAULTS[status - _FIRST_FAULT])
+            raise DecodeError(self._fault_of(row))
         caption = self.data.caption(row)
         if self._pictures is not None and status == _GOOD:
             place[:] = self._pictures[row]

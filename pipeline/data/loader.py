@@ -12,6 +12,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, SampleRequest
 from pipeline.data.mixing import sample_seed
 from pipeline.data.order import GlobalBatches
+from pipeline.data.prefetch import ShardPrefetch
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
 
@@ -37,6 +38,7 @@ class RankBatches(Sampler[list[SampleRequest]]):
         world_size: int,
         first_batch: int,
         batches: int,
+        prefetch: ShardPrefetch | None = None,
     ) -> None:
         if global_batch_size % world_size:
             raise UserError(
@@ -50,6 +52,7 @@ class RankBatches(Sampler[list[SampleRequest]]):
         self._rank = rank
         self._first_batch = first_batch
         self._batches = batches
+        self._prefetch = prefetch
 
     def __len__(self) -> int:
         return self._batches * -(-self._share // self._micro_batch_size)
@@ -57,6 +60,9 @@ class RankBatches(Sampler[list[SampleRequest]]):
     def __iter__(self) -> Iterator[list[SampleRequest]]:
         mine = slice(self._rank * self._share, (self._rank + 1) * self._share)
         for k in range(self._first_batch, self._batches):
+            if self._prefetch is not None:
+                here, following = self._order.shards_after(k)
+                self._prefetch.want([*here, *following])
             epoch, sample = self._order.batch(k)
             seeds = sample_seed(self._seed, epoch, sample)
             requests = list(map(SampleRequest, sample[mine].tolist(), seeds[mine].tolist()))
@@ -87,6 +93,7 @@ def training_loader(
     rows = images.data.samples_in(split)
     if len(rows) == 0:
         raise UserError(f"the split {split} has no samples; change data.validation_fraction or add samples")
+    prefetch = ShardPrefetch(images.data.reader)
     batch_sampler = RankBatches(
         GlobalBatches(rows, images.data.index.shard, seed, global_batch_size),
         seed=seed,
@@ -96,6 +103,7 @@ def training_loader(
         world_size=world_size,
         first_batch=first_batch,
         batches=batches,
+        prefetch=prefetch if prefetch.is_needed else None,
     )
     return _loader(images, batch_sampler, workers)
 

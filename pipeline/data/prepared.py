@@ -50,9 +50,17 @@ class PreparedData:
 
 
 def write_prepared(
-    directory: Path, *, index: ShardIndex, splits: NDArray[np.uint8], shards_root: Path, cache_dir: Path | None = None
+    directory: Path,
+    *,
+    index: ShardIndex,
+    splits: NDArray[np.uint8],
+    shards_root: Path,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
 ) -> None:
-    """Write the artifact's files. `cache_dir` is where remote shards are kept (default: `cache` in the artifact).
+    """Write the artifact's files.
+
+    `cache_dir` is where remote shards are kept (default: `cache` in the artifact), at most `cache_bytes` of them.
 
     Raises:
         UserError: no sample is in the training split.
@@ -69,6 +77,7 @@ def write_prepared(
         "schema_version": SCHEMA_VERSION,
         "shards_root": _relative(shards_root, directory),
         "cache_dir": "cache" if cache_dir is None else _relative(cache_dir, directory),
+        "cache_bytes": cache_bytes,
         "samples": {split.value: int((splits == split.code).sum()) for split in Split},
     }
     (directory / _LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
@@ -85,6 +94,7 @@ def read_prepared(directory: Path) -> PreparedData:
         if layout["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema {layout['schema_version']}, this version reads {SCHEMA_VERSION}")
         root, cache_dir = directory / layout["shards_root"], directory / layout["cache_dir"]
+        cache_bytes = layout.get("cache_bytes")
         splits = np.load(directory / _SPLITS_FILE, allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} is no data artifact ({error}); delete it and run `prepare` again") from error
@@ -93,7 +103,7 @@ def read_prepared(directory: Path) -> PreparedData:
         raise UserError(
             f"{directory}: {len(splits)} splits for {len(index)} samples; delete it and run `prepare` again"
         )
-    return PreparedData(index=index, split_of_sample=splits, reader=SampleReader(index, root, cache_dir))
+    return PreparedData(index=index, split_of_sample=splits, reader=SampleReader(index, root, cache_dir, cache_bytes))
 
 
 def _relative(path: Path, directory: Path) -> str:

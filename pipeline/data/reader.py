@@ -13,6 +13,7 @@ from pipeline.data.shards import is_url, local_shard
 from pipeline.errors import UserError
 
 _MAX_OPEN_SHARDS = 128
+_OPEN_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,18 @@ class RawSample:
 
 
 class SampleReader:
-    """Reads the rows of an index whose local shards lie under `root`; remote ones are streamed to `cache_dir` once.
+    """Reads the rows of an index whose local shards lie under `root`; remote ones are streamed to `cache_dir`.
 
+    The cache keeps to `cache_bytes` where that is given.
     Files stay open, the last 128 of them. `pread` carries its own position, so that forked loader workers can share
     them; a pickled reader opens its own.
     """
 
-    def __init__(self, index: ShardIndex, root: Path, cache_dir: Path) -> None:
+    def __init__(self, index: ShardIndex, root: Path, cache_dir: Path, cache_bytes: int | None = None) -> None:
         self.index = index
         self.root = root
         self.cache_dir = cache_dir
+        self.cache_bytes = cache_bytes
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read(self, sample: int) -> RawSample:
@@ -70,6 +73,11 @@ class SampleReader:
             return None
         return content if isinstance(content, dict) else None
 
+    def fetch(self, shard: int) -> Path:
+        """A file with the shard's bytes, by its number in the index; streams a remote one that is not in the cache."""
+        name = self.index.shards[shard].name
+        return local_shard(name, self.cache_dir, self.cache_bytes) if is_url(name) else self.root / name
+
     def close(self) -> None:
         """Close the shards; the next read opens its own again."""
         while self._open:
@@ -91,13 +99,21 @@ class SampleReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        name = self.index.shards[shard].name
-        path = local_shard(name, self.cache_dir) if is_url(name) else self.root / name
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"data.shards: {path} cannot be opened ({error.strerror}); put the shard back") from error
+        descriptor = self._open_shard(shard)
         self._open[shard] = descriptor
         if len(self._open) > _MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
         return descriptor
+
+    def _open_shard(self, shard: int) -> int:
+        for attempt in range(_OPEN_ATTEMPTS):
+            path = self.fetch(shard)
+            try:
+                return os.open(path, os.O_RDONLY)
+            except OSError as error:
+                # A cached shard can be removed between being found and being opened.
+                if path.parent != self.cache_dir or attempt + 1 == _OPEN_ATTEMPTS:
+                    raise UserError(
+                        f"data.shards: {path} cannot be opened ({error.strerror}); put the shard back"
+                    ) from error
+        raise AssertionError("the last attempt returns or raises")

@@ -1,9 +1,12 @@
 """Names of shards: what `data.shards` may say, and where the bytes of a shard are found. Imports no torch."""
 
+import errno
+import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
@@ -21,6 +24,12 @@ REMOTE_SCHEMES = frozenset({"http", "https", "hf", "gs", "htgs", "ais", "sftp", 
 SHELL_SCHEMES = frozenset({"pipe"})
 """What webdataset's `gopen` hands to a shell."""
 
+READ_ATTEMPTS = 5
+FIRST_WAIT_S = 1.0
+"""Doubled before every further attempt at a remote shard."""
+
+_LOCK = ".lock"
+_PARTIAL = ".partial"
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -66,10 +75,12 @@ def shard_names(shards: Sequence[str], directory: Path) -> list[str]:
     ]
 
 
-def local_shard(shard: str, cache_dir: Path) -> Path:
+def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None) -> Path:
     """Give a file with the shard's bytes: a local shard as it is, a remote one from the cache, streamed there once.
 
     Several processes may ask for the same shard: one streams it, the others wait. A broken transfer leaves nothing.
+    Where the cache has grown past `cache_bytes`, the shards that were asked for the longest ago are removed; who has
+    one of them open goes on reading it.
 
     Raises:
         UserError: the remote shard cannot be read.
@@ -77,25 +88,72 @@ def local_shard(shard: str, cache_dir: Path) -> Path:
     if not is_url(shard):
         return Path(shard)
     cached = cache_dir / _cache_name(shard)
-    if cached.exists():
+    if _is_kept(cached):
         return cached
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cached.with_name(cached.name + ".lock")):
-        if not cached.exists():
+    with FileLock(cached.with_name(cached.name + _LOCK)):
+        if not _is_kept(cached):
             _stream(shard, cached)
+            if cache_bytes is not None:
+                _evict(cache_dir, cache_bytes, cached)
     return cached
 
 
+def _is_kept(cached: Path) -> bool:
+    try:
+        os.utime(cached)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _evict(cache_dir: Path, cache_bytes: int, newest: Path) -> None:
+    found = []
+    for path in cache_dir.iterdir():
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.suffix not in (_LOCK, _PARTIAL):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= cache_bytes:
+            return
+        if path != newest:
+            path.unlink(missing_ok=True)
+            total -= size
+
+
 def _stream(url: str, target: Path) -> None:
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+    retrying = Retrying(
+        stop=stop_after_attempt(READ_ATTEMPTS),
+        wait=wait_exponential(multiplier=FIRST_WAIT_S),
+        retry=retry_if_exception(lambda error: isinstance(error, OSError) and not _is_disk_full(error)),
+        reraise=True,
+    )
+    try:
+        retrying(_stream_once, url, target)
+    except (OSError, ValueError) as error:
+        if _is_disk_full(error):
+            raise
+        raise UserError(
+            f"data.shards: {url} cannot be read after {READ_ATTEMPTS} attempts ({error}); check the URL and the network"
+        ) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _stream_once(url: str, target: Path) -> None:
     from webdataset.gopen import gopen  # imports torch: only who reads a remote shard pays for it
 
-    partial = target.with_name(f"{target.name}.{uuid4().hex}.partial")
+    partial = target.with_name(f"{target.name}.{uuid4().hex}{_PARTIAL}")
     try:
         with gopen(url, "rb") as source, partial.open("wb") as copy:
             shutil.copyfileobj(source, copy, length=1 << 20)
         partial.replace(target)
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.shards: {url} cannot be read ({error}); check the URL and the network") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,8 +1,6 @@
-"""What happens at step boundaries: rows, validation, pictures, checkpoints, and stopping when asked to."""
+"""What happens at step boundaries: validation, pictures, checkpoints, and stopping when asked to."""
 
-import math
 import time
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +9,18 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrainerSettings
+from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.mixing import named_seed
 from pipeline.data.splits import Split
-from pipeline.errors import StageInterrupted, UserError
+from pipeline.errors import StageInterrupted
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.context import StageContext
-from pipeline.training.module import LOSS, StageModule
-from pipeline.workflow.progress import Phase
+from pipeline.training.module import StageModule
+from pipeline.training.ranks import any_of_all_ranks
+from pipeline.workflow.ownership import StageLost
 
-RATE_SMOOTHING = 0.9
 SAMPLES = "samples"
 
 
@@ -38,12 +37,12 @@ class StepBoundary(pl.Callback):
     ) -> None:
         """Lightning's hook; calls `on_step` when an optimiser step was just taken."""
         assert isinstance(pl_module, StageModule)
-        self.on_micro_batch(outputs)
+        self.on_micro_batch(outputs, batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step(trainer, pl_module)
 
-    def on_micro_batch(self, outputs: Mapping[str, Tensor]) -> None:
-        """The losses of one micro-batch."""
+    def on_micro_batch(self, outputs: Mapping[str, Tensor], batch: ImageBatch) -> None:
+        """The losses of one micro-batch, and its samples."""
 
     def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
         """An optimiser step was taken."""
@@ -60,56 +59,6 @@ class SeedEveryStep(pl.Callback):
     ) -> None:
         """Lightning's hook."""
         torch.manual_seed(named_seed(self._seed, f"rank {trainer.global_rank}", batch_idx))
-
-
-class Rows(StepBoundary):
-    """Logs mean losses, learning rate and speed every few steps; refuses to go on from a loss that is not finite."""
-
-    def __init__(self, context: StageContext, settings: TrainerSettings) -> None:
-        self._context = context
-        self._every_steps = settings.log_every_steps
-        self._sums: dict[str, Tensor] = {}
-        self._counts: Counter[str] = Counter()
-        self._samples_per_s = 0.0
-        self._last: tuple[float, int] | None = None
-
-    def on_micro_batch(self, outputs: Mapping[str, Tensor]) -> None:
-        """Add up the losses since the last row."""
-        for name, value in outputs.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
-
-    def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
-        """Log a row when it is due."""
-        self._context.progress.update(phase=Phase.WORKING, samples_seen=module.samples_seen, activity="")
-        if trainer.global_step % self._every_steps and trainer.global_step != trainer.max_steps:
-            return
-        means = {
-            name: float(trainer.strategy.reduce(total / self._counts[name], reduce_op="mean"))
-            for name, total in self._sums.items()
-        }
-        self._sums, self._counts = {}, Counter()
-        if not math.isfinite(means[LOSS]):
-            raise UserError(
-                f"stage {self._context.frozen.stage}: the loss is {means[LOSS]} at {module.samples_seen} samples; "
-                f"lower stage.{self._context.frozen.stage}.optimizer.learning_rate or set gradient_clip_norm"
-            )
-        self._measure_speed(module.samples_seen)
-        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        row = {f"train/{name}": value for name, value in means.items()}
-        self._context.tracker.log(
-            module.samples_seen, row | {"learning_rate": learning_rate, "samples_per_s": self._samples_per_s}
-        )
-        self._context.progress.update(loss=means[LOSS], samples_per_s=self._samples_per_s)
-
-    def _measure_speed(self, samples_seen: int) -> None:
-        now = time.monotonic()
-        if self._last is not None:
-            rate = (samples_seen - self._last[1]) / max(1e-9, now - self._last[0])
-            smoothed = RATE_SMOOTHING * self._samples_per_s + (1 - RATE_SMOOTHING) * rate
-            self._samples_per_s = smoothed if self._samples_per_s else rate
-        self._last = (now, samples_seen)
 
 
 class Validation(StepBoundary):
@@ -188,11 +137,14 @@ class Checkpoints(StepBoundary):
         """Save when it is due, and stop when asked to."""
         settings = self._settings
         minutes = (time.monotonic() - self._last_save) / 60
-        is_asked = self._context.interruption.is_set()
-        is_late = minutes >= settings.checkpoint_every_min
-        if trainer.world_size > 1:
-            is_asked = trainer.strategy.reduce_boolean_decision(is_asked, all=False)
-            is_late = trainer.strategy.broadcast(is_late)
+        is_lost, is_asked, is_late = any_of_all_ranks(
+            trainer,
+            self._context.is_lost,
+            self._context.interruption.is_set(),
+            minutes >= settings.checkpoint_every_min,
+        )
+        if is_lost:
+            raise StageLost(f"stage {self._context.frozen.stage} was taken over by another process")
         is_due = crosses(
             settings.checkpoint_every_samples, module.samples_seen, module.stage_settings.global_batch_size
         )
@@ -205,6 +157,7 @@ class Checkpoints(StepBoundary):
     def _save(self, trainer: pl.Trainer, module: StageModule) -> None:
         elapsed_s = self._elapsed_before_s + time.monotonic() - self._started
         keep = self._settings.keep_checkpoints
+        self._context.require_ownership()
         save_checkpoint(trainer, self._context.work, module.samples_seen, elapsed_s, keep)
         self._last_save = time.monotonic()
 

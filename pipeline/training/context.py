@@ -13,6 +13,7 @@ from pipeline.errors import StageInterrupted
 from pipeline.training.tracking import Tracker
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.ownership import Ownership, StageLost
 from pipeline.workflow.progress import Phase, Progress, write_progress
 
 HEARTBEAT_SECONDS = 5.0
@@ -29,12 +30,13 @@ def process_rank() -> int:
 class ProgressWriter:
     """Publishes a stage's progress, and a heartbeat while it is busy with something that reports none.
 
-    Of the processes that train one stage together the first one publishes.
+    Of the processes that train one stage together the first one publishes, as long as the stage is its own.
     """
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, ownership: Ownership | None) -> None:
         now = time.time()
         self._work = work
+        self._ownership = ownership
         self._progress = Progress(Phase.STARTING, started_at=now, updated_at=now)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -60,7 +62,7 @@ class ProgressWriter:
             self._write()
 
     def _write(self) -> None:
-        if process_rank() > 0:
+        if self._ownership is None or self._ownership.is_lost:
             return
         with self._lock:
             write_progress(self._work, self._progress)
@@ -83,6 +85,7 @@ class StageContext:
     tracker: Tracker
     progress: ProgressWriter
     interruption: threading.Event
+    ownership: Ownership | None
 
     @property
     def work(self) -> Path:
@@ -93,6 +96,16 @@ class StageContext:
     def is_first_process(self) -> bool:
         """Whether this process is the one that writes."""
         return process_rank() == 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has taken the stage over; known to the first process alone."""
+        return self.ownership is not None and self.ownership.is_lost
+
+    def require_ownership(self) -> None:
+        """Raise `StageLost` if another process has taken the stage over; to be called before what lasts is written."""
+        if self.ownership is not None:
+            self.ownership.require()
 
     def settings_as(self, schema: type[S]) -> S:
         """The settings, typed as the stage's own class."""
@@ -111,6 +124,8 @@ class StageContext:
     def step(self, samples_seen: int, max_samples: int, activity: str = "") -> None:
         """Report progress of work that is no training, and stop here if asked to."""
         self.progress.update(phase=Phase.WORKING, samples_seen=samples_seen, max_samples=max_samples, activity=activity)
+        if self.is_lost:
+            raise StageLost(f"stage {self.frozen.stage} was taken over by another process")
         if self.interruption.is_set():
             raise StageInterrupted(f"stage {self.frozen.stage} stopped at {samples_seen} of {max_samples}")
 

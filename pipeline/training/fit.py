@@ -9,10 +9,12 @@ from pipeline.config import TrainerSettings
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
-from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, Rows, SeedEveryStep, Validation
+from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.context import StageContext, process_rank
 from pipeline.training.module import StageModule
+from pipeline.training.non_finite import NonFiniteGuard
+from pipeline.training.rows import Rows
 from pipeline.workflow.progress import Phase
 
 
@@ -69,10 +71,11 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         workers=context.frozen.trainer.loader_workers,
     )
     validation = Validation(context, images)
-    trainer = _assemble(context, module, shape, validation, checkpoint)
+    trainer = _assemble(context, module, images, shape, validation, checkpoint)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}", flush=True)
     trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
+    assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     module.ema_optimizer.adopt_averaged_weights()
     _keep_last_picture(context)
     return FitResult(module.samples_seen, validation.latest)
@@ -81,13 +84,14 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
 def _assemble(
     context: StageContext,
     module: StageModule,
+    images: CaptionedImages,
     shape: BatchShape,
     validation: Validation,
     checkpoint: Checkpoint | None,
 ) -> pl.Trainer:
     settings = context.frozen.trainer
     steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         strategy="ddp" if settings.devices > 1 else "auto",
@@ -99,7 +103,8 @@ def _assemble(
         callbacks=[
             SeedEveryStep(context.frozen.seed),
             ResumeAtSamples(steps_done, shape.accumulation),
-            Rows(context, settings),
+            NonFiniteGuard(context, images, module.stage_settings.optimizer.non_finite),
+            Rows(context, settings, images),
             validation,
             Pictures(context, settings.sample_every_samples),
             Checkpoints(context, settings, checkpoint.elapsed_s if checkpoint else 0.0),
@@ -111,6 +116,10 @@ def _assemble(
         use_distributed_sampler=False,
         default_root_dir=context.work,
     )
+    # Its own handler of SIGTERM ends `fit` in mid-step as if it were finished, and broadcasts from inside the handler.
+    # Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def _keep_last_picture(context: StageContext) -> None:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
@@ -39,6 +41,8 @@ class StageModule(pl.LightningModule, ABC):
         self.frozen_networks = frozen_networks
         for frozen in frozen_networks:
             frozen.requires_grad_(False).eval()
+        self.gradient_norm = torch.zeros(())
+        self.step_was_skipped = False
 
     @abstractmethod
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
@@ -90,6 +94,21 @@ class StageModule(pl.LightningModule, ABC):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def measure_gradient(self, optimizer: Optimizer) -> None:
+        """Set `gradient_norm`, the norm of the whole gradient, float []."""
+        gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
+        self.gradient_norm = get_total_norm(gradients)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's hook: clip by the norm that was measured already."""
+        if gradient_clip_val is not None:
+            clip_grads_with_norm_(_parameters(optimizer), float(gradient_clip_val), self.gradient_norm)
+
     def on_fit_start(self) -> None:
         """Bring the frozen networks to the device; Lightning does not know of them."""
         for frozen in self.frozen_networks:
@@ -98,3 +117,7 @@ class StageModule(pl.LightningModule, ABC):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of a micro-batch."""
         return dict(self.losses(batch))
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

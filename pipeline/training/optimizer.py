@@ -23,14 +23,26 @@ class AdamWithEma(AdamW):
 
     def __init__(self, parameters: Iterable[Any], *, ema_decay: float, **options: Any) -> None:
         super().__init__(parameters, fused=True, **options)
-        # Lightning clips no gradients for an optimiser that unscales them in its own kernel: leave that to the scaler.
+        # Gradients are measured and clipped before the step, so they are unscaled by then: not in the fused kernel.
         self._step_supports_amp_scaling = False
+        self._skips_next_step = False
         self.ema_decay = ema_decay
+
+    def skip_next_step(self) -> None:
+        """Leave weights, moments and average as they are when `step` is called next (or is running its closure)."""
+        self._skips_next_step = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One AdamW step, then one step of the average."""
-        loss = super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._skips_next_step:
+            self._skips_next_step = False
+            return loss
+        super().step()
         if self.ema_decay == 0:
             return loss
         averages, weights = [], []

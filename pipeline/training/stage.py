@@ -1,5 +1,7 @@
 """The entry point of every stage: from a frozen stage to a published artifact."""
 
+import errno
+import shutil
 import subprocess
 import threading
 import time
@@ -8,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from pipeline.data.mixing import named_seed
 from pipeline.errors import StageInterrupted, UserError
@@ -18,10 +19,10 @@ from pipeline.training.tracking import METRICS, Tracker
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.ownership import Ownership, acquire
 from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, write_failure
 
-LOCK = "lock"
-SECONDS_BETWEEN_LOCK_TRIES = 1.0
+_MIN_FREE_BYTES = 2**20
 
 
 def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
@@ -30,55 +31,94 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
     One process (group) at a time works on a stage; another that comes to it waits and then reuses. A failure is left in
     the work directory for whoever waits for this stage; nothing is raised.
     """
+    if frozen.store.find(frozen.stage, frozen.fingerprint) is not None:
+        return Outcome.REUSED
     frozen.work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(frozen.work / LOCK)
+    ownership = None
     try:
         if process_rank() == 0:
-            _acquire(lock, interruption)
+            ownership = acquire(frozen.work, frozen.trainer.lease_s, interruption)
         if frozen.store.find(frozen.stage, frozen.fingerprint) is not None:
             return Outcome.REUSED
         (frozen.work / FAILURE).unlink(missing_ok=True)
-        with ProgressWriter(frozen.work) as progress:
-            return _attempt(frozen, progress, interruption)
+        with ProgressWriter(frozen.work, ownership) as progress:
+            return _attempt(frozen, progress, interruption, ownership)
     except StageInterrupted:
         return Outcome.INTERRUPTED
     finally:
-        lock.release()
+        if ownership is not None:
+            ownership.release()
 
 
-def _acquire(lock: FileLock, interruption: threading.Event) -> None:
-    while True:
-        try:
-            lock.acquire(timeout=SECONDS_BETWEEN_LOCK_TRIES)
-            return
-        except Timeout:
-            if interruption.is_set():
-                raise StageInterrupted("stopped while another process had this stage") from None
-
-
-def _attempt(frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event) -> Outcome:
+def _attempt(
+    frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event, ownership: Ownership | None
+) -> Outcome:
     try:
-        _run_and_publish(frozen, progress, interruption)
-    except StageInterrupted:
+        _run_and_publish(frozen, progress, interruption, ownership)
+    except StageInterrupted as stopped:
+        print(stopped, flush=True)
         progress.update(phase=Phase.INTERRUPTED)
         return Outcome.INTERRUPTED
-    except UserError as error:
-        return _fail(frozen, progress, Failure(str(error), is_user_error=True))
     except Exception as error:  # the boundary of a stage: whatever it was, say it and keep the traceback in the log
-        traceback.print_exc()
-        return _fail(frozen, progress, Failure(f"{type(error).__name__}: {error}", is_user_error=False))
+        if ownership is not None and ownership.is_lost:
+            print(f"stopped, as another process has the stage now ({error})", flush=True)
+            return Outcome.INTERRUPTED
+        failure = _explained(error, frozen)
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        progress.update(phase=Phase.FAILED)
+        _write_failure(frozen, failure)
+        return Outcome.FAILED
     return Outcome.FINISHED
 
 
-def _fail(frozen: FrozenStage, progress: ProgressWriter, failure: Failure) -> Outcome:
-    progress.update(phase=Phase.FAILED)
-    write_failure(frozen.work, failure)
-    return Outcome.FAILED
+def _explained(error: Exception, frozen: FrozenStage) -> Failure:
+    """The one line for the user, with the remedy where the machine ran out of something."""
+    if isinstance(error, UserError):
+        return Failure(str(error), is_user_error=True)
+    stage = frozen.stage
+    if _is_disk_full(error, frozen):
+        checkpoint = latest_checkpoint(frozen.work)
+        kept = f"the checkpoint at {checkpoint.samples_seen} samples is intact" if checkpoint else "nothing was kept"
+        return Failure(
+            f"stage {stage}: no space is left for {frozen.outputs} ({error}); {kept}: free some, or lower "
+            "trainer.keep_checkpoints, and run again",
+            is_user_error=True,
+        )
+    if _is_out_of_memory(error):
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        return Failure(
+            f"stage {stage}: out of memory ({said}); lower "
+            f"stage.{stage}.trainer.micro_batch_size (the result stays the same) or trainer.cache_mib",
+            is_user_error=True,
+        )
+    return Failure(f"{type(error).__name__}: {error}", is_user_error=False)
 
 
-def _run_and_publish(frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event) -> None:
+def _is_disk_full(error: Exception, frozen: FrozenStage) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # Libraries that write from other languages say it in words, and some only that they wrote less than asked.
+    return "No space left on device" in str(error) or shutil.disk_usage(frozen.outputs).free < _MIN_FREE_BYTES
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _write_failure(frozen: FrozenStage, failure: Failure) -> None:
+    try:
+        write_failure(frozen.work, failure)
+    except OSError:  # a full disk; the log may have room in the block that it has
+        print(failure.message, flush=True)
+
+
+def _run_and_publish(
+    frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event, ownership: Ownership | None
+) -> None:
     started = time.monotonic()
-    is_first = process_rank() == 0
+    is_first = ownership is not None
     declaration = frozen.declaration
     settings = frozen.read_settings()
     inputs = frozen.find_inputs()
@@ -87,17 +127,19 @@ def _run_and_publish(frozen: FrozenStage, progress: ProgressWriter, interruption
     if frozen.trainer.cpu_threads is not None:
         torch.set_num_threads(frozen.trainer.cpu_threads)
     torch.manual_seed(named_seed(frozen.seed, frozen.stage))
-    output = frozen.store.start_building(frozen.stage, frozen.fingerprint) if is_first else frozen.work
+    output = frozen.work
+    if ownership is not None:
+        output = frozen.store.start_building(frozen.stage, frozen.fingerprint, ownership.attempt)
     with Tracker(frozen, enabled=is_first) as tracker:
-        context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption)
+        context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption, ownership)
         result: StageResult = resolve(declaration.run)(context)
         tracker.summarise(result.metrics)
-    if is_first:
+    if ownership is not None:
         progress.update(phase=Phase.PUBLISHING, activity="publishing")
-        _publish(frozen, output, result, elapsed_before_s + time.monotonic() - started)
+        _publish(frozen, output, result, elapsed_before_s + time.monotonic() - started, ownership)
 
 
-def _publish(frozen: FrozenStage, output: Path, result: StageResult, duration_s: float) -> None:
+def _publish(frozen: FrozenStage, output: Path, result: StageResult, duration_s: float, ownership: Ownership) -> None:
     rows = frozen.work / METRICS
     if rows.exists():
         (output / METRICS).write_bytes(rows.read_bytes())
@@ -118,6 +160,7 @@ def _publish(frozen: FrozenStage, output: Path, result: StageResult, duration_s:
         metrics=result.metrics,
         files=describe_files(output),
     )
+    ownership.require()
     frozen.store.publish(output, manifest)
 
 

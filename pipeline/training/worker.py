@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pipeline.training.stage import run_stage
@@ -17,14 +18,16 @@ from pipeline.workflow.frozen import FrozenStage, read_frozen
 from pipeline.workflow.progress import LOG, Outcome, result_path
 
 SECONDS_BETWEEN_LOOKS = 1.0
+EXIT_KILLED = 128 + signal.SIGINT
 EXIT_STATUS = {Outcome.FINISHED: 0, Outcome.REUSED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: 75}
 
 
 def main() -> int:
     """Run the stages that are asked for; the exit status tells how the last one ended."""
     interruption = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: interruption.set())
+    signal.signal(signal.SIGINT, partial(_interrupt, interruption))
     if len(sys.argv) == 1:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(), interruption), daemon=True).start()
     outcome = Outcome.FINISHED
@@ -37,6 +40,13 @@ def main() -> int:
         if interruption.is_set():
             break
     return EXIT_STATUS[outcome]
+
+
+def _interrupt(interruption: threading.Event, *_: object) -> None:
+    """Ask for a checkpoint and a stop; asked a second time, stop here and now."""
+    if interruption.is_set():
+        os._exit(EXIT_KILLED)
+    interruption.set()
 
 
 def _paths() -> Iterator[Path]:

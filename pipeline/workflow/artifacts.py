@@ -93,10 +93,12 @@ class ArtifactStore:
                 if artifact is not None:
                     yield artifact
 
-    def start_building(self, stage: str, fingerprint: str) -> Path:
-        """An empty directory beside the artifact's place, on the same file system."""
-        building = self.path(stage, fingerprint).with_name(f".building-{fingerprint}")
-        shutil.rmtree(building, ignore_errors=True)
+    def start_building(self, stage: str, fingerprint: str, attempt: int) -> Path:
+        """An empty directory beside the artifact's place, on the same file system; earlier attempts' are removed."""
+        place = self.path(stage, fingerprint).parent
+        for left in place.glob(f".building-{fingerprint}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        building = place / f".building-{fingerprint}-{attempt}"
         building.mkdir(parents=True)
         return building
 

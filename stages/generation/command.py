@@ -14,11 +14,10 @@ from pipeline.config import TrainerSettings
 from pipeline.data.mixing import named_seed
 from pipeline.errors import UserError
 from pipeline.training.inference import inference_fabric
-from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.runs import read_run, run_artifacts
 from stages.generation.decoder import DecoderOptions
 from stages.generation.grid import captioned_grid, to_pil
-from stages.generation.text_to_image import GenerationOptions, TextToImage, chain_of_inputs
+from stages.generation.text_to_image import KINDS, GenerationOptions, TextToImage, chain_of_inputs, inputs_by_kind
 
 BATCH_SIZE = 16
 GRID_COLUMNS = 4
@@ -40,12 +39,12 @@ def main(arguments: Sequence[str]) -> int:
     outputs = options.outputs.absolute()
     record = read_run(outputs, options.run)
     artifacts = run_artifacts(outputs, record)
-    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in _NEEDED_KINDS]
+    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
     if unfinished:
         raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
     fabric = inference_fabric(TrainerSettings.model_validate(record.config["trainer"]))
     with fabric.autocast():
-        chain = chain_of_inputs(_inputs(list(artifacts.values())), fabric.device)
+        chain = chain_of_inputs(inputs_by_kind(artifacts.values()), fabric.device)
         requests = list(_requests(options.captions, options.count, options.seed))
         pictures = _sample(chain, requests, _generation_options(options))
     output = options.output or outputs / "runs" / record.name / "samples"
@@ -56,9 +55,6 @@ def main(arguments: Sequence[str]) -> int:
     grid.save(output / "grid.png")
     print(f"{len(pictures)} pictures and grid.png in {output}")
     return 0
-
-
-_NEEDED_KINDS = ("clip", "prior", "decoder", "upsampler")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,10 +79,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--steps {options.steps} is no number of sampling steps; give 1 or more")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed} is negative; give 0 or more")
-
-
-def _inputs(artifacts: Sequence[Artifact]) -> dict[str, tuple[Artifact, ...]]:
-    return {kind: tuple(each for each in artifacts if each.manifest.kind == kind) for kind in _NEEDED_KINDS}
 
 
 def _generation_options(options: argparse.Namespace) -> GenerationOptions:

@@ -1,6 +1,6 @@
 """The whole chain of one run: caption, text embedding, prior, decoder, upsamplers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,9 @@ from stages.models.saved import (
     upsampler_settings,
 )
 from stages.settings import DecoderCondition
+
+KINDS = ("clip", "prior", "decoder", "upsampler")
+"""The kinds of stages whose networks make the chain."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def load_text_to_image(
     device: torch.device,
 ) -> TextToImage:
     """Load the networks behind artifacts. Raises `UserError` where they do not fit each other."""
-    model = load_clip(clip).to(device).eval()
+    model = load_clip(clip, device=device)
     settings = decoder_settings(decoder)
     if (settings.condition is DecoderCondition.IMAGE_EMBED) != (prior is not None):
         raise UserError(
@@ -119,6 +122,11 @@ def in_chain(upsamplers: Sequence[Artifact], base_size: int) -> list[Artifact]:
         chain.append(remaining.pop(size))
         size = chain[-1].numbers["high_size"]
     return chain
+
+
+def inputs_by_kind(artifacts: Collection[Artifact]) -> dict[str, tuple[Artifact, ...]]:
+    """A run's artifacts as `chain_of_inputs` takes them."""
+    return {kind: tuple(each for each in artifacts if each.manifest.kind == kind) for kind in KINDS}
 
 
 def chain_of_inputs(inputs: Mapping[str, tuple[Artifact, ...]], device: torch.device) -> TextToImage:

@@ -49,9 +49,9 @@ def clip_numbers(clip: Artifact) -> dict[str, object]:
     return {"clip": clip.manifest.fingerprint, "embed_dim": clip.numbers["embed_dim"]}
 
 
-def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH) -> ClipModel:
+def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> ClipModel:
     """The CLIP of an artifact."""
-    return ClipModel.load(artifact.path, towers)
+    return ClipModel.load(artifact.path, towers).to(device).eval()
 
 
 def load_clip_embeddings(artifact: Artifact, clip: Artifact) -> Embeddings:

@@ -6,9 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.index import ShardIndex, read_index
+from pipeline.data.order import SHARDS_PER_BLOCK
 from pipeline.data.reader import SampleReader
-from pipeline.data.shards import expand_shards, index_directory, shard_names
+from pipeline.data.shards import expand_shards, index_directory, is_url, shard_names
 from pipeline.data.summary import IndexSummary, check_shard_sizes, read_summary
+from pipeline.errors import UserError
 from stages.settings import WebDatasetSettings
 from stages.sources.split_keys import SAMPLE_KEY, split_by
 
@@ -26,6 +28,25 @@ def summary(settings: WebDatasetSettings, cache_dir: Path) -> IndexSummary:
     chosen = read_summary(directory).select(shard_names(shards, directory), str(directory))
     check_shard_sizes(chosen, directory)
     return chosen
+
+
+def cache_bytes(settings: WebDatasetSettings, index: ShardIndex) -> int | None:
+    """The limit of the cache of remote shards, if there is one.
+
+    Raises:
+        UserError: it would not hold the block that is read and the one that is fetched meanwhile.
+    """
+    if settings.cache_gib is None:
+        return None
+    limit = int(settings.cache_gib * 2**30)
+    largest = sorted((shard.bytes for shard in index.shards if is_url(shard.name)), reverse=True)
+    needed = sum(largest[: 2 * SHARDS_PER_BLOCK])
+    if limit < needed:
+        raise UserError(
+            f"data.cache_gib={settings.cache_gib} does not hold two blocks of {SHARDS_PER_BLOCK} remote shards; "
+            f"give {needed / 2**30:.3g} or more"
+        )
+    return limit
 
 
 def take_in(settings: WebDatasetSettings, cache_dir: Path) -> tuple[ShardIndex, NDArray[np.uint8], Path]:

@@ -22,8 +22,6 @@ DECODER_STEPS = 60
 
 COMMON = [
     "experiment=smoke",
-    "~stage.judge",  # the judges have tests of their own
-    "~stage.judge_clip",
     "trainer.accelerator=cpu",
     "trainer.cpu_threads=1",
     "data.samples=64",
@@ -37,6 +35,9 @@ COMMON = [
     "stage.clip.network.text_layers=1",
     "stage.clip.global_batch_size=8",
     "stage.clip.max_samples=16",
+    "stage.judge={data: {samples: 40, validation_samples: 8, shard_samples: 24}, width: 4, max_samples: 256}",
+    "stage.judge_clip.global_batch_size=8",
+    "stage.judge_clip.max_samples=16",
     f"stage.decoder.network={NARROW_UNET}",
     "stage.decoder.image_size=16",
     "stage.decoder.clip_loss.weight=0.1",
@@ -44,6 +45,7 @@ COMMON = [
     f"stage.decoder.max_samples={8 * DECODER_STEPS}",
     "stage.decoder.sampler.steps=2",
     "stage.evaluate.samples=6",
+    "stage.evaluate.judged_samples=4",
     "stage.evaluate.grid_captions=4",
 ]
 PRIOR = [
@@ -52,7 +54,7 @@ PRIOR = [
     "stage.prior.max_samples=16",
     "stage.prior.sampler.steps=2",
 ]
-BEFORE_THE_DECODER = ("prepare", "clip", "embed", "prior", "upsampler")
+BEFORE_THE_DECODER = ("prepare", "clip", "embed", "prior", "judge_clip", "judge", "upsampler")
 
 
 def upsampler(name: str, crop_size: int) -> list[str]:
@@ -125,7 +127,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a first run of workflow=unclip, tracked offline, is finished; its name is `base`."""
     directory = tmp_path_factory.mktemp("workflows") / "outputs"
     lines = run(directory, *UNCLIP_WORKFLOW, "run.name=base", tracking="offline")
-    assert len(stages_by(lines, "done")) == 8, lines
+    assert len(stages_by(lines, "done")) == 10, lines
     return directory
 
 
@@ -149,8 +151,8 @@ def test_the_run_leaves_pictures_and_a_record(outputs: Path):
 def test_a_second_run_reuses_everything_and_takes_no_worker(outputs: Path):
     logs = {path: path.stat().st_mtime_ns for path in outputs.glob("work/*/*/log.txt")}
     lines = run(outputs, *UNCLIP_WORKFLOW, "run.name=base")
-    assert "run base: 0 of 8 stages to do" in lines
-    assert len(stages_by(lines, "reused")) == 8
+    assert "run base: 0 of 10 stages to do" in lines
+    assert len(stages_by(lines, "reused")) == 10
     assert {path: path.stat().st_mtime_ns for path in outputs.glob("work/*/*/log.txt")} == logs
 
 
@@ -232,7 +234,7 @@ def test_sampling_gives_the_same_bytes_for_the_same_seed_and_others_for_another(
 def test_status_shows_a_finished_run(outputs: Path):
     text = command("status", "base", "--outputs", str(outputs)).stdout
     assert "run base" in text
-    assert text.count("finished") == 8
+    assert text.count("finished") == 10
 
 
 def test_sampling_from_an_unfinished_run_is_refused(outputs: Path):

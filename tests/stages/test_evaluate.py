@@ -1,6 +1,5 @@
 """The judge and the evaluation that leans on it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,8 @@ from stages.settings import JudgeDataSettings
 from stages.sources.scene_labels import CLASSES, judge_samples, labels
 from stages.sources.scenes import ALL_PAIRS, Attribute
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 JUDGED = ("colour", "shape", "size", "position", "background")
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("outputs")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +23,12 @@ def evaluation(outputs: Path) -> Artifact:
     return run_until(outputs, "evaluate")
 
 
+OBJECT = {"size": "big", "colour": "blue", "shape": "ring", "position": "top"}
+
+
 def scene(**changes: object) -> dict[str, object]:
-    item = {"size": "big", "colour": "blue", "shape": "ring", "position": "top"}
     named = sorted(Attribute)
-    return {"objects": [item], "background": "gray", "unseen": False, "named": named} | changes
+    return {"objects": [OBJECT], "background": "gray", "unseen": False, "named": named} | changes
 
 
 def test_labels_are_the_places_of_what_is_true_among_the_classes():
@@ -56,7 +45,7 @@ def test_labels_are_the_places_of_what_is_true_among_the_classes():
 
 @pytest.mark.parametrize(
     "attributes",
-    [{}, scene(named=["colour", "shape"]), scene(objects=[]), scene(objects=[*scene()["objects"]] * 2)],  # type: ignore[misc]
+    [{}, scene(named=["colour", "shape"]), scene(objects=[]), scene(objects=[OBJECT, OBJECT])],
     ids=["no scene", "not all is said", "no object", "two objects"],
 )
 def test_a_caption_that_leaves_something_open_is_not_judged(attributes: dict[str, object]):

@@ -1,7 +1,6 @@
 """Each stage on tiny data, through the engine's entry point."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +19,7 @@ from stages.models.clip import ClipModel, Towers
 from stages.models.embeddings import load_embeddings
 from stages.models.saved import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
 
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One place for all tests of this file, so that data and CLIP are made once."""
-    return tmp_path_factory.mktemp("outputs")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ OPTIMIZER = {
     "epsilon": 1e-8,
     "weight_decay": 0.0,
     "gradient_clip_norm": None,
+    "non_finite": "stop",
     "ema_decay": 0.0,
 }
 TRAINING = {"global_batch_size": 1, "max_samples": 1, "optimizer": OPTIMIZER}

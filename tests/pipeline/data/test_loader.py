@@ -1,5 +1,7 @@
 import pickle
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.decode import DecodeFault
 from pipeline.data.loader import evaluation_loader, training_loader
+from pipeline.data.prefetch import ShardPrefetch
 from pipeline.data.prepared import read_prepared, write_prepared
 from pipeline.data.splits import Split
 from pipeline.data.walk import index_shards
@@ -160,7 +163,55 @@ def test_unusable_samples_are_replaced_in_place_and_counted_by_reason(tmp_path: 
     assert torch.cat([batch.sample for batch in again]).tolist() == shown[30:].tolist()
     image = torch.cat([batch.image for batch in seen])
     assert (image[:, 0] == shown[:, None, None]).all()
-    assert images.faults() == {DecodeFault.EMPTY_IMAGE: 1, DecodeFault.NOT_AN_IMAGE: 1, DecodeFault.EMPTY_CAPTION: 1}
+    faults = sum((Counter(batch.faults) for batch in seen), Counter[DecodeFault]())
+    # Five batches of 15 are five epochs.
+    assert faults == {DecodeFault.EMPTY_IMAGE: 5, DecodeFault.NOT_AN_IMAGE: 5, DecodeFault.EMPTY_CAPTION: 5}
+    assert images.faulty_by_shard() == {"00000.tar": 3}
+
+
+@pytest.fixture
+def remote(prepared: Path, tmp_path: Path) -> Path:
+    """The same artifact, whose shards are URLs now; every transfer is noted in `transfers`."""
+    data = read_prepared(prepared)
+    urls = [
+        f"pipe:echo {each.name} >> {tmp_path}/transfers; cat {prepared}/shards/{each.name}"
+        for each in data.index.shards
+    ]
+    shards = tuple(replace(each, name=url) for each, url in zip(data.index.shards, urls, strict=True))
+    directory = tmp_path / "remote"
+    largest = max(each.bytes for each in shards)
+    write_prepared(
+        directory,
+        index=replace(data.index, shards=shards),
+        splits=data.split_of_sample,
+        shards_root=directory,
+        cache_dir=tmp_path / "cache",
+        cache_bytes=2 * largest,
+    )
+    return directory
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_remote_shards_give_the_same_batches_through_a_cache_that_does_not_hold_them_all(
+    prepared: Path, remote: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipeline.data.reader._MAX_OPEN_SHARDS", 1)
+    local, streamed = batches(CaptionedImages(prepared, 4)), batches(CaptionedImages(remote, 4), workers=workers)
+    assert [batch.caption for batch in streamed] == [batch.caption for batch in local]
+    assert all(torch.equal(one.image, other.image) for one, other in zip(streamed, local, strict=True))
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]) <= 2
+
+
+def test_the_block_that_comes_next_is_fetched_before_it_is_read(remote: Path, tmp_path: Path):
+    reader = read_prepared(remote).reader
+    prefetch = ShardPrefetch(reader)
+    assert prefetch.is_needed
+    prefetch.want([3, 1])
+    prefetch.wait()
+    prefetch.want([1, 3])
+    prefetch.wait()
+    assert sorted((tmp_path / "transfers").read_text().split()) == ["00001.tar", "00003.tar"]
+    assert not ShardPrefetch(read_prepared(remote.parent / "artifact").reader).is_needed
 
 
 def test_data_without_a_usable_picture_ends_with_a_message(tmp_path: Path):

@@ -1,11 +1,43 @@
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipeline.data.mixing import mix, sample_seed
-from pipeline.data.order import GlobalBatches, epoch_order
+from pipeline.data.order import GlobalBatches
 
 SAMPLES = np.arange(1, 1001, 2, dtype=np.int64)
 SHARD = (np.arange(1001) // 50).astype(np.int32)
+
+
+def epoch_order(
+    samples: NDArray[np.int64], shard: NDArray[np.int32], seed: int, epoch: int, shards_per_block: int = 32
+) -> NDArray[np.int64]:
+    """One epoch: a global batch of as many samples as there are."""
+    return GlobalBatches(samples, shard, seed, len(samples), shards_per_block).batch(epoch)[1]
+
+
+def whole_epoch_at_once(seed: int, epoch: int, shards_per_block: int) -> list[int]:
+    """The order by its definition, one sort over all samples."""
+    shards = sorted({int(SHARD[sample]) for sample in SAMPLES})
+    shuffled = sorted(shards, key=lambda shard: int(sample_seed(seed, epoch, np.array([-1 - shard]))[0]))
+    block = {shard: place // shards_per_block for place, shard in enumerate(shuffled)}
+    draw = dict(zip(SAMPLES.tolist(), sample_seed(seed, epoch, SAMPLES).tolist(), strict=True))
+    return sorted(SAMPLES.tolist(), key=lambda sample: (block[int(SHARD[sample])], draw[sample]))
+
+
+@pytest.mark.parametrize("shards_per_block", [1, 3, 4, 100])
+def test_blocks_made_one_by_one_are_the_order_of_the_whole_epoch(shards_per_block: int):
+    for epoch in (0, 3):
+        order = epoch_order(SAMPLES, SHARD, 2, epoch, shards_per_block)
+        assert order.tolist() == whole_epoch_at_once(2, epoch, shards_per_block)
+
+
+def test_batches_name_the_shards_that_are_read_now_and_next():
+    batches = GlobalBatches(SAMPLES, SHARD, seed=4, global_batch_size=25, shards_per_block=4)
+    for k in (0, 3, 4, 19, 20):
+        here, following = batches.shards_after(k)
+        assert int(SHARD[batches.batch(k)[1][0]]) in here
+        assert {int(shard) for shard in SHARD[batches.batch(k // 4 * 4 + 4)[1]]} <= set(following)
 
 
 def test_an_epoch_holds_every_sample_exactly_once():

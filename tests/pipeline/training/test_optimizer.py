@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import DecayKind, OptimizerSettings
+from pipeline.config import DecayKind, NonFinite, OptimizerSettings
 from pipeline.training.optimizer import AdamWithEma, build_optimizer, learning_rate_factor
 
 SETTINGS = OptimizerSettings(
@@ -17,6 +17,7 @@ SETTINGS = OptimizerSettings(
     epsilon=1e-8,
     weight_decay=0.1,
     gradient_clip_norm=None,
+    non_finite=NonFinite.STOP,
     ema_decay=0.95,
 )
 

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.config import (
     DecayKind,
+    NonFinite,
     OptimizerSettings,
     Precision,
     Settings,
@@ -49,7 +51,10 @@ class DataSettings(Settings):
 
 
 class LearnerSettings(TrainingStageSettings):
+    """`step_s`: how long a step takes at least, in seconds."""
+
     dropout: float
+    step_s: float
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Script:
 
     at_samples: int | None = None
     happens: Callable[[StageContext], None] = lambda _context: None
+    every_step: Callable[[StageContext], None] = lambda _context: None
     loss_factor: float = 1.0
+    broken_samples: int = 0
     seen: list[tuple[int, ...]] = field(default_factory=list)
     validations: int = 0
 
@@ -80,7 +87,8 @@ def source_sample(number: int) -> SourceSample:
     pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
-    return SourceSample(f"{number:05d}", content.getvalue(), "png", f"picture {number}", {})
+    picture = content.getvalue() if number >= SCRIPT.broken_samples else b"no picture"
+    return SourceSample(f"{number:05d}", picture, "png", f"picture {number}", {})
 
 
 def learn(context: StageContext) -> StageResult:
@@ -101,12 +109,17 @@ class LearnerModule(StageModule):
     def __init__(self, network: nn.Module, settings: LearnerSettings, context: StageContext) -> None:
         super().__init__(network, settings)
         self._context = context
+        self._step_s = settings.step_s
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         if self.training:
             SCRIPT.seen.append(tuple(batch.sample.tolist()))
             if SCRIPT.at_samples == self.samples_seen:
                 SCRIPT.happens(self._context)
+            SCRIPT.every_step(self._context)
+            if self._step_s:
+                (self._context.work / "in-step").touch()
+                time.sleep(self._step_s)
         picture = batch.image_signed()
         noise = SampleDraws(batch.sample_seed).normal("noise", picture.shape[1:])
         error = self.network(picture + 0.1 * noise) - picture.mean((2, 3))
@@ -140,6 +153,7 @@ OPTIMIZER = OptimizerSettings(
     epsilon=1e-8,
     weight_decay=0.01,
     gradient_clip_norm=1.0,
+    non_finite=NonFinite.STOP,
     ema_decay=0.9,
 )
 
@@ -158,11 +172,24 @@ TRAINER = TrainerSettings(
     checkpoint_every_samples=16,
     checkpoint_every_min=60.0,
     keep_checkpoints=2,
+    max_faulty_share=0.05,
+    lease_s=60.0,
 )
 
 
-def frozen(outputs: Path, *, dropout: float = 0.0, max_samples: int = 80, **trainer: Any) -> FrozenStage:
-    settings = LearnerSettings(global_batch_size=8, max_samples=max_samples, optimizer=OPTIMIZER, dropout=dropout)
+def frozen(
+    outputs: Path,
+    *,
+    dropout: float = 0.0,
+    step_s: float = 0.0,
+    max_samples: int = 80,
+    non_finite: NonFinite = NonFinite.STOP,
+    **trainer: Any,
+) -> FrozenStage:
+    optimizer = OPTIMIZER.model_copy(update={"non_finite": non_finite})
+    settings = LearnerSettings(
+        global_batch_size=8, max_samples=max_samples, optimizer=optimizer, dropout=dropout, step_s=step_s
+    )
     references = {"data": [ArtifactReference(stage="data", fingerprint=DATA)]}
     return _frozen(outputs, "learner", LEARNER, settings, references, TRAINER.model_copy(update=trainer))
 
@@ -193,9 +220,12 @@ def _frozen(
     )
 
 
+def data_of(stage: FrozenStage) -> FrozenStage:
+    return _frozen(stage.outputs, "data", DATA, DataSettings(samples=48), {})
+
+
 def run(stage: FrozenStage) -> Outcome:
-    data = _frozen(stage.outputs, "data", DATA, DataSettings(samples=48), {})
-    assert run_stage(data, threading.Event()) in (Outcome.FINISHED, Outcome.REUSED)
+    assert run_stage(data_of(stage), threading.Event()) in (Outcome.FINISHED, Outcome.REUSED)
     return run_stage(stage, threading.Event())
 
 

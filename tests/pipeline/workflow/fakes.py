@@ -121,6 +121,8 @@ TRAINER = TrainerSettings(
     checkpoint_every_samples=None,
     checkpoint_every_min=60.0,
     keep_checkpoints=2,
+    max_faulty_share=0.05,
+    lease_s=60.0,
 )
 
 
@@ -161,7 +163,7 @@ def publish(
     """Publish what a stage of a plan would make, without running it."""
     assert stage.frozen is not None
     frozen = stage.frozen
-    building = frozen.store.start_building(frozen.stage, frozen.fingerprint)
+    building = frozen.store.start_building(frozen.stage, frozen.fingerprint, 1)
     (building / "weights.bin").write_bytes(content)
     return frozen.store.publish(building, manifest_of(frozen.stage, frozen.fingerprint, building, stage, finished_at))
 

@@ -16,7 +16,7 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 
 def build(store: ArtifactStore, content: bytes = b"0123456789") -> Path:
-    building = store.start_building("clip", FINGERPRINT)
+    building = store.start_building("clip", FINGERPRINT, 1)
     (building / "part").mkdir()
     (building / "part" / "weights.bin").write_bytes(content)
     (building / "config.json").write_text("{}")
@@ -61,7 +61,7 @@ def test_what_is_being_built_is_not_found(store: ArtifactStore):
 
 def test_building_begins_with_an_empty_directory_after_a_crash(store: ArtifactStore):
     (build(store) / "left over").write_text("by a crash")
-    assert list(store.start_building("clip", FINGERPRINT).iterdir()) == []
+    assert list(store.start_building("clip", FINGERPRINT, 1).iterdir()) == []
 
 
 def test_a_published_artifact_never_changes(store: ArtifactStore):

@@ -25,6 +25,7 @@ def settings(shards: Path | str, **changes: Any) -> WebDatasetSettings:
         "shards": str(shards),
         "allow_shell_urls": False,
         "cache_dir": "unused",
+        "cache_gib": None,
     }
     return WebDatasetSettings(**{**defaults, **changes})
 

@@ -1,0 +1,155 @@
+"""Kills a whole tiny workflow at random moments, restarts it, and compares it with one that nothing disturbed.
+
+    python benchmarks/kill_anywhere.py --kills 100 [--devices 2] [--workers 1]
+
+Each attempt runs `unclip run` for a random time, then every process of it is killed. When the workflow is finished
+its artifacts are compared with the undisturbed ones, byte by byte, and so are the rows of every trained stage: a sample
+that was repeated or lost would show in them. Then it begins anew, until there were that many kills. Exits 1 at the
+first difference.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+UNCLIP = str(Path(sys.executable).parent / "unclip")
+NARROW_UNET = (
+    "{channels: [8, 16], layers_per_block: 1, attention: [false, false], attention_head_dim: 8, norm_groups: 4}"
+)
+STEPS = 40
+TINY = (
+    "experiment=smoke",
+    "run.name=tiny",
+    "tracking=none",
+    "trainer.accelerator=cpu",
+    "trainer.cpu_threads=1",
+    "trainer.checkpoint_every_samples=16",
+    "trainer.log_every_steps=1",
+    "data.samples=64",
+    "data.unseen_samples=4",
+    "data.validation_fraction=0.25",
+    "stage.clip.network={vision_width: 24, vision_layers: 1, vision_heads: 2}",
+    "stage.clip.network={embed_dim: 16, text_width: 16, text_layers: 1}",
+    "stage.prior.network={layers: 1, heads: 2, head_dim: 8}",
+    f"stage.decoder.network={NARROW_UNET}",
+    "stage.decoder.image_size=16",
+    "stage.decoder.clip_loss.weight=0.1",
+    f"stage.upsampler.network={NARROW_UNET}",
+    "stage.upsampler.crop_size=16",
+    "stage.judge={data: {samples: 40, validation_samples: 8, shard_samples: 24}, width: 4, global_batch_size: 8}",
+    "stage.evaluate={samples: 6, judged_samples: 4, grid_captions: 4}",
+    *(f"stage.{name}.sampler.steps=2" for name in ("prior", "decoder", "upsampler")),
+    *(f"stage.{name}.global_batch_size=8" for name in ("clip", "prior", "decoder", "upsampler", "judge_clip")),
+    *(
+        f"stage.{name}.max_samples={8 * STEPS}"
+        for name in ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
+    ),
+)
+NOT_COMPARED = {"metrics.jsonl"}
+"""Its rows hold speeds; they are compared without them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the workflow is run."""
+
+    devices: int
+    workers: int
+
+    def command(self, outputs: Path) -> list[str]:
+        """The command of one attempt."""
+        own = (f"trainer.devices={self.devices}", f"trainer.loader_workers={self.workers}", f"paths.outputs={outputs}")
+        return [UNCLIP, "run", *TINY, *own]
+
+
+def main() -> None:
+    """Run undisturbed, then kill and restart until there were enough kills."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=15.0, help="longest life of an attempt, in seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    setting = Setting(options.devices, options.workers)
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        whole = Path(directory) / "whole"
+        started = time.monotonic()
+        subprocess.run(setting.command(whole), check=True, stdout=subprocess.DEVNULL)
+        print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
+        kills, workflows, killed_in = 0, 0, Counter[str]()
+        while kills < options.kills:
+            disturbed = Path(directory) / f"disturbed-{workflows}"
+            while kills < options.kills and not _runs_until_killed(setting, disturbed, rng.uniform(1, options.longest)):
+                kills += 1
+                killed_in[_stage_in_progress(disturbed)] += 1
+            subprocess.run(setting.command(disturbed), check=True, stdout=subprocess.DEVNULL)
+            workflows += 1
+            _compare(whole, disturbed)
+            print(f"{kills} kills, {workflows} workflows: every artifact and row is the undisturbed one's", flush=True)
+            shutil.rmtree(disturbed)
+    where = ", ".join(f"{stage} {count}" for stage, count in killed_in.most_common())
+    print(f"killed in: {where}")
+
+
+def _runs_until_killed(setting: Setting, outputs: Path, life_s: float) -> bool:
+    """Whether the workflow was finished within its life; if not, all its processes are dead now."""
+    process = subprocess.Popen(setting.command(outputs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        if process.wait(timeout=life_s) != 0:
+            raise SystemExit(f"an attempt failed with exit status {process.returncode}; see the logs in {outputs}")
+        return True
+    except subprocess.TimeoutExpired:
+        pass
+    victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    random.shuffle(victims)
+    for victim in victims:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(victims)
+    process.wait()
+    return False
+
+
+def _stage_in_progress(outputs: Path) -> str:
+    """The stage that has made no artifact and was worked on last."""
+    logs = sorted(outputs.glob("work/*/*/log.txt"), key=lambda path: path.stat().st_mtime)
+    return logs[-1].parent.parent.name if logs else "starting"
+
+
+def _compare(whole: Path, disturbed: Path) -> None:
+    for manifest in sorted(whole.glob("artifacts/*/*/manifest.json")):
+        place = manifest.parent.relative_to(whole)
+        expected, found = (_digests(outputs / place) for outputs in (whole, disturbed))
+        different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        if different:
+            raise SystemExit(f"{place}: {', '.join(different)} differ from the undisturbed ones")
+        if (manifest.parent / "metrics.jsonl").exists() and _rows(whole / place) != _rows(disturbed / place):
+            raise SystemExit(f"{place}: its rows are not the undisturbed ones")
+
+
+def _digests(artifact: Path) -> dict[str, str]:
+    files = json.loads((artifact / "manifest.json").read_text())["files"]
+    return {file["path"]: file["sha256"] for file in files if file["path"] not in NOT_COMPARED}
+
+
+def _rows(artifact: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "samples_per_s"} for row in rows]
+
+
+if __name__ == "__main__":
+    main()

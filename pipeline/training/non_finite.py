@@ -1,0 +1,83 @@
+"""Steps whose gradient is not finite: stop, or skip them, and say which samples they had."""
+
+import json
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.optim import Optimizer
+
+from pipeline.config import NonFinite
+from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import CaptionedImages
+from pipeline.errors import UserError
+from pipeline.training.context import StageContext
+from pipeline.training.module import StageModule
+from pipeline.training.ranks import gather_objects
+
+RECORD = "non_finite.jsonl"
+MAX_SKIPPED_IN_A_ROW = 20
+_SHOWN_KEYS = 4
+
+
+class NonFiniteGuard(pl.Callback):
+    """Looks at the gradient before every optimiser step. All ranks see the same one, and decide alike."""
+
+    def __init__(self, context: StageContext, images: CaptionedImages, policy: NonFinite) -> None:
+        self._context = context
+        self._images = images
+        self._policy = policy
+        self._rows: list[int] = []
+        self._skipped_in_a_row = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook: remember the samples of the step."""
+        assert isinstance(batch, ImageBatch)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._rows = []
+        self._rows += batch.sample.tolist()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Lightning's hook, called with the gradients of the whole step, before they are clipped."""
+        assert isinstance(pl_module, StageModule)
+        pl_module.measure_gradient(optimizer)
+        is_finite = bool(torch.isfinite(pl_module.gradient_norm))
+        # A gradient scaler meets such gradients as a matter of course, and skips their steps itself.
+        has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+        pl_module.step_was_skipped = not is_finite
+        if is_finite:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        if has_scaler:
+            return
+        keys = self._record(pl_module)
+        if self._policy is NonFinite.STOP or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise UserError(self._message(pl_module, keys))
+        pl_module.ema_optimizer.skip_next_step()
+
+    def _record(self, module: StageModule) -> list[str]:
+        index = self._images.data.index
+        keys = [key for of_rank in gather_objects([index.key(row) for row in self._rows]) for key in of_rank]
+        if self._context.is_first_process:
+            row = {"samples_seen": module.samples_seen, "gradient_norm": str(float(module.gradient_norm)), "keys": keys}
+            with (self._context.work / RECORD).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return keys
+
+    def _message(self, module: StageModule, keys: list[str]) -> str:
+        stage = self._context.frozen.stage
+        rest = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+        remedy = (
+            f"lower stage.{stage}.optimizer.learning_rate, or set stage.{stage}.optimizer.non_finite=skip"
+            if self._policy is NonFinite.STOP
+            else f"these were {self._skipped_in_a_row} such steps in a row: lower stage.{stage}.optimizer.learning_rate"
+        )
+        return (
+            f"stage {stage}: the gradient is not finite after {module.samples_seen} samples, in a step of the samples "
+            f"{', '.join(keys[:_SHOWN_KEYS])}{rest} (all in {self._context.work / RECORD}); {remedy}"
+        )

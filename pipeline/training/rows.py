@@ -1,0 +1,136 @@
+"""The rows of a training stage: mean losses, learning rate, gradient norm, speed, and samples that cannot be used."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from pipeline.config import TrainerSettings
+from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.decode import DecodeFault
+from pipeline.data.faults import FaultTally, too_many_faults
+from pipeline.errors import UserError
+from pipeline.training.callbacks import StepBoundary
+from pipeline.training.context import StageContext
+from pipeline.training.module import LOSS, StageModule
+from pipeline.training.ranks import gather_objects, of_all_ranks
+from pipeline.workflow.progress import Phase
+
+RATE_SMOOTHING = 0.9
+STATE = "rows"
+
+
+class Rows(StepBoundary):
+    """Logs a row every few steps; stops at a loss that is not finite, and where too many samples cannot be used.
+
+    What has been added up since the last row is part of every checkpoint.
+    """
+
+    def __init__(self, context: StageContext, settings: TrainerSettings, images: CaptionedImages) -> None:
+        self._context = context
+        self._settings = settings
+        self._images = images
+        self._step_sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+        self._steps_skipped = 0
+        self._tally = FaultTally()
+        self._own_tally = FaultTally()
+        self._samples_per_s = 0.0
+        self._last: tuple[float, int] | None = None
+
+    def on_micro_batch(self, outputs: Mapping[str, Tensor], batch: ImageBatch) -> None:
+        """Add up the losses of the step, and the samples that were replaced."""
+        for name, value in outputs.items():
+            value = value.detach().float()
+            self._step_sums[name] = self._step_sums[name] + value if name in self._step_sums else value
+        self._own_tally.add(len(batch), batch.faults)
+
+    def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
+        """Take the step's losses in, and log a row when it is due."""
+        self._context.progress.update(phase=Phase.WORKING, samples_seen=module.samples_seen, activity="")
+        self._take_step_in(trainer, module)
+        if trainer.global_step % self._settings.log_every_steps and trainer.global_step != trainer.max_steps:
+            return
+        means = {
+            name: float(trainer.strategy.reduce(total / self._counts[name], reduce_op="mean"))
+            for name, total in self._sums.items()
+        }
+        self._sums, self._counts = {}, Counter()
+        stage = self._context.frozen.stage
+        if not math.isfinite(means.get(LOSS, 0.0)):
+            raise UserError(
+                f"stage {stage}: the loss is {means[LOSS]} at {module.samples_seen} samples; "
+                f"lower stage.{stage}.optimizer.learning_rate or set gradient_clip_norm"
+            )
+        tally = self._tally_of_all_ranks(trainer)
+        self._measure_speed(module.samples_seen)
+        row = {f"train/{name}": value for name, value in means.items()}
+        row |= {"learning_rate": trainer.optimizers[0].param_groups[0]["lr"], "samples_per_s": self._samples_per_s}
+        if self._steps_skipped:
+            row["train/steps_skipped"] = self._steps_skipped
+        self._context.tracker.log(module.samples_seen, row | tally.metrics())
+        self._context.progress.update(loss=means.get(LOSS), samples_per_s=self._samples_per_s)
+        if tally.is_over(self._settings.max_faulty_share):
+            by_shard: Counter[str] = Counter()
+            for found in gather_objects(self._images.faulty_by_shard()):
+                by_shard.update(found)
+            raise too_many_faults(tally, self._settings.max_faulty_share, by_shard)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning's hook, called on every rank: keep what each of them has added up."""
+        tally = self._tally_of_all_ranks(trainer)
+        checkpoint[STATE] = {
+            "sums": {name: of_all_ranks(trainer, total).flatten().cpu() for name, total in self._sums.items()},
+            "counts": dict(self._counts),
+            "steps_skipped": self._steps_skipped,
+            "read": tally.read,
+            "faults": dict(tally.by_reason),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning's hook: take it back; with another number of ranks, each takes the mean."""
+        state = checkpoint[STATE]
+        self._counts = Counter(state["counts"])
+        self._steps_skipped = state["steps_skipped"]
+        self._tally, self._own_tally = FaultTally(state["read"], state["faults"]), FaultTally()
+        for name, of_ranks in state["sums"].items():
+            is_same_world = len(of_ranks) == trainer.world_size
+            self._sums[name] = (of_ranks[trainer.global_rank] if is_same_world else of_ranks.mean()).to(
+                trainer.strategy.root_device
+            )
+
+    def _take_step_in(self, trainer: pl.Trainer, module: StageModule) -> None:
+        sums, self._step_sums = self._step_sums, {}
+        if module.step_was_skipped:
+            self._steps_skipped += 1
+            return
+        micro_batches = trainer.accumulate_grad_batches
+        for name, total in (sums | {"gradient_norm": module.gradient_norm * micro_batches}).items():
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._counts[name] += micro_batches
+
+    def _tally_of_all_ranks(self, trainer: pl.Trainer) -> FaultTally:
+        """What was counted before this process began, and by all ranks since."""
+        own = [self._own_tally.read, *(self._own_tally.by_reason[fault.value] for fault in DecodeFault)]
+        read, *faults = of_all_ranks(trainer, torch.tensor(own, device=trainer.strategy.root_device)).sum(0).tolist()
+        found = {fault.value: count for fault, count in zip(DecodeFault, faults, strict=True) if count}
+        return FaultTally(self._tally.read + read, self._tally.by_reason + Counter(found))
+
+    def _measure_speed(self, samples_seen: int) -> None:
+        now = time.monotonic()
+        if self._last is not None:
+            rate = (samples_seen - self._last[1]) / max(1e-9, now - self._last[0])
+            smoothed = RATE_SMOOTHING * self._samples_per_s + (1 - RATE_SMOOTHING) * rate
+            self._samples_per_s = smoothed if self._samples_per_s else rate
+        self._last = (now, samples_seen)

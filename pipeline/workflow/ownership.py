@@ -1,0 +1,171 @@
+"""Who works on a stage: one process (group) at a time, on any host that shares the file system.
+
+Each attempt at a stage has a number, taken by creating `attempts/<number>.json` in its work directory, which succeeds
+for one process alone. The highest number owns the stage, until it is over, its process is seen to be dead, or it has
+given no sign of life for a lease. Whoever finds a higher number than its own has lost the stage and writes no more.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from pipeline.errors import StageInterrupted
+
+ATTEMPTS = "attempts"
+BEATS_PER_LEASE = 6
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class StageLost(StageInterrupted):
+    """Another process has taken the stage over."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who made an attempt. `host` changes with every boot; `pid_started` tells apart processes of the same number."""
+
+    attempt: int
+    host: str
+    pid: int
+    pid_started: int
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process is known to be gone. Of another host's (or another boot's) nothing is known."""
+        return self.host == this_host() and process_started(self.pid) != self.pid_started
+
+
+class Ownership:
+    """The right to work on a stage, kept by signs of life from a thread until `release`."""
+
+    def __init__(self, directory: Path, attempt: int, lease_s: float) -> None:
+        self.attempt = attempt
+        self._directory = directory
+        self._lease_s = lease_s
+        self._beats = 0
+        self._looked_at = time.monotonic()
+        self._lost = threading.Event()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a later attempt was seen. The file system is asked again where the last answer may be out of date."""
+        if time.monotonic() - self._looked_at > self._lease_s / 2:
+            self._look()
+        return self._lost.is_set()
+
+    def require(self) -> None:
+        """Raise `StageLost` if a later attempt exists. Asks the file system: for just before what lasts is written."""
+        self._look()
+        if self._lost.is_set():
+            raise StageLost(f"attempt {self.attempt} was taken for dead, and another process has the stage now")
+
+    def release(self) -> None:
+        """Say that this attempt is over."""
+        self._over.set()
+        self._thread.join()
+        self._file("over").touch()
+
+    def _beat(self) -> None:
+        while True:
+            self._beats += 1
+            # In place: a renamed file could stay hidden behind another host's cache of the directory.
+            self._file("alive").write_text(f"{self._beats:020}")
+            self._look()
+            if self._over.wait(self._lease_s / BEATS_PER_LEASE):
+                return
+
+    def _look(self) -> None:
+        if latest_attempt(self._directory) > self.attempt:
+            self._lost.set()
+        self._looked_at = time.monotonic()
+
+    def _file(self, kind: str) -> Path:
+        return self._directory / f"{self.attempt:06}.{kind}"
+
+
+def acquire(work: Path, lease_s: float, interruption: threading.Event) -> Ownership:
+    """Wait until nobody else works on the stage of that work directory, and own it.
+
+    Raises:
+        StageInterrupted: `interruption` was set while another process had it.
+    """
+    directory = work / ATTEMPTS
+    directory.mkdir(parents=True, exist_ok=True)
+    watch = _Watch(lease_s)
+    while True:
+        latest = latest_attempt(directory)
+        if latest == 0 or _is_free(directory, latest) or watch.is_silent(directory, latest):
+            if _claim(directory, latest + 1):
+                return Ownership(directory, latest + 1, lease_s)
+        elif interruption.wait(min(SECONDS_BETWEEN_LOOKS, lease_s / BEATS_PER_LEASE)):
+            raise StageInterrupted("stopped while another process had this stage")
+
+
+def latest_attempt(directory: Path) -> int:
+    """The highest number that was taken; 0 without one."""
+    return max((int(path.stem) for path in directory.glob("*.json")), default=0)
+
+
+class _Watch:
+    """Notices an owner without a sign of life for a lease, by this host's clock alone."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._seen: tuple[int, str] | None = None
+        self._since = 0.0
+
+    def is_silent(self, directory: Path, attempt: int) -> bool:
+        try:
+            beat = (directory / f"{attempt:06}.alive").read_text()
+        except FileNotFoundError:
+            beat = ""
+        if self._seen != (attempt, beat):
+            self._seen, self._since = (attempt, beat), time.monotonic()
+        return time.monotonic() - self._since > self._lease_s
+
+
+def _is_free(directory: Path, attempt: int) -> bool:
+    if (directory / f"{attempt:06}.over").exists():
+        return True
+    return Claim(**json.loads((directory / f"{attempt:06}.json").read_text())).is_dead
+
+
+def _claim(directory: Path, attempt: int) -> bool:
+    """Take a number; False where another process was faster."""
+    claim = Claim(attempt, this_host(), os.getpid(), process_started(os.getpid()))
+    temporary = directory / f".{attempt:06}.{claim.host.replace('/', '-')}.{claim.pid}.{threading.get_ident()}"
+    temporary.write_text(json.dumps(asdict(claim)))
+    try:
+        # A link appears with its content, and only one can have the name: on network file systems too.
+        os.link(temporary, directory / f"{attempt:06}.json")
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+@cache
+def this_host() -> str:
+    """This host, this boot, this process namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot_id = boot.read_text().strip() if boot.exists() else "unknown"
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}/{boot_id}/{namespace.readlink() if namespace.exists() else 'unknown'}"
+
+
+def process_started(pid: int) -> int:
+    """When a process of this host started, in clock ticks since boot; 0 if there is none (or only its corpse)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])

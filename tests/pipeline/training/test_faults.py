@@ -1,0 +1,238 @@
+"""What happens to a stage when hardware, data or numbers fail it."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
+
+from pipeline.config import NonFinite
+from pipeline.training.checkpoints import latest_checkpoint
+from pipeline.training.non_finite import MAX_SKIPPED_IN_A_ROW, RECORD
+from pipeline.training.stage import run_stage
+from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.progress import Failure, Outcome, Phase, read_failure, read_progress
+
+
+def failure_of(stage: FrozenStage) -> Failure:
+    assert run(stage) is Outcome.FAILED
+    failure = read_failure(stage.work)
+    assert failure is not None
+    return failure
+
+
+def break_loss(_context: object) -> None:
+    SCRIPT.loss_factor = float("nan")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_stage_and_names_the_samples_and_the_remedies(tmp_path: Path):
+    SCRIPT.at_samples, SCRIPT.happens = 16, break_loss
+    stage = frozen(tmp_path)
+    failure = failure_of(stage)
+    assert failure.is_user_error
+    assert "the gradient is not finite after 16 samples" in failure.message
+    assert (
+        "lower stage.learner.optimizer.learning_rate, or set stage.learner.optimizer.non_finite=skip" in failure.message
+    )
+    (record,) = (json.loads(line) for line in (stage.work / RECORD).read_text().splitlines())
+    assert record["samples_seen"] == 16
+    assert record["keys"] == [f"{row:05d}" for row in SCRIPT.seen[2]]
+    assert f"samples {', '.join(record['keys'][:4])} and 4 more" in failure.message
+
+
+def test_a_skipped_step_leaves_weights_moments_and_average_alone_and_training_goes_on(tmp_path: Path):
+    def break_one_step(_context: object) -> None:
+        SCRIPT.loss_factor = float("nan") if len(SCRIPT.seen) == 3 else 1.0
+
+    stage = frozen(tmp_path, non_finite=NonFinite.SKIP)
+    SCRIPT.every_step = break_one_step
+    assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
+    assert all(bool(weight.isfinite().all()) for weight in weights(stage).values())
+    of_steps = [row for row in rows(stage) if "train/loss" in row or "train/steps_skipped" in row]
+    assert [row["samples_seen"] for row in of_steps] == list(range(8, 81, 8))
+    assert "train/loss" not in of_steps[2]
+    assert [row.get("train/steps_skipped", 0) for row in of_steps] == [0, 0] + [1] * 8
+    assert len((stage.work / RECORD).read_text().splitlines()) == 1
+
+
+def test_skipping_everything_is_not_training(tmp_path: Path):
+    SCRIPT.loss_factor = float("nan")
+    failure = failure_of(frozen(tmp_path, non_finite=NonFinite.SKIP, max_samples=8 * 100))
+    assert f"these were {MAX_SKIPPED_IN_A_ROW + 1} such steps in a row" in failure.message
+
+
+def test_too_many_unusable_samples_stop_the_stage_and_name_reasons_and_shards(tmp_path: Path):
+    SCRIPT.broken_samples = 4
+    failure = failure_of(frozen(tmp_path, max_samples=800))
+    assert failure.is_user_error
+    assert "not_an_image" in failure.message
+    assert "most in 00000.tar (" in failure.message
+    assert "allow more than trainer.max_faulty_share=0.05" in failure.message
+
+
+def test_few_unusable_samples_are_counted_in_the_rows_over_a_resume_too(tmp_path: Path):
+    SCRIPT.broken_samples = 4
+    whole = frozen(tmp_path / "whole", max_faulty_share=0.5)
+    assert run(whole) is Outcome.FINISHED
+    stage = frozen(tmp_path / "cut", max_faulty_share=0.5)
+    SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
+    assert run(stage) is Outcome.INTERRUPTED
+    SCRIPT.at_samples = None
+    assert run(stage) is Outcome.FINISHED
+    counts = [row["data/faulty_not_an_image"] for row in rows(stage) if "data/faulty" in row]
+    assert counts == [row["data/faulty_not_an_image"] for row in rows(whole) if "data/faulty" in row]
+    assert counts[-1] > 4
+    assert are_equal(weights(stage), weights(whole))
+
+
+@pytest.mark.parametrize("log_every_steps", [3, 4])
+def test_what_was_added_up_since_the_last_row_is_in_the_checkpoint(tmp_path: Path, log_every_steps: int):
+    whole = frozen(tmp_path / "whole", log_every_steps=log_every_steps)
+    run(whole)
+    stage = frozen(tmp_path / "cut", log_every_steps=log_every_steps)
+    SCRIPT.at_samples, SCRIPT.happens = 32, lambda context: context.interruption.set()
+    assert run(stage) is Outcome.INTERRUPTED
+    SCRIPT.at_samples = None
+    assert run(stage) is Outcome.FINISHED
+    names = ("samples_seen", "train/loss", "train/gradient_norm", "learning_rate")
+    assert [[row.get(name) for name in names] for row in rows(stage)] == [
+        [row.get(name) for name in names] for row in rows(whole)
+    ]
+
+
+@contextmanager
+def file_sizes_restored() -> Iterator[None]:
+    """Let a test have the operating system refuse bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def refuse_files_past_8000_bytes(_context: object) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_a_message(tmp_path: Path):
+    whole = frozen(tmp_path / "whole")
+    run(whole)
+    stage = frozen(tmp_path / "full")
+    SCRIPT.at_samples, SCRIPT.happens = 40, refuse_files_past_8000_bytes
+    with file_sizes_restored():
+        assert run(stage) is Outcome.FAILED
+    failure = read_failure(stage.work)
+    assert failure is not None
+    assert failure.is_user_error
+    assert "no space is left" in failure.message
+    assert "the checkpoint at 32 samples is intact: free some, or lower trainer.keep_checkpoints" in failure.message
+    kept = latest_checkpoint(stage.work)
+    assert kept is not None
+    assert kept.samples_seen == 32
+    assert not list((stage.work / "checkpoints").glob("*.tmp"))
+    SCRIPT.at_samples = None
+    assert run(stage) is Outcome.FINISHED
+    assert are_equal(weights(stage), weights(whole))
+
+
+def test_running_out_of_memory_says_what_to_turn_down(tmp_path: Path):
+    def ask_for_too_much(_context: object) -> None:
+        torch.empty(2**55, dtype=torch.uint8)
+
+    SCRIPT.at_samples, SCRIPT.happens = 16, ask_for_too_much
+    failure = failure_of(frozen(tmp_path))
+    assert failure.is_user_error
+    assert "stage learner: out of memory" in failure.message
+    assert "lower stage.learner.trainer.micro_batch_size" in failure.message
+
+
+def test_an_error_of_the_operating_system_that_is_not_about_space_is_no_full_disk(tmp_path: Path):
+    def fail(_context: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    SCRIPT.at_samples, SCRIPT.happens = 16, fail
+    failure = failure_of(frozen(tmp_path))
+    assert not failure.is_user_error
+    assert "Input/output error" in failure.message
+
+
+def test_a_stage_that_is_lost_in_mid_step_writes_nothing_more_and_is_finished_by_its_successor(tmp_path: Path):
+    def lose(context: tiny.StageContext) -> None:
+        attempts = context.work / "attempts"
+        other = json.loads((attempts / "000001.json").read_text()) | {"attempt": 2, "pid": 2**30}
+        (attempts / "000002.json").write_text(json.dumps(other))
+
+    stage = frozen(tmp_path)
+    SCRIPT.at_samples, SCRIPT.happens = 40, lose
+    assert run(stage) is Outcome.INTERRUPTED
+    assert stage.store.find("learner", stage.fingerprint) is None
+    kept = latest_checkpoint(stage.work)
+    assert kept is not None
+    assert kept.samples_seen == 32
+    progress = read_progress(stage.work)
+    assert progress is not None
+    assert progress.phase is not Phase.INTERRUPTED
+    SCRIPT.at_samples = None
+    assert run(stage) is Outcome.FINISHED
+    assert finished(stage).manifest.samples_seen == 80
+
+
+def worker(stage: FrozenStage) -> subprocess.Popen[str]:
+    """The stage in a process of its own, with this directory's `tiny` in its path."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        text=True,
+    )
+
+
+def wait_for_samples(stage: FrozenStage) -> None:
+    for _ in range(1200):
+        progress = read_progress(stage.work)
+        if progress is not None and progress.samples_seen:
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("training did not begin in a minute")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda each: each.name)
+def test_a_signal_makes_the_worker_checkpoint_and_end_with_a_status_of_its_own(tmp_path: Path, number: signal.Signals):
+    stage = frozen(tmp_path, max_samples=8_000_000)
+    run_stage(tiny.data_of(stage), threading.Event())
+    process = worker(stage)
+    wait_for_samples(stage)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 75
+    kept = latest_checkpoint(stage.work)
+    assert kept is not None
+    progress = read_progress(stage.work)
+    assert progress is not None
+    assert (progress.phase, progress.samples_seen) == (Phase.INTERRUPTED, kept.samples_seen)
+
+
+def test_a_second_ctrl_c_ends_the_worker_at_once(tmp_path: Path):
+    stage = frozen(tmp_path, max_samples=8_000_000, step_s=30.0)
+    run_stage(tiny.data_of(stage), threading.Event())
+    process = worker(stage)
+    for _ in range(1200):
+        if (stage.work / "in-step").exists():
+            break
+        threading.Event().wait(0.05)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130

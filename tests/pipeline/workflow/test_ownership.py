@@ -1,0 +1,173 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StageInterrupted
+from pipeline.workflow.ownership import (
+    ATTEMPTS,
+    Claim,
+    StageLost,
+    acquire,
+    latest_attempt,
+    process_started,
+    this_host,
+)
+
+LEASE_S = 0.6
+HOLD = """
+import sys, threading, time
+from pathlib import Path
+from pipeline.workflow.ownership import acquire
+owner = acquire(Path(sys.argv[1]), float(sys.argv[2]), threading.Event())
+print(owner.attempt, flush=True)
+sys.stdin.readline()
+print(owner.is_lost, flush=True)
+"""
+
+
+@pytest.fixture
+def never() -> threading.Event:
+    return threading.Event()
+
+
+class Holder:
+    """Another process that owns a stage until it is told otherwise."""
+
+    def __init__(self, work: Path, lease_s: float) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(work), str(lease_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.attempt = int(self.read())
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask_whether_it_is_lost(self) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
+
+
+def claim_of_elsewhere(work: Path, attempt: int) -> None:
+    directory = work / ATTEMPTS
+    directory.mkdir(exist_ok=True)
+    claim = Claim(attempt, "another-host/boot/namespace", 1, 1)
+    (directory / f"{attempt:06}.json").write_text(json.dumps(asdict(claim)))
+
+
+def test_a_stage_that_nobody_has_is_taken_at_once_and_given_back(tmp_path: Path, never: threading.Event):
+    first = acquire(tmp_path, 60, never)
+    assert (first.attempt, first.is_lost) == (1, False)
+    first.require()
+    first.release()
+    second = acquire(tmp_path, 60, never)
+    assert second.attempt == 2
+    second.release()
+
+
+def test_a_live_owner_is_waited_for(tmp_path: Path, never: threading.Event):
+    first = acquire(tmp_path, LEASE_S, never)
+    taken: list[int] = []
+
+    def take() -> None:
+        second = acquire(tmp_path, LEASE_S, never)
+        taken.append(second.attempt)
+        second.release()
+
+    waiting = threading.Thread(target=take)
+    waiting.start()
+    time.sleep(3 * LEASE_S)
+    assert taken == []
+    assert not first.is_lost
+    first.release()
+    waiting.join(timeout=10)
+    assert taken == [2]
+
+
+def test_who_waits_can_be_stopped(tmp_path: Path):
+    first = acquire(tmp_path, 60, threading.Event())
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StageInterrupted, match="another process"):
+        acquire(tmp_path, 60, stop)
+    first.release()
+
+
+def test_a_killed_owner_of_this_host_is_succeeded_without_waiting_for_its_lease(tmp_path: Path, never: threading.Event):
+    holder = Holder(tmp_path, lease_s=600)
+    holder.process.kill()
+    holder.process.wait()
+    started = time.monotonic()
+    successor = acquire(tmp_path, 600, never)
+    assert time.monotonic() - started < 5
+    assert successor.attempt == holder.attempt + 1
+    successor.release()
+
+
+def test_an_owner_whose_pid_now_belongs_to_another_process_is_dead():
+    alive = Claim(1, this_host(), os.getpid(), process_started(os.getpid()))
+    assert not alive.is_dead
+    assert Claim(1, this_host(), os.getpid(), process_started(os.getpid()) - 1).is_dead
+
+
+def test_a_silent_owner_of_another_host_is_succeeded_after_its_lease(tmp_path: Path, never: threading.Event):
+    claim_of_elsewhere(tmp_path, 1)
+    started = time.monotonic()
+    successor = acquire(tmp_path, LEASE_S, never)
+    assert time.monotonic() - started >= LEASE_S
+    assert successor.attempt == 2
+    successor.release()
+
+
+def test_a_stalled_owner_is_succeeded_and_knows_it_when_it_wakes_up(tmp_path: Path, never: threading.Event):
+    holder = Holder(tmp_path, LEASE_S)
+    holder.process.send_signal(signal.SIGSTOP)
+    successor = acquire(tmp_path, LEASE_S, never)
+    assert successor.attempt == holder.attempt + 1
+    holder.process.send_signal(signal.SIGCONT)
+    assert holder.ask_whether_it_is_lost() == "True"
+    assert not successor.is_lost
+    successor.release()
+    holder.process.kill()
+
+
+def test_a_lost_stage_raises_before_anything_that_lasts(tmp_path: Path, never: threading.Event):
+    first = acquire(tmp_path, 60, never)
+    claim_of_elsewhere(tmp_path, 2)
+    with pytest.raises(StageLost, match="another process has the stage now"):
+        first.require()
+    first.release()
+
+
+def test_of_many_that_come_at_once_one_alone_has_the_stage(tmp_path: Path, never: threading.Event):
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work() -> None:
+        owner = acquire(tmp_path, 60, never)
+        inside.append(owner.attempt)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.remove(owner.attempt)
+        owner.release()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert most == [1] * 8
+    assert latest_attempt(tmp_path / ATTEMPTS) == 8
