@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.dataset import CaptionedImages
+from pipeline.data.faults import FaultTally, too_many_faults
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
@@ -61,7 +62,12 @@ def _embed_rows(
         workers=context.frozen.trainer.loader_workers,
     )
     seen = rows.start
+    tally = FaultTally()
+    max_faulty_share = context.frozen.trainer.max_faulty_share
     for batch in loader:
+        tally.add(len(batch), batch.faults)
+        if tally.is_over(max_faulty_share):
+            raise too_many_faults(tally, max_faulty_share, images.faulty_by_shard())
         with fabric.autocast():
             image_embed = clip.encode_image(batch.to(fabric.device).image_signed())
             text_embed = clip.encode_text(clip.tokenize(list(batch.caption)).to(fabric.device)).embed

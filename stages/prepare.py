@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pipeline.data.faults import check_left_out
 from pipeline.data.make import make_prepared
 from pipeline.data.prepared import write_prepared
 from pipeline.data.splits import Split
@@ -20,6 +21,7 @@ def run(context: StageContext) -> StageResult:
     match data:
         case WebDatasetSettings():
             index, splits, root = webdataset.take_in(data, data.cache_dir)
+            check_left_out(index.shards, context.frozen.trainer.max_faulty_share)
             write_prepared(
                 context.output,
                 index=index,

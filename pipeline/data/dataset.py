@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.decode import DecodeError, DecodeFault, decode_rgb, square
+from pipeline.data.decode import DecodeError, DecodeFault
 from pipeline.data.mixing import purpose_key, sample_seed
 from pipeline.data.prepared import read_prepared
+from pipeline.data.square import central_square
 from pipeline.errors import UserError
 
 _FAULTS = tuple(DecodeFault)
@@ -116,7 +117,7 @@ class CaptionedImages(Dataset[ImageBatch]):
         if self._pictures is not None and status == _GOOD:
             place[:] = self._pictures[row]
             return caption
-        place[:] = square(decode_rgb(self.data.reader.image(row)), self.image_size)
+        place[:] = central_square(self.data.reader.image(row), self.image_size)
         if self._pictures is not None:
             self._pictures[row] = place
         # Set after the picture is in the cache: another process may read both.

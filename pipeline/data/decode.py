@@ -4,7 +4,6 @@ import io
 from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**26
@@ -59,18 +58,6 @@ def decode_rgb(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise whatever their parsers meet
         raise DecodeError(DecodeFault.BROKEN_IMAGE, str(error)) from error
-
-
-def square(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Reduce or enlarge the central square of an RGB picture to uint8 [3, size, size], antialiased (bicubic).
-
-    The crop comes first: a picture of 1 x 5000 never becomes one of 64 x 320,000.
-    """
-    if picture.size != (size, size):
-        side = min(picture.size)
-        left, top = (picture.width - side) / 2, (picture.height - side) / 2
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.ascontiguousarray(np.asarray(picture, np.uint8).transpose(2, 0, 1))
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -1,9 +1,10 @@
 """Counts what could not be used, by reason; stops a stage that finds too much of it. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.data.decode import DecodeFault
+from pipeline.data.summary import ShardEntry
 from pipeline.errors import UserError
 
 MIN_SAMPLES = 256
@@ -40,6 +41,16 @@ class FaultTally:
     def is_over(self, max_share: float) -> bool:
         """Whether more than that share of the samples was faulty, once enough of them were read to say so."""
         return self.read >= MIN_SAMPLES and self.faulty > max_share * self.read
+
+
+def check_left_out(shards: Sequence[ShardEntry], max_share: float) -> None:
+    """Raise `UserError` where more than that share of what the shards hold is no complete sample."""
+    left_out = FaultTally()
+    for shard in shards:
+        left_out.read += shard.samples + sum(shard.left_out.values())
+        left_out.by_reason.update(shard.left_out)
+    if left_out.is_over(max_share):
+        raise too_many_faults(left_out, max_share, {shard.name: sum(shard.left_out.values()) for shard in shards})
 
 
 def too_many_faults(tally: FaultTally, max_share: float, faulty_by_shard: Mapping[str, int]) -> UserError:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.config import TrainingStageSettings
 from pipeline.workflow.display import Display
 from pipeline.workflow.frozen import FrozenFile, write_frozen
 from pipeline.workflow.plan import Action, Plan, PlannedStage
@@ -118,7 +119,8 @@ class Worker:
     def _start(self, frozen: FrozenFile) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "pipeline.training.worker"]
         frozen.stage.work.mkdir(parents=True, exist_ok=True)
-        if frozen.stage.trainer.devices > 1:
+        # The processes of a stage that trains on several devices start each other, from the command of the first.
+        if frozen.stage.trainer.devices > 1 and issubclass(frozen.stage.declaration.settings, TrainingStageSettings):
             return self._spawn([*command, str(frozen.path)], frozen)
         if self._process is None or self._process.poll() is not None:
             self._process = self._spawn(command, frozen)

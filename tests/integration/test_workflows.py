@@ -251,9 +251,9 @@ def test_sampling_from_an_unfinished_run_is_refused(outputs: Path):
 class Running:
     """`unclip run` in the background, with its worker."""
 
-    def __init__(self, outputs: Path) -> None:
+    def __init__(self, outputs: Path, name: str = "base") -> None:
         self._outputs = outputs
-        arguments = [*UNCLIP_WORKFLOW, "run.name=base", "tracking=none", f"paths.outputs={outputs}"]
+        arguments = [*UNCLIP_WORKFLOW, f"run.name={name}", "tracking=none", f"paths.outputs={outputs}"]
         self.process = subprocess.Popen(
             [UNCLIP, "run", *arguments, "trainer.checkpoint_every_samples=8"],
             stdout=subprocess.PIPE,
@@ -320,6 +320,22 @@ def test_an_interrupted_and_then_killed_stage_ends_bit_identical_to_an_undisturb
     assert disturbed["samples.png"] == whole["samples.png"]
     rows = (halfway / "artifacts" / "decoder" / fingerprint / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["samples_seen"] for row in rows] == [*range(8, total + 1, 8), total]
+
+
+def test_two_runs_at_the_same_time_train_every_stage_once(outputs: Path, halfway: Path):
+    first, second = (Running(halfway, f"at-once-{number}") for number in (1, 2))
+    texts = [running.process.communicate(timeout=180)[0] for running in (first, second)]
+    assert [running.process.returncode for running in (first, second)] == [0, 0], texts
+    for stage in ("decoder", "evaluate", "export"):
+        assert len(artifacts(halfway, stage)) == 1
+        # Who came second says that it is done, too, without having done it.
+        assert all(stage in stages_by(text.splitlines(), "done") for text in texts)
+    fingerprint = run_fingerprints(outputs, "base")["decoder"]
+    alone, at_once = (file_digests(where, "decoder", fingerprint) for where in (outputs, halfway))
+    assert at_once["weights.safetensors"] == alone["weights.safetensors"]
+    rows = (halfway / "artifacts" / "decoder" / fingerprint / "metrics.jsonl").read_text().splitlines()
+    samples = [json.loads(row)["samples_seen"] for row in rows if "train/loss" in row]
+    assert samples == list(range(8, 8 * DECODER_STEPS + 1, 8))
 
 
 def test_a_stage_that_cannot_read_its_data_fails_in_one_line_and_its_descendants_are_skipped(halfway: Path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.decode import DecodeError, DecodeFault, decode_rgb, square
+from pipeline.data.decode import DecodeError, DecodeFault, decode_rgb
 
 
 def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
@@ -90,33 +90,3 @@ def test_what_is_no_usable_picture_is_refused_with_a_reason(content: bytes, faul
     with pytest.raises(DecodeError) as error:
         decode_rgb(content)
     assert error.value.fault is fault
-
-
-@pytest.mark.parametrize("size", [(90, 30), (30, 90), (5, 8)])
-def test_the_square_is_the_centre_of_the_reduced_picture(size: tuple[int, int]):
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    picture = Image.fromarray(noise)
-    scale = 10 / min(size)
-    whole = picture.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
-    result = square(picture, 10)
-    assert result.shape == (3, 10, 10)
-    assert result.dtype == np.uint8
-    left, top = (whole.width - 10) // 2, (whole.height - 10) // 2
-    expected = np.asarray(whole.crop((left, top, left + 10, top + 10))).transpose(2, 0, 1)
-    assert abs(result.astype(int) - expected).max() <= 1
-
-
-def test_reducing_averages_and_does_not_alias():
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    result = square(Image.fromarray(stripes), 16)[:, 2:-2, 2:-2]
-    assert abs(result.astype(int) - 127).max() <= 3
-
-
-def test_a_picture_of_the_right_size_is_not_touched():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(square(Image.fromarray(pixels), 16), pixels.transpose(2, 0, 1))
-
-
-def test_a_picture_of_one_by_five_thousand_is_cropped_first():
-    assert square(Image.new("RGB", (1, 5000), "red"), 64).shape == (3, 64, 64)

@@ -126,7 +126,7 @@ def test_the_cache_gives_the_same_pictures_without_decoding_again(prepared: Path
     images = CaptionedImages(prepared, 4, cache_mib=1)
     first = batches(images, workers=2)
     list(evaluation_loader(images, split=None, batch_size=10))
-    monkeypatch.setattr("pipeline.data.dataset.decode_rgb", lambda _: pytest.fail("decoded again"))
+    monkeypatch.setattr("pipeline.data.dataset.central_square", lambda *_: pytest.fail("decoded again"))
     again = batches(images)
     assert all(torch.equal(one.image, other.image) for one, other in zip(first, again, strict=True))
 
@@ -134,7 +134,7 @@ def test_the_cache_gives_the_same_pictures_without_decoding_again(prepared: Path
 def test_pictures_that_do_not_fit_the_budget_are_not_kept(prepared: Path, monkeypatch: pytest.MonkeyPatch):
     images = CaptionedImages(prepared, 128, cache_mib=1)
     batches(images)
-    monkeypatch.setattr("pipeline.data.dataset.decode_rgb", lambda _: 1 / 0)
+    monkeypatch.setattr("pipeline.data.dataset.central_square", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         batches(images)
 

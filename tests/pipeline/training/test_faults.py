@@ -194,7 +194,7 @@ def worker(stage: FrozenStage) -> subprocess.Popen[str]:
     """The stage in a process of its own, with this directory's `tiny` in its path."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)},
         text=True,
     )
 
@@ -236,3 +236,20 @@ def test_a_second_ctrl_c_ends_the_worker_at_once(tmp_path: Path):
         process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == 130
+
+
+def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tmp_path: Path):
+    stage = frozen(tmp_path, max_samples=8 * 60, step_s=0.05, lease_s=2.0)
+    run_stage(tiny.data_of(stage), threading.Event())
+    stalled = worker(stage)
+    wait_for_samples(stage)
+    stalled.send_signal(signal.SIGSTOP)
+    successor = worker(stage)
+    assert successor.wait(timeout=60) == 0
+    published = finished(stage)
+    stalled.send_signal(signal.SIGCONT)
+    assert stalled.wait(timeout=60) == 75
+    assert finished(stage) == published
+    published.verify()
+    assert [row["samples_seen"] for row in rows(stage) if "train/loss" in row] == list(range(8, 8 * 60 + 1, 8))
+    assert not list((tmp_path / "artifacts" / "learner").glob(".building-*"))

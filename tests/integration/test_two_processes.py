@@ -1,0 +1,117 @@
+"""A stage on two processes (DDP over gloo): killed, signalled, and resumed on another number of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+
+import psutil
+import pytest
+import tiny
+import torch
+
+from pipeline.training.stage import run_stage
+from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.progress import latest_checkpoint_samples
+
+STEPS = 40
+
+
+def learner(outputs: Path, *, devices: int = 2, dropout: float = 0.3) -> FrozenStage:
+    """Forty steps of 8 samples in micro-batches, with a loader worker in each process."""
+    stage = tiny.frozen(
+        outputs, dropout=dropout, max_samples=8 * STEPS, step_s=0.02, devices=devices, loader_workers=1,
+        log_every_steps=3, micro_batch_size=2, checkpoint_every_samples=24,
+    )  # fmt: skip
+    run_stage(tiny.data_of(stage), Event())
+    return stage
+
+
+def start(stage: FrozenStage) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
+        env={**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)},
+    )
+
+
+def finish(stage: FrozenStage) -> None:
+    assert start(stage).wait(timeout=120) == 0, (stage.work / "log.txt").read_text()
+
+
+def wait_for_checkpoint(stage: FrozenStage, process: subprocess.Popen[bytes], after: int) -> int:
+    limit = time.monotonic() + 90
+    while time.monotonic() < limit:
+        samples = latest_checkpoint_samples(stage.work) or 0
+        if samples > after:
+            return samples
+        assert process.poll() is None, (stage.work / "log.txt").read_text()
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint in time")
+
+
+def processes(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes that train, without their loader workers; the first one leads."""
+    of_all = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return [each for each in of_all if "pipeline.training.worker" in each.cmdline() and _is_rank(each, of_all)]
+
+
+def _is_rank(each: psutil.Process, of_all: list[psutil.Process]) -> bool:
+    """A loader worker is a fork: it has its parent's environment, and a rank has a rank of its own."""
+    parent = next((other for other in of_all if other.pid == each.ppid()), None)
+    return parent is None or each.environ().get("LOCAL_RANK") != parent.environ().get("LOCAL_RANK")
+
+
+def rows(stage: FrozenStage) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name != "samples_per_s"} for row in tiny.rows(stage)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> FrozenStage:
+    stage = learner(tmp_path_factory.mktemp("undisturbed"))
+    finish(stage)
+    return stage
+
+
+def test_two_killed_processes_resume_to_the_bits_and_rows_of_undisturbed_ones(tmp_path: Path, undisturbed: FrozenStage):
+    stage = learner(tmp_path)
+    process = start(stage)
+    wait_for_checkpoint(stage, process, after=24)
+    victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for victim in victims:
+        victim.kill()
+    process.wait()
+    stopped_at = latest_checkpoint_samples(stage.work)
+    assert stopped_at is not None
+    assert stopped_at < 8 * STEPS
+    finish(stage)
+    assert tiny.are_equal(tiny.weights(stage), tiny.weights(undisturbed))
+    assert json.dumps(rows(stage)) == json.dumps(rows(undisturbed))
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step_and_another_number_of_them_goes_on(tmp_path: Path):
+    whole = learner(tmp_path / "whole", devices=1, dropout=0.0)
+    finish(whole)
+    stage = learner(tmp_path / "cut", devices=2, dropout=0.0)
+    process = start(stage)
+    wait_for_checkpoint(stage, process, after=24)
+    ranks = processes(process)
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 75
+    stopped_at = latest_checkpoint_samples(stage.work)
+    assert stopped_at is not None
+    assert 24 < stopped_at < 8 * STEPS
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert all(rank.status() == psutil.STATUS_ZOMBIE for rank in alive)
+    # The same stage, on one process and in whole batches now: the same fingerprint, samples and noise.
+    alone = learner(tmp_path / "cut", devices=1, dropout=0.0)
+    finish(alone)
+    weights, expected = tiny.weights(alone), tiny.weights(whole)
+    assert weights.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert [row["samples_seen"] for row in rows(alone)] == [row["samples_seen"] for row in rows(whole)]

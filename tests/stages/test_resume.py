@@ -1,0 +1,61 @@
+"""Every stage that trains is stopped in the middle, and ends with the bits of one that was not."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from tiny_runs import plan_stages, rows_of, run_stage_of, run_until
+
+from pipeline.workflow.progress import Outcome, latest_checkpoint_samples
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 30
+TRAINED = ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
+LONGER = [
+    "trainer.checkpoint_every_samples=8",
+    "trainer.log_every_steps=4",
+    "trainer.loader_workers=1",
+    "stage.upsampler.global_batch_size=8",
+    "stage.judge.global_batch_size=8",
+    *(f"stage.{stage}.max_samples={8 * STEPS}" for stage in TRAINED),
+]
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_stage_that_was_stopped_ends_with_the_same_files_and_rows(outputs: Path, tmp_path: Path, stage: str):
+    whole = run_until(outputs, stage, *LONGER)
+    shutil.copytree(outputs / "artifacts", tmp_path / "artifacts", ignore=shutil.ignore_patterns(stage))
+    frozen = plan_stages(tmp_path, *LONGER)[stage]
+    stop, is_over = threading.Event(), threading.Event()
+
+    def stop_in_the_middle() -> None:
+        while (latest_checkpoint_samples(frozen.work) or 0) < 8 * STEPS // 3:
+            if is_over.wait(0.001):
+                return
+        stop.set()
+
+    watcher = threading.Thread(target=stop_in_the_middle)
+    watcher.start()
+    outcome = run_stage_of(frozen, stop)
+    is_over.set()
+    watcher.join()
+    assert outcome is Outcome.INTERRUPTED
+    stopped_at = latest_checkpoint_samples(frozen.work)
+    assert stopped_at is not None
+    assert stopped_at < 8 * STEPS
+    assert run_stage_of(frozen) is Outcome.FINISHED
+    resumed = frozen.store.find(stage, frozen.fingerprint)
+    assert resumed is not None
+    digests = [
+        {file.path: file.sha256 for file in artifact.manifest.files if file.path != "metrics.jsonl"}
+        for artifact in (whole, resumed)
+    ]
+    assert digests[0] == digests[1]
+    rows = [
+        [{name: value for name, value in row.items() if name != "samples_per_s"} for row in rows_of(artifact)]
+        for artifact in (whole, resumed)
+    ]
+    assert json.dumps(rows[0]) == json.dumps(rows[1])
