@@ -1,13 +1,13 @@
 """Loader throughput beside the decode ceiling and other loaders, and the first batch after a resume.
 
     pip install -e '.[benchmarks]'
-    python benchmarks/loader.py [--images 2000] [--passes 3] [--peers unclip plain open_clip dali]
+    python benchmarks/loader.py [--images 6000] [--passes 3] [--peers unclip plain open_clip dali]
 
-Photographs that come with scikit-image and scikit-learn are cropped at random, written as JPEG (quality 90) into shards,
-and read back as squares: decoded, reduced, centre-cropped, float32 in [-1, 1] (or normalised, by open_clip), in batches
-of 64, by two workers. Each peer is a process of its own; counted are images per second of CPU time of that process and
-its workers, from the first batch on. The ceiling is simplejpeg decoding the same bytes in two processes at once,
-and nothing else. PSNR is that of the pixels against a whole decode and Pillow's bicubic reduction.
+Photographs that come with scikit-image and scikit-learn are cropped at random, written as JPEG (quality 90) into
+shards, and read back as squares: decoded, reduced, centre-cropped, float32 in [-1, 1] (normalised by open_clip), in
+batches of 64, by two workers. Each peer is a process of its own; counted are images per second of CPU time of that
+process and its workers, from the first batch on. The ceiling is simplejpeg decoding the same bytes in two processes at
+once, and nothing else. PSNR is that of the pixels against a whole decode and Pillow's bicubic reduction.
 """
 
 import argparse
@@ -275,9 +275,8 @@ def _resume(temporary: Path) -> None:
     make_prepared(temporary / "resume", samples, 2000)
     print(f"\nFirst batch after a resume, {RESUME_SAMPLES:,} samples in {RESUME_SAMPLES // 2000} shards:")
     for share in (0.01, 0.5, 0.99):
-        print(
-            f"  at {share:.0%} of an epoch: {median(first_batch_s(temporary / 'resume', share) for _ in range(5)):.2f} s"
-        )
+        seconds = median(first_batch_s(temporary / "resume", share) for _ in range(5))
+        print(f"  at {share:.0%} of an epoch: {seconds:.2f} s")
 
 
 if __name__ == "__main__":
