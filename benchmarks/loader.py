@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 BATCH_SIZE = 64
@@ -82,7 +83,13 @@ def shards(directory: Path) -> str:
 
 
 def unclip_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
-    """This project's training loader."""
+    """This project's training loader, and the conversion to float32 that every other peer does in its workers."""
+    for image in unclip_uint8_batches(directory, target, images):
+        yield image.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def unclip_uint8_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
+    """This project's training loader as it is: uint8 batches, which become float32 on the training device."""
     from pipeline.data.dataset import CaptionedImages
     from pipeline.data.loader import training_loader
 
@@ -91,7 +98,7 @@ def unclip_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
         world_size=1, first_batch=0, batches=images // BATCH_SIZE, workers=WORKERS,
     )  # fmt: skip
     for batch in loader:
-        yield batch.image_signed()
+        yield batch.image
 
 
 def plain_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
@@ -154,6 +161,7 @@ def dali_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
 
 PEERS: dict[str, Callable[[Path, int, int], Iterator[Any]]] = {
     "unclip": unclip_batches,
+    "unclip_uint8": unclip_uint8_batches,
     "plain": plain_batches,
     "open_clip": open_clip_batches,
     "dali": dali_batches,
@@ -168,8 +176,6 @@ def cpu_seconds() -> float:
 
 def measure_peer(name: str, directory: Path, target: int, images: int) -> None:
     """Run one peer in this process; print its images per CPU second as JSON."""
-    import torch
-
     torch.set_num_threads(1)
     batches = PEERS[name](directory, target, images)
     before = cpu_seconds()

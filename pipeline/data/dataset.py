@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.decode import DecodeError, DecodeFault
@@ -60,7 +61,7 @@ class CaptionedImages(Dataset[ImageBatch]):
     def __getitems__(self, requests: Sequence[SampleRequest]) -> ImageBatch:
         """Read a batch; the DataLoader calls this where it is given a batch sampler."""
         shape = (len(requests), 3, self.image_size, self.image_size)
-        image = torch.empty(shape, dtype=torch.uint8)
+        image = _batch_memory(shape)
         rows, captions = [], []
         faults: Counter[DecodeFault] = Counter()
         for place, request in zip(image.numpy(), requests, strict=True):
@@ -128,6 +129,14 @@ class CaptionedImages(Dataset[ImageBatch]):
         rows = self.data.samples_in(self.data.split(sample))
         draw = sample_seed(purpose_key("replacement"), attempt, np.array([sample]))
         return int(rows[int(draw.view(np.uint64)[0] % np.uint64(len(rows)))])
+
+
+def _batch_memory(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised uint8 batch; in a loader worker in shared memory, so that sending it copies nothing."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    size = int(np.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size)).view(shape)
 
 
 def _shared_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:

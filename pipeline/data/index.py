@@ -4,12 +4,14 @@
 """
 
 import io
+import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -28,6 +30,9 @@ from pipeline.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """In the order of preference where a sample has several; `image_extension` counts in it."""
+
+_ZIP_LENGTHS_AT = 26
+"""Where a member's header in a zip file has the sizes of its name and its extra field."""
 
 _ROW_FIELDS = (
     "image_offset",
@@ -125,7 +130,10 @@ class SizeCheck(Enum):
 
 
 def read_index(directory: Path, *, root: Path | None = None, size_check: SizeCheck = SizeCheck.COMPARE) -> ShardIndex:
-    """Read an index whose local shards lie under `root` (default: beside the index).
+    """Open an index whose local shards lie under `root` (default: beside the index).
+
+    Its arrays are mapped from the file: they take no memory that another process could not share or the system take
+    back.
 
     Raises:
         UserError: there is no index, it is damaged, or a shard's size is not the one that was indexed.
@@ -136,11 +144,10 @@ def read_index(directory: Path, *, root: Path | None = None, size_check: SizeChe
         check_shard_sizes(summary, root)
     path = directory / ARRAYS_FILE
     try:
-        content = path.read_bytes()
-        if sha256(content).hexdigest() != summary.arrays_sha256:
-            raise ValueError(f"it is not the one that {SUMMARY_FILE} describes")
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            index = ShardIndex(shards=summary.shards, **{name: arrays[name] for name in _array_names()})
+        with path.open("rb") as file:
+            if file_digest(file, "sha256").hexdigest() != summary.arrays_sha256:
+                raise ValueError(f"it is not the one that {SUMMARY_FILE} describes")
+        index = ShardIndex(shards=summary.shards, **_mapped_arrays(path))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); run `unclip shards index {root}`") from error
     if len(index) != summary.samples:
@@ -148,6 +155,24 @@ def read_index(directory: Path, *, root: Path | None = None, size_check: SizeChe
             f"{path} has {len(index)} rows and {SUMMARY_FILE} says {summary.samples}; run `unclip shards index {root}`"
         )
     return index
+
+
+def _mapped_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a file that `np.savez` wrote (each member stored, not compressed), mapped in place."""
+    arrays: dict[str, NDArray[Any]] = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for name in _array_names():
+            member = archive.getinfo(f"{name}.npy")
+            with archive.open(member) as content:
+                np.lib.format.read_magic(content)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+                header_size = content.tell()
+            file.seek(member.header_offset + _ZIP_LENGTHS_AT)
+            name_size, extra_size = struct.unpack("<HH", file.read(4))
+            offset = member.header_offset + _ZIP_LENGTHS_AT + 4 + name_size + extra_size + header_size
+            size = int(np.prod(shape))
+            arrays[name] = np.memmap(path, dtype, "r", offset, shape) if size else np.empty(shape, dtype)
+    return arrays
 
 
 def _array_names() -> tuple[str, ...]:

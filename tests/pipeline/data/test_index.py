@@ -3,7 +3,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,16 @@ def test_an_index_survives_being_written_and_read(shards: list[str], tmp_path: P
     assert again.shards == index.shards
     for name in ("shard", "image_offset", "image_size", "caption_offset", "json_offset", "key_bytes", "key_offset"):
         np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
+
+
+def test_the_arrays_of_an_index_are_mapped_and_not_read_into_memory(shards: list[str], tmp_path: Path):
+    directory, written = update_index(shards, tmp_path / "cache")
+    index = read_index(directory)
+    for field in fields(ShardIndex)[1:]:
+        mapped = getattr(index, field.name)
+        assert isinstance(mapped, np.memmap)
+        assert not mapped.flags.writeable
+        np.testing.assert_array_equal(mapped, getattr(written, field.name))
 
 
 def test_only_changed_shards_are_walked_again(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
