@@ -22,6 +22,8 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.workflow.artifacts import file_sha256
+
 UNCLIP = str(Path(sys.executable).parent / "unclip")
 NARROW_UNET = (
     "{channels: [8, 16], layers_per_block: 1, attention: [false, false], attention_head_dim: 8, norm_groups: 4}"
@@ -55,8 +57,8 @@ TINY = (
         for name in ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
     ),
 )
-NOT_COMPARED = {"metrics.jsonl"}
-"""Its rows hold speeds; they are compared without them."""
+NOT_COMPARED = {"metrics.jsonl", "manifest.json"}
+"""Their rows hold speeds, times and the commit; of the one the rows, of the other the metrics are compared."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,19 @@ def _compare(whole: Path, disturbed: Path) -> None:
         different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         if different:
             raise SystemExit(f"{place}: {', '.join(different)} differ from the undisturbed ones")
+        if _metrics(whole / place) != _metrics(disturbed / place):
+            raise SystemExit(f"{place}: its metrics are not the undisturbed ones")
         if (manifest.parent / "metrics.jsonl").exists() and _rows(whole / place) != _rows(disturbed / place):
             raise SystemExit(f"{place}: its rows are not the undisturbed ones")
 
 
 def _digests(artifact: Path) -> dict[str, str]:
-    files = json.loads((artifact / "manifest.json").read_text())["files"]
-    return {file["path"]: file["sha256"] for file in files if file["path"] not in NOT_COMPARED}
+    files = (path for path in artifact.rglob("*") if path.is_file() and path.name not in NOT_COMPARED)
+    return {str(path.relative_to(artifact)): file_sha256(path) for path in files}
+
+
+def _metrics(artifact: Path) -> dict[str, float]:
+    return json.loads((artifact / "manifest.json").read_text())["metrics"]
 
 
 def _rows(artifact: Path) -> list[dict[str, float]]:

@@ -6,7 +6,8 @@
 Photographs that come with scikit-image and scikit-learn are cropped at random, written as JPEG (quality 90) into
 shards, and read back as squares: decoded, reduced, centre-cropped, float32 in [-1, 1] (normalised by open_clip), in
 batches of 64, by two workers. Each peer is a process of its own; counted are images per second of CPU time of that
-process and its workers, from the first batch on. The ceiling is simplejpeg decoding the same bytes in two processes at
+process and its workers, from the fourth batch on, and no loader comes to its end meanwhile. open_clip tokenises the
+captions besides. The ceiling is simplejpeg decoding the same bytes in two processes at
 once, and nothing else. PSNR is that of the pixels against a whole decode and Pillow's bicubic reduction.
 """
 
@@ -15,7 +16,6 @@ import io
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,12 +29,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
 BATCH_SIZE = 64
 WORKERS = 2
 SIZES = ((256, 224), (256, 64), (512, 224), (512, 64))
+WARM_UP_BATCHES = 4
 SHARD_SAMPLES = 500
 RESUME_SAMPLES = 200_000
 
@@ -82,26 +84,26 @@ def shards(directory: Path) -> str:
     return f"{directory}/shards/{{00000..{last:05d}}}.tar"
 
 
-def unclip_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
+def unclip_batches(directory: Path, target: int) -> Iterator[Any]:
     """This project's training loader, and the conversion to float32 that every other peer does in its workers."""
-    for image in unclip_uint8_batches(directory, target, images):
+    for image in unclip_uint8_batches(directory, target):
         yield image.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def unclip_uint8_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
+def unclip_uint8_batches(directory: Path, target: int) -> Iterator[Any]:
     """This project's training loader as it is: uint8 batches, which become float32 on the training device."""
     from pipeline.data.dataset import CaptionedImages
     from pipeline.data.loader import training_loader
 
     loader = training_loader(
         CaptionedImages(directory, target), seed=0, global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, rank=0,
-        world_size=1, first_batch=0, batches=images // BATCH_SIZE, workers=WORKERS,
+        world_size=1, first_batch=0, batches=10**9, workers=WORKERS,
     )  # fmt: skip
     for batch in loader:
         yield batch.image
 
 
-def plain_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
+def plain_batches(directory: Path, target: int) -> Iterator[Any]:
     """The idiom of webdataset's documentation."""
     import webdataset as wds
     from torchvision import transforms
@@ -112,11 +114,11 @@ def plain_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
     ])  # fmt: skip
     data = wds.WebDataset(shards(directory), shardshuffle=True, resampled=True).shuffle(1000).decode("pil")
     data = data.to_tuple("jpg", "txt").map_tuple(transform, str).batched(BATCH_SIZE)
-    for image, _ in islice(wds.WebLoader(data, batch_size=None, num_workers=WORKERS), images // BATCH_SIZE):
+    for image, _ in wds.WebLoader(data, batch_size=None, num_workers=WORKERS):
         yield image
 
 
-def open_clip_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
+def open_clip_batches(directory: Path, target: int) -> Iterator[Any]:
     """open_clip's own loader, with its evaluation transform: that of training crops at random."""
     import webdataset.tariterators
     from open_clip import get_tokenizer, image_transform
@@ -127,16 +129,16 @@ def open_clip_batches(directory: Path, target: int, images: int) -> Iterator[Any
 
     data.tar_file_expander = tar_file_expander
     settings = SimpleNamespace(
-        train_data=shards(directory), train_data_upsampling_factors=None, train_num_samples=images, val_num_samples=0,
+        train_data=shards(directory), train_data_upsampling_factors=None, train_num_samples=10**9, val_num_samples=0,
         seed=0, dataset_resampled=True, batch_size=BATCH_SIZE, workers=WORKERS, world_size=1, rank=0,
     )  # fmt: skip
     transform = image_transform(target, is_train=False)
     found = data.get_wds_dataset(settings, transform, is_train=True, tokenizer=get_tokenizer("ViT-B-32"))
-    for image, _ in islice(found.dataloader, images // BATCH_SIZE):
+    for image, _ in found.dataloader:
         yield image
 
 
-def dali_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
+def dali_batches(directory: Path, target: int) -> Iterator[Any]:
     """DALI's pipeline on the CPU."""
     from nvidia.dali import fn, pipeline_def, types
 
@@ -155,11 +157,11 @@ def dali_batches(directory: Path, target: int, images: int) -> Iterator[Any]:
 
     built = pipeline()
     built.build()
-    for _ in range(images // BATCH_SIZE):
+    while True:
         yield built.run()[0].as_array()
 
 
-PEERS: dict[str, Callable[[Path, int, int], Iterator[Any]]] = {
+PEERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
     "unclip": unclip_batches,
     "unclip_uint8": unclip_uint8_batches,
     "plain": plain_batches,
@@ -169,18 +171,22 @@ PEERS: dict[str, Callable[[Path, int, int], Iterator[Any]]] = {
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of those of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    """CPU time of this process and of its workers, which must be alive."""
+    this = psutil.Process()
+    used = [each.cpu_times() for each in (this, *this.children(recursive=True))]
+    return sum(each.user + each.system for each in used)
 
 
 def measure_peer(name: str, directory: Path, target: int, images: int) -> None:
     """Run one peer in this process; print its images per CPU second as JSON."""
     torch.set_num_threads(1)
-    batches = PEERS[name](directory, target, images)
+    batches = PEERS[name](directory, target)
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
     before = cpu_seconds()
-    seen = sum(len(batch) for batch in batches)
-    print(json.dumps({"images_per_cpu_s": seen / (cpu_seconds() - before)}))
+    seen = sum(len(batch) for batch in islice(batches, images // BATCH_SIZE))
+    print(json.dumps({"images_per_cpu_s": seen / (cpu_seconds() - before)}), flush=True)
+    os._exit(0)  # nothing of what the workers still do is of interest
 
 
 def _decode_all(contents: list[bytes]) -> tuple[int, float]:

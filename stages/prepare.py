@@ -1,5 +1,6 @@
 """The stage `prepare`: captioned pictures as WebDataset shards with an index and splits."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from pipeline.data.faults import check_left_out
@@ -34,7 +35,10 @@ def run(context: StageContext) -> StageResult:
             index, splits = make_prepared(context.output, _made(context, data), data.shard_samples)
     counts = {split.value: int((splits == split.code).sum()) for split in Split}
     numbers = {"samples": counts, "licence": LICENCES[data.source]}
-    return StageResult(numbers, {f"{name}_samples": float(count) for name, count in counts.items()}, len(index))
+    metrics = {f"{name}_samples": float(count) for name, count in counts.items()}
+    left_out = sum((Counter(shard.left_out) for shard in index.shards), Counter[str]())
+    metrics |= {f"left_out_{reason}": float(count) for reason, count in sorted(left_out.items())}
+    return StageResult(numbers, metrics, len(index))
 
 
 def _made(context: StageContext, data: ScenesSettings | EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:

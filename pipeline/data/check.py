@@ -27,7 +27,9 @@ class ShardReport:
     faults: Mapping[str, int]
 
 
-def check_shards(shards: Sequence[str], cache_dir: Path, workers: int) -> Iterator[ShardReport]:
+def check_shards(
+    shards: Sequence[str], cache_dir: Path, cache_bytes: int | None, workers: int
+) -> Iterator[ShardReport]:
     """Walk, read and decode every sample of indexed shards (as `expand_shards` lists them), `workers` shards at once.
 
     Raises:
@@ -38,20 +40,20 @@ def check_shards(shards: Sequence[str], cache_dir: Path, workers: int) -> Iterat
     index = read_index(directory, size_check=SizeCheck.SKIP)
     index.select(names, str(directory))
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(_check_shard, directory, cache_dir), names)
+        yield from pool.map(partial(_check_shard, directory, cache_dir, cache_bytes), names)
 
 
-def _check_shard(directory: Path, cache_dir: Path, name: str) -> ShardReport:
+def _check_shard(directory: Path, cache_dir: Path, cache_bytes: int | None, name: str) -> ShardReport:
     index = read_index(directory, size_check=SizeCheck.SKIP).select([name], str(directory))
     (entry,) = index.shards
     faults: Counter[str] = Counter(entry.left_out)
     try:
-        walked = walk_shard(local_shard(name, cache_dir) if is_url(name) else directory / name, name)
+        walked = walk_shard(local_shard(name, cache_dir, cache_bytes) if is_url(name) else directory / name, name)
     except (UserError, OSError):
         return ShardReport(name, entry.samples, {UNREADABLE: 1})
     if walked.shards[0].digest != entry.digest:
         return ShardReport(name, entry.samples, {CHANGED: 1})
-    reader = SampleReader(index, directory, cache_dir)
+    reader = SampleReader(index, directory, cache_dir, cache_bytes)
     for row in range(len(index)):
         try:
             reader.caption(row)

@@ -21,16 +21,18 @@ def shards_command(arguments: Sequence[str]) -> int:
     for action in (index, check):
         action.add_argument("shards", nargs="+", help="a directory, a brace pattern, paths or URLs")
         action.add_argument("--cache", type=Path, default=Path("outputs/cache"), help="where remote shards are kept")
+        action.add_argument("--cache-gib", type=float, help="how much of them is kept (default: all)")
     check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="shards that are checked at once")
     options = parser.parse_args(arguments)
     shards = expand_shards(options.shards, allow_shell_urls=False)
+    cache_bytes = None if options.cache_gib is None else int(options.cache_gib * 2**30)
     if options.action == "index":
-        return _index(shards, options.cache.absolute())
-    return _check(shards, options.cache.absolute(), max(1, options.workers))
+        return _index(shards, options.cache.absolute(), cache_bytes)
+    return _check(shards, options.cache.absolute(), cache_bytes, max(1, options.workers))
 
 
-def _index(shards: Sequence[str], cache_dir: Path) -> int:
-    directory, indexed = update_index(shards, cache_dir)
+def _index(shards: Sequence[str], cache_dir: Path, cache_bytes: int | None) -> int:
+    directory, indexed = update_index(shards, cache_dir, cache_bytes)
     print(f"{len(indexed):,} samples in {len(indexed.shards):,} shards; index in {directory}")
     left_out = sum(sum(shard.left_out.values()) for shard in indexed.shards)
     if left_out:
@@ -38,11 +40,11 @@ def _index(shards: Sequence[str], cache_dir: Path) -> int:
     return 0
 
 
-def _check(shards: Sequence[str], cache_dir: Path, workers: int) -> int:
+def _check(shards: Sequence[str], cache_dir: Path, cache_bytes: int | None, workers: int) -> int:
     from pipeline.data.check import check_shards
 
     samples, faults = 0, Counter[str]()
-    for report in check_shards(shards, cache_dir, workers):
+    for report in check_shards(shards, cache_dir, cache_bytes, workers):
         samples += report.samples
         faults.update(report.faults)
         if report.faults:

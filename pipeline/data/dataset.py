@@ -17,6 +17,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.decode import DecodeError, DecodeFault
 from pipeline.data.mixing import purpose_key, sample_seed
 from pipeline.data.prepared import read_prepared
+from pipeline.data.splits import Split
 from pipeline.data.square import central_square
 from pipeline.errors import UserError
 
@@ -51,6 +52,7 @@ class CaptionedImages(Dataset[ImageBatch]):
         self._status = _shared_zeros((len(self.data.index),))
         self._pictures = _shared_zeros(shape) if int(np.prod(shape)) <= cache_mib * 2**20 else None
         self._replacement: dict[int, int] = {}
+        self._rows_of_split: dict[Split, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return len(self.data.index)
@@ -126,7 +128,15 @@ class CaptionedImages(Dataset[ImageBatch]):
         return caption
 
     def _candidate(self, sample: int, attempt: int) -> int:
-        rows = self.data.samples_in(self.data.split(sample))
+        """A row of the sample's split: of its own shard at first, so that no further shard has to be read."""
+        split = self.data.split(sample)
+        if split not in self._rows_of_split:
+            self._rows_of_split[split] = self.data.samples_in(split)
+        rows = self._rows_of_split[split]
+        if attempt < _MAX_REPLACEMENTS // 2:
+            shard = int(self.data.index.shard[sample])
+            first, last = np.searchsorted(rows, np.searchsorted(self.data.index.shard, [shard, shard + 1]))
+            rows = rows[first:last]
         draw = sample_seed(purpose_key("replacement"), attempt, np.array([sample]))
         return int(rows[int(draw.view(np.uint64)[0] % np.uint64(len(rows)))])
 

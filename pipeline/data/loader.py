@@ -58,6 +58,13 @@ class RankBatches(Sampler[list[SampleRequest]]):
         return self._batches * -(-self._share // self._micro_batch_size)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:
+        try:
+            yield from self._micro_batches()
+        finally:
+            if self._prefetch is not None:
+                self._prefetch.stop()
+
+    def _micro_batches(self) -> Iterator[list[SampleRequest]]:
         mine = slice(self._rank * self._share, (self._rank + 1) * self._share)
         for k in range(self._first_batch, self._batches):
             if self._prefetch is not None:

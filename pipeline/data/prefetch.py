@@ -19,9 +19,10 @@ class ShardPrefetch:
     def __init__(self, reader: SampleReader) -> None:
         self._reader = reader
         self._remote = {number for number, shard in enumerate(reader.index.shards) if is_url(shard.name)}
-        self._queue: queue.Queue[int] = queue.Queue()
+        self._queue: queue.Queue[int | None] = queue.Queue()
         self._wanted: frozenset[int] = frozenset()
         self._is_running = False
+        self._stopped = threading.Event()
 
     @property
     def is_needed(self) -> bool:
@@ -44,13 +45,21 @@ class ShardPrefetch:
                 threading.Thread(target=self._fetch, daemon=True).start()
 
     def _fetch(self) -> None:
-        while True:
-            shard = self._queue.get()
+        while (shard := self._queue.get()) is not None:
             try:
-                self._reader.fetch(shard)
+                if not self._stopped.is_set():
+                    self._reader.fetch(shard)
             except Exception as error:  # the reader meets it too, and raises it where it is seen
                 print(f"warning: {self._reader.index.shards[shard].name} was not fetched ahead ({error})", flush=True)
-            self._queue.task_done()
+            finally:
+                self._queue.task_done()
+
+    def stop(self) -> None:
+        """Fetch nothing more; what is being fetched is finished."""
+        self._stopped.set()
+        if self._is_running:
+            for _ in range(_THREADS):
+                self._queue.put(None)
 
     def wait(self) -> None:
         """Wait until everything that was wanted is there, or was tried."""

@@ -75,8 +75,10 @@ class SampleReader:
 
     def fetch(self, shard: int) -> Path:
         """A file with the shard's bytes, by its number in the index; streams a remote one that is not in the cache."""
-        name = self.index.shards[shard].name
-        return local_shard(name, self.cache_dir, self.cache_bytes) if is_url(name) else self.root / name
+        entry = self.index.shards[shard]
+        if is_url(entry.name):
+            return local_shard(entry.name, self.cache_dir, self.cache_bytes, entry.bytes)
+        return self.root / entry.name
 
     def close(self) -> None:
         """Close the shards; the next read opens its own again."""

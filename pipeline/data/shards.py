@@ -30,6 +30,7 @@ FIRST_WAIT_S = 1.0
 
 _LOCK = ".lock"
 _PARTIAL = ".partial"
+_CACHED = re.compile(r"^[0-9a-f]{16}-")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -75,12 +76,12 @@ def shard_names(shards: Sequence[str], directory: Path) -> list[str]:
     ]
 
 
-def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None) -> Path:
+def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None, expected_bytes: int | None = None) -> Path:
     """Give a file with the shard's bytes: a local shard as it is, a remote one from the cache, streamed there once.
 
     Several processes may ask for the same shard: one streams it, the others wait. A broken transfer leaves nothing.
     Where the cache has grown past `cache_bytes`, the shards that were asked for the longest ago are removed; who has
-    one of them open goes on reading it.
+    one of them open goes on reading it. A transfer that does not give `expected_bytes` is a broken one.
 
     Raises:
         UserError: the remote shard cannot be read.
@@ -93,7 +94,7 @@ def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None) -> 
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cached.with_name(cached.name + _LOCK)):
         if not _is_kept(cached):
-            _stream(shard, cached)
+            _stream(shard, cached, expected_bytes)
             if cache_bytes is not None:
                 _evict(cache_dir, cache_bytes, cached)
     return cached
@@ -104,6 +105,8 @@ def _is_kept(cached: Path) -> bool:
         os.utime(cached)
     except FileNotFoundError:
         return False
+    except PermissionError:  # somebody else's cache
+        return cached.exists()
     return True
 
 
@@ -111,7 +114,8 @@ def _evict(cache_dir: Path, cache_bytes: int, newest: Path) -> None:
     found = []
     for path in cache_dir.iterdir():
         with suppress(FileNotFoundError):
-            if path.is_file() and path.suffix not in (_LOCK, _PARTIAL):
+            # Only what is named like a cached shard: the directory may hold the user's own files too.
+            if _CACHED.match(path.name) and path.suffix not in (_LOCK, _PARTIAL) and path.is_file():
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
     total = sum(size for _, size, _ in found)
@@ -123,7 +127,7 @@ def _evict(cache_dir: Path, cache_bytes: int, newest: Path) -> None:
             total -= size
 
 
-def _stream(url: str, target: Path) -> None:
+def _stream(url: str, target: Path, expected_bytes: int | None) -> None:
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     retrying = Retrying(
@@ -133,7 +137,7 @@ def _stream(url: str, target: Path) -> None:
         reraise=True,
     )
     try:
-        retrying(_stream_once, url, target)
+        retrying(_stream_once, url, target, expected_bytes)
     except (OSError, ValueError) as error:
         if _is_disk_full(error):
             raise
@@ -146,13 +150,16 @@ def _is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _stream_once(url: str, target: Path) -> None:
+def _stream_once(url: str, target: Path, expected_bytes: int | None) -> None:
     from webdataset.gopen import gopen  # imports torch: only who reads a remote shard pays for it
 
     partial = target.with_name(f"{target.name}.{uuid4().hex}{_PARTIAL}")
     try:
         with gopen(url, "rb") as source, partial.open("wb") as copy:
             shutil.copyfileobj(source, copy, length=1 << 20)
+        found = partial.stat().st_size
+        if expected_bytes not in (None, found):
+            raise OSError(f"{found} bytes, and {expected_bytes} when it was indexed")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

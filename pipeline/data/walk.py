@@ -30,7 +30,7 @@ class LeftOut(StrEnum):
     TRUNCATED = "truncated"
 
 
-def update_index(shards: Sequence[str], cache_dir: Path) -> tuple[Path, ShardIndex]:
+def update_index(shards: Sequence[str], cache_dir: Path, cache_bytes: int | None = None) -> tuple[Path, ShardIndex]:
     """Write the index of these shards (as `expand_shards` lists them), walking only what is new or changed.
 
     Returns:
@@ -43,7 +43,7 @@ def update_index(shards: Sequence[str], cache_dir: Path) -> tuple[Path, ShardInd
     directory = index_directory(shards, cache_dir)
     names = shard_names(shards, directory)
     previous = _previous(directory)
-    index = index_shards(names, directory, cache_dir, previous)
+    index = index_shards(names, directory, cache_dir, previous, cache_bytes)
     others = [] if previous is None else _others(previous, set(names), directory)
     try:
         write_index(directory, concatenate([index, *others]))
@@ -52,7 +52,13 @@ def update_index(shards: Sequence[str], cache_dir: Path) -> tuple[Path, ShardInd
     return directory, index
 
 
-def index_shards(names: Sequence[str], root: Path, cache_dir: Path, previous: ShardIndex | None = None) -> ShardIndex:
+def index_shards(
+    names: Sequence[str],
+    root: Path,
+    cache_dir: Path,
+    previous: ShardIndex | None = None,
+    cache_bytes: int | None = None,
+) -> ShardIndex:
     """Index shards (names relative to `root`, absolute paths, URLs), reusing what `previous` knows of unchanged ones.
 
     Raises:
@@ -65,7 +71,7 @@ def index_shards(names: Sequence[str], root: Path, cache_dir: Path, previous: Sh
         if previous is not None and number is not None and _is_unchanged(previous.shards[number], root):
             parts.append(previous.only(number))
         else:
-            parts.append(walk_shard(local_shard(name, cache_dir) if is_url(name) else root / name, name))
+            parts.append(walk_shard(local_shard(name, cache_dir, cache_bytes) if is_url(name) else root / name, name))
     index = concatenate(parts)
     if len(index) == 0:
         left_out = sum((Counter(shard.left_out) for shard in index.shards), Counter())

@@ -18,7 +18,7 @@ from pipeline.errors import StageInterrupted
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.context import StageContext
 from pipeline.training.module import StageModule
-from pipeline.training.ranks import any_of_all_ranks
+from pipeline.training.ranks import any_of_all_ranks, gather_objects
 from pipeline.workflow.ownership import StageLost
 
 SAMPLES = "samples"
@@ -110,7 +110,7 @@ class Pictures(StepBoundary):
         is_last = trainer.global_step == trainer.max_steps
         if not is_last and not crosses(self._every_samples, module.samples_seen, batch):
             return
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self._context.is_lost:
             return
         self._context.progress.update(activity="drawing samples")
         with module.averaged():
@@ -157,8 +157,7 @@ class Checkpoints(StepBoundary):
     def _save(self, trainer: pl.Trainer, module: StageModule) -> None:
         elapsed_s = self._elapsed_before_s + time.monotonic() - self._started
         keep = self._settings.keep_checkpoints
-        self._context.require_ownership()
-        save_checkpoint(trainer, self._context.work, module.samples_seen, elapsed_s, keep)
+        save_checkpoint(trainer, self._context, module.samples_seen, elapsed_s, keep)
         self._last_save = time.monotonic()
 
 
@@ -167,6 +166,11 @@ class ResumeAtSamples(pl.Callback):
 
     def __init__(self, steps_done: int, micro_batches_per_step: int) -> None:
         self._done = steps_done * micro_batches_per_step
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's hook: a checkpoint can be damaged, or appear, between the looks of two processes."""
+        if len(set(gather_objects(self._done))) > 1:
+            raise RuntimeError("the processes of this stage found different checkpoints; run it again")
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

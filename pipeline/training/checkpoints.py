@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pytorch_lightning import Trainer
 
+from pipeline.training.context import StageContext
 from pipeline.workflow.artifacts import file_sha256, sync_directory, write_json_atomically
 from pipeline.workflow.progress import CHECKPOINTS
 
@@ -21,20 +22,25 @@ class Checkpoint:
     elapsed_s: float
 
 
-def save_checkpoint(trainer: Trainer, work: Path, samples_seen: int, elapsed_s: float, keep: int) -> None:
+def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, elapsed_s: float, keep: int) -> None:
     """Write a checkpoint beside, flush it to disk and rename it; its record follows, and the oldest go.
 
     All processes call this; the first one writes the record.
     """
-    directory = work / CHECKPOINTS
+    directory = context.work / CHECKPOINTS
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"samples-{samples_seen:012}.ckpt"
-    temporary = target.with_suffix(".tmp")
-    trainer.save_checkpoint(temporary)
-    if not trainer.is_global_zero:
-        return
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    temporary = target.with_suffix(f".tmp-{context.attempt}")
+    try:
+        trainer.save_checkpoint(temporary)
+        if not trainer.is_global_zero:
+            return
+        _remove_unfinished(directory, context.attempt)
+        _sync_file(temporary)
+        context.require_ownership()
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
     record = {"samples_seen": samples_seen, "sha256": file_sha256(temporary), "elapsed_s": round(elapsed_s, 3)}
     temporary.replace(target)
     write_json_atomically(target.with_suffix(".json"), record)
@@ -56,3 +62,15 @@ def latest_checkpoint(work: Path) -> Checkpoint | None:
             pass
         print(f"warning: checkpoint {path} is damaged and passed over; the one before it is used", flush=True)
     return None
+
+
+def _remove_unfinished(directory: Path, attempt: int) -> None:
+    """Remove what earlier attempts were writing when they ended."""
+    for left in directory.glob("samples-*.tmp-*"):
+        if int(left.suffix.rpartition("-")[2]) < attempt:
+            left.unlink(missing_ok=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,8 @@ S = TypeVar("S", bound=Settings)
 
 def process_rank() -> int:
     """This process's number among those that train one stage, before a process group exists."""
-    return int(os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
+    # Inside a Slurm job whose processes start each other, all inherit the number of the batch step.
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 class ProgressWriter:
@@ -64,7 +66,7 @@ class ProgressWriter:
     def _write(self) -> None:
         if self._ownership is None or self._ownership.is_lost:
             return
-        with self._lock:
+        with self._lock, suppress(OSError):  # a full disk; training says so where it matters
             write_progress(self._work, self._progress)
 
     def _beat(self) -> None:
@@ -101,6 +103,11 @@ class StageContext:
     def is_lost(self) -> bool:
         """Whether another process has taken the stage over; known to the first process alone."""
         return self.ownership is not None and self.ownership.is_lost
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt at the stage; 0 in all processes but the first."""
+        return 0 if self.ownership is None else self.ownership.attempt
 
     def require_ownership(self) -> None:
         """Raise `StageLost` if another process has taken the stage over; to be called before what lasts is written."""

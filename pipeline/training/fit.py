@@ -55,7 +55,6 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         max_samples=stage_settings.max_steps * stage_settings.global_batch_size,
         samples_seen=samples_seen,
     )
-    context.tracker.forget_after(samples_seen)
     shape = shape_of_batch(stage_settings.global_batch_size, context.frozen.trainer)
     steps_done = samples_seen // stage_settings.global_batch_size
     loader = training_loader(

@@ -43,6 +43,7 @@ class StageModule(pl.LightningModule, ABC):
             frozen.requires_grad_(False).eval()
         self.gradient_norm = torch.zeros(())
         self.step_was_skipped = False
+        self.step_losses: list[Tensor] = []
 
     @abstractmethod
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
@@ -116,7 +117,9 @@ class StageModule(pl.LightningModule, ABC):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of a micro-batch."""
-        return dict(self.losses(batch))
+        losses = dict(self.losses(batch))
+        self.step_losses.append(losses[LOSS].detach())
+        return losses
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -13,7 +13,7 @@ from pipeline.data.dataset import CaptionedImages
 from pipeline.errors import UserError
 from pipeline.training.context import StageContext
 from pipeline.training.module import StageModule
-from pipeline.training.ranks import gather_objects
+from pipeline.training.ranks import any_of_all_ranks, gather_objects
 
 RECORD = "non_finite.jsonl"
 MAX_SKIPPED_IN_A_ROW = 20
@@ -45,16 +45,16 @@ class NonFiniteGuard(pl.Callback):
         """Lightning's hook, called with the gradients of the whole step, before they are clipped."""
         assert isinstance(pl_module, StageModule)
         pl_module.measure_gradient(optimizer)
-        is_finite = bool(torch.isfinite(pl_module.gradient_norm))
-        # A gradient scaler meets such gradients as a matter of course, and skips their steps itself.
-        has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
-        pl_module.step_was_skipped = not is_finite
-        if is_finite:
+        losses, pl_module.step_losses = pl_module.step_losses, []
+        pl_module.step_was_skipped = not bool(torch.isfinite(pl_module.gradient_norm))
+        if not pl_module.step_was_skipped:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        if has_scaler:
-            return
+        (is_loss_broken,) = any_of_all_ranks(trainer, not bool(torch.isfinite(torch.stack(losses)).all()))
+        is_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None and not is_loss_broken
+        if is_overflow and self._skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return  # the gradient scaler skips the step, and scales less from now on
         keys = self._record(pl_module)
         if self._policy is NonFinite.STOP or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise UserError(self._message(pl_module, keys))
@@ -63,7 +63,7 @@ class NonFiniteGuard(pl.Callback):
     def _record(self, module: StageModule) -> list[str]:
         index = self._images.data.index
         keys = [key for of_rank in gather_objects([index.key(row) for row in self._rows]) for key in of_rank]
-        if self._context.is_first_process:
+        if self._context.is_first_process and not self._context.is_lost:
             row = {"samples_seen": module.samples_seen, "gradient_norm": str(float(module.gradient_norm)), "keys": keys}
             with (self._context.work / RECORD).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -115,10 +115,10 @@ class Rows(StepBoundary):
         if module.step_was_skipped:
             self._steps_skipped += 1
             return
-        micro_batches = trainer.accumulate_grad_batches
-        for name, total in (sums | {"gradient_norm": module.gradient_norm * micro_batches}).items():
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] += micro_batches
+        means = {name: total / trainer.accumulate_grad_batches for name, total in sums.items()}
+        for name, value in (means | {"gradient_norm": module.gradient_norm}).items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
 
     def _tally_of_all_ranks(self, trainer: pl.Trainer) -> FaultTally:
         """What was counted before this process began, and by all ranks since."""

@@ -20,7 +20,7 @@ from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, acquire
-from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, write_failure
+from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, write_failure
 
 _MIN_FREE_BYTES = 2**20
 
@@ -66,8 +66,8 @@ def _attempt(
         failure = _explained(error, frozen)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        progress.update(phase=Phase.FAILED)
         _write_failure(frozen, failure)
+        progress.update(phase=Phase.FAILED)
         return Outcome.FAILED
     return Outcome.FINISHED
 
@@ -75,7 +75,7 @@ def _attempt(
 def _explained(error: Exception, frozen: FrozenStage) -> Failure:
     """The one line for the user, with the remedy where the machine ran out of something."""
     if isinstance(error, UserError):
-        return Failure(str(error), is_user_error=True)
+        return Failure(_said_by_a_loader_worker(str(error)) or str(error), is_user_error=True)
     stage = frozen.stage
     if _is_disk_full(error, frozen):
         checkpoint = latest_checkpoint(frozen.work)
@@ -95,6 +95,13 @@ def _explained(error: Exception, frozen: FrozenStage) -> Failure:
     return Failure(f"{type(error).__name__}: {error}", is_user_error=False)
 
 
+def _said_by_a_loader_worker(message: str) -> str | None:
+    """The last line of what torch makes of a worker's error: its message, after the traceback."""
+    if not message.startswith("Caught "):
+        return None
+    return message.rstrip().splitlines()[-1].partition(": ")[2]
+
+
 def _is_disk_full(error: Exception, frozen: FrozenStage) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
@@ -108,6 +115,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _write_failure(frozen: FrozenStage, failure: Failure) -> None:
+    """Keep the failure; of several processes' what the user can mend, for the others fail in its wake."""
+    known = read_failure(frozen.work)
+    if known is not None and (known.is_user_error or not failure.is_user_error):
+        return
     try:
         write_failure(frozen.work, failure)
     except OSError:  # a full disk; the log may have room in the block that it has
@@ -118,7 +129,6 @@ def _run_and_publish(
     frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event, ownership: Ownership | None
 ) -> None:
     started = time.monotonic()
-    is_first = ownership is not None
     declaration = frozen.declaration
     settings = frozen.read_settings()
     inputs = frozen.find_inputs()
@@ -129,8 +139,10 @@ def _run_and_publish(
     torch.manual_seed(named_seed(frozen.seed, frozen.stage))
     output = frozen.work
     if ownership is not None:
+        ownership.require()
         output = frozen.store.start_building(frozen.stage, frozen.fingerprint, ownership.attempt)
-    with Tracker(frozen, enabled=is_first) as tracker:
+    with Tracker(frozen, ownership) as tracker:
+        tracker.forget_after(checkpoint.samples_seen if checkpoint else -1)
         context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption, ownership)
         result: StageResult = resolve(declaration.run)(context)
         tracker.summarise(result.metrics)
@@ -160,8 +172,7 @@ def _publish(frozen: FrozenStage, output: Path, result: StageResult, duration_s:
         metrics=result.metrics,
         files=describe_files(output),
     )
-    ownership.require()
-    frozen.store.publish(output, manifest)
+    frozen.store.publish(output, manifest, before_rename=ownership.require)
 
 
 def code_version() -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.config import TrackingMode
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.ownership import Ownership
 
 METRICS = "metrics.jsonl"
 AXIS = "samples_seen"
@@ -19,18 +20,18 @@ AXIS = "samples_seen"
 class Tracker(AbstractContextManager["Tracker"]):
     """Logs one stage's rows, pictures and summary on the axis `samples_seen`.
 
-    A process that is not the first logs nothing. W&B writes below the stage's work directory and asks for no account
-    unless `tracking=wandb`.
+    A process that does not own the stage logs nothing. W&B writes below the stage's work directory and asks for no
+    account unless `tracking=wandb`.
     """
 
-    def __init__(self, frozen: FrozenStage, *, enabled: bool) -> None:
+    def __init__(self, frozen: FrozenStage, ownership: Ownership | None) -> None:
         self._frozen = frozen
         self._path = frozen.work / METRICS
-        self._enabled = enabled
+        self._ownership = ownership
         self._run: Any = None
 
     def __enter__(self) -> "Tracker":
-        if self._enabled and self._frozen.tracking.mode is not TrackingMode.NONE:
+        if self._is_owner and self._frozen.tracking.mode is not TrackingMode.NONE:
             self._run = _start_wandb(self._frozen)
         return self
 
@@ -38,9 +39,13 @@ class Tracker(AbstractContextManager["Tracker"]):
         if self._run is not None:
             self._run.finish(exit_code=0 if kind is None else 1)
 
+    @property
+    def _is_owner(self) -> bool:
+        return self._ownership is not None and not self._ownership.is_lost
+
     def log(self, samples_seen: int, metrics: Mapping[str, float]) -> None:
         """Add one row."""
-        if not self._enabled:
+        if not self._is_owner:
             return
         row = {AXIS: samples_seen, **metrics}
         with self._path.open("a", encoding="utf-8") as file:
@@ -64,7 +69,7 @@ class Tracker(AbstractContextManager["Tracker"]):
 
     def forget_after(self, samples_seen: int) -> None:
         """Drop the own rows past a checkpoint that training resumes from, since they will be logged again."""
-        if not self._enabled or not self._path.exists():
+        if not self._is_owner or not self._path.exists():
             return
         rows = [line for line in self._path.read_text().splitlines() if _is_row_until(line, samples_seen)]
         temporary = self._path.with_suffix(".tmp")

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pydantic import ValidationError
 
@@ -97,17 +98,22 @@ class ArtifactStore:
         """An empty directory beside the artifact's place, on the same file system; earlier attempts' are removed."""
         place = self.path(stage, fingerprint).parent
         for left in place.glob(f".building-{fingerprint}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            if int(left.name.rpartition("-")[2]) <= attempt:
+                # Out of the way at once, and whole: who stalled over it cannot publish what is left of it.
+                trash = left.rename(left.with_name(f".trash-{uuid4().hex}"))
+                shutil.rmtree(trash, ignore_errors=True)
         building = place / f".building-{fingerprint}-{attempt}"
         building.mkdir(parents=True)
         return building
 
-    def publish(self, building: Path, manifest: Manifest) -> Artifact:
+    def publish(self, building: Path, manifest: Manifest, before_rename: Callable[[], None] = lambda: None) -> Artifact:
         """Write the manifest last, flush it to disk and rename the directory to its place.
 
-        An artifact that is already there stays, since it never changes, and the new one is dropped.
+        An artifact that is already there stays, since it never changes, and the new one is dropped. `before_rename` is
+        called when nothing but the rename is left to do.
         """
         write_json_atomically(building / MANIFEST, manifest.model_dump(mode="json"))
+        before_rename()
         target = self.path(manifest.stage, manifest.fingerprint)
         try:
             building.rename(target)
@@ -157,8 +163,10 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one.
+
+    The directory must exist.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)

@@ -84,6 +84,7 @@ def write_frozen(stage: FrozenStage) -> FrozenFile:
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
     path = stage.work / "frozen" / f"{digest}.json"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(path, values)
     return FrozenFile(path, stage)
 

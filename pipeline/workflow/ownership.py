@@ -10,9 +10,11 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from uuid import uuid4
 
 from pipeline.errors import StageInterrupted
 
@@ -33,11 +35,23 @@ class Claim:
     host: str
     pid: int
     pid_started: int
+    lease_s: float
 
     @property
     def is_dead(self) -> bool:
         """Whether its process is known to be gone. Of another host's (or another boot's) nothing is known."""
-        return self.host == this_host() and process_started(self.pid) != self.pid_started
+        if self.host != this_host():
+            return False
+        started = process_started(self.pid)
+        if started:
+            return started != self.pid_started
+        try:
+            os.kill(self.pid, 0)
+        except PermissionError:
+            return False  # another user's, whom this system hides
+        except ProcessLookupError:
+            pass
+        return True
 
 
 class Ownership:
@@ -51,6 +65,8 @@ class Ownership:
         self._looked_at = time.monotonic()
         self._lost = threading.Event()
         self._over = threading.Event()
+        # Written in place: a renamed file could stay hidden behind another host's cache of the directory.
+        self._alive = os.open(self._file("alive"), os.O_WRONLY | os.O_CREAT, 0o644)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -71,14 +87,16 @@ class Ownership:
         """Say that this attempt is over."""
         self._over.set()
         self._thread.join()
-        self._file("over").touch()
+        os.close(self._alive)
+        with suppress(OSError):  # without it, the next one has to see that this process is gone
+            self._file("over").touch()
 
     def _beat(self) -> None:
         while True:
             self._beats += 1
-            # In place: a renamed file could stay hidden behind another host's cache of the directory.
-            self._file("alive").write_text(f"{self._beats:020}")
-            self._look()
+            with suppress(OSError):  # a full disk or a network file system's bad moment; the next beat tries again
+                os.pwrite(self._alive, f"{self._beats:020}".encode(), 0)
+                self._look()
             if self._over.wait(self._lease_s / BEATS_PER_LEASE):
                 return
 
@@ -99,11 +117,11 @@ def acquire(work: Path, lease_s: float, interruption: threading.Event) -> Owners
     """
     directory = work / ATTEMPTS
     directory.mkdir(parents=True, exist_ok=True)
-    watch = _Watch(lease_s)
+    watch = _Watch()
     while True:
         latest = latest_attempt(directory)
-        if latest == 0 or _is_free(directory, latest) or watch.is_silent(directory, latest):
-            if _claim(directory, latest + 1):
+        if latest == 0 or _is_free(directory, latest, watch, lease_s):
+            if _claim(directory, latest + 1, lease_s):
                 return Ownership(directory, latest + 1, lease_s)
         elif interruption.wait(min(SECONDS_BETWEEN_LOOKS, lease_s / BEATS_PER_LEASE)):
             raise StageInterrupted("stopped while another process had this stage")
@@ -117,32 +135,38 @@ def latest_attempt(directory: Path) -> int:
 class _Watch:
     """Notices an owner without a sign of life for a lease, by this host's clock alone."""
 
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
+    def __init__(self) -> None:
         self._seen: tuple[int, str] | None = None
         self._since = 0.0
 
-    def is_silent(self, directory: Path, attempt: int) -> bool:
+    def is_silent(self, directory: Path, attempt: int, lease_s: float) -> bool:
         try:
             beat = (directory / f"{attempt:06}.alive").read_text()
         except FileNotFoundError:
             beat = ""
         if self._seen != (attempt, beat):
             self._seen, self._since = (attempt, beat), time.monotonic()
-        return time.monotonic() - self._since > self._lease_s
+        return time.monotonic() - self._since > lease_s
 
 
-def _is_free(directory: Path, attempt: int) -> bool:
+def _is_free(directory: Path, attempt: int, watch: _Watch, lease_s: float) -> bool:
     if (directory / f"{attempt:06}.over").exists():
         return True
-    return Claim(**json.loads((directory / f"{attempt:06}.json").read_text())).is_dead
+    try:
+        claim = Claim(**json.loads((directory / f"{attempt:06}.json").read_text()))
+    except (ValueError, TypeError):  # a power cut took its content
+        return watch.is_silent(directory, attempt, lease_s)
+    return claim.is_dead or watch.is_silent(directory, attempt, max(lease_s, claim.lease_s))
 
 
-def _claim(directory: Path, attempt: int) -> bool:
+def _claim(directory: Path, attempt: int, lease_s: float) -> bool:
     """Take a number; False where another process was faster."""
-    claim = Claim(attempt, this_host(), os.getpid(), process_started(os.getpid()))
-    temporary = directory / f".{attempt:06}.{claim.host.replace('/', '-')}.{claim.pid}.{threading.get_ident()}"
-    temporary.write_text(json.dumps(asdict(claim)))
+    claim = Claim(attempt, this_host(), os.getpid(), process_started(os.getpid()), lease_s)
+    temporary = directory / f".{attempt:06}.{uuid4().hex}"
+    with temporary.open("w") as file:
+        json.dump(asdict(claim), file)
+        file.flush()
+        os.fsync(file.fileno())
     try:
         # A link appears with its content, and only one can have the name: on network file systems too.
         os.link(temporary, directory / f"{attempt:06}.json")

@@ -59,6 +59,7 @@ def record_run(plan: Plan) -> Path:
         ],
         started_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+    directory.mkdir(parents=True, exist_ok=True)
     write_json_atomically(directory / RECORD, record.model_dump(mode="json"))
     return directory
 

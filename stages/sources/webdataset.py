@@ -62,7 +62,7 @@ def take_in(settings: WebDatasetSettings, cache_dir: Path) -> tuple[ShardIndex, 
     names = shard_names(shards, directory)
     read_summary(directory).select(names, str(directory))
     index = read_index(directory).select(names, str(directory))
-    reader = SampleReader(index, directory, cache_dir)
+    reader = SampleReader(index, directory, cache_dir, cache_bytes(settings, index))
     splits = np.empty(len(index), np.uint8)
     for row in range(len(index)):
         attributes = None if settings.split_key == SAMPLE_KEY else reader.attributes(row)

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -18,8 +20,11 @@ import torch
 from tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 from pipeline.config import NonFinite
+from pipeline.data.dataset import CaptionedImages
+from pipeline.errors import UserError
 from pipeline.training.checkpoints import latest_checkpoint
-from pipeline.training.non_finite import MAX_SKIPPED_IN_A_ROW, RECORD
+from pipeline.training.non_finite import MAX_SKIPPED_IN_A_ROW, RECORD, NonFiniteGuard
+from pipeline.training.optimizer import build_optimizer
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import Failure, Outcome, Phase, read_failure, read_progress
@@ -142,10 +147,48 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_a_message(tmp_path: Pat
     kept = latest_checkpoint(stage.work)
     assert kept is not None
     assert kept.samples_seen == 32
-    assert not list((stage.work / "checkpoints").glob("*.tmp"))
+    assert not list((stage.work / "checkpoints").glob("*.tmp*"))
     SCRIPT.at_samples = None
     assert run(stage) is Outcome.FINISHED
     assert are_equal(weights(stage), weights(whole))
+
+
+def test_a_disk_that_takes_nothing_at_all_ends_the_stage_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def refuse_everything(_context: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    stage = frozen(tmp_path)
+    SCRIPT.at_samples, SCRIPT.happens = 40, refuse_everything
+    with file_sizes_restored():
+        assert run(stage) is Outcome.FAILED
+    assert "no space is left" in capsys.readouterr().out
+    SCRIPT.at_samples = None
+    assert run(stage) is Outcome.FINISHED
+
+
+def test_an_overflow_under_a_gradient_scaler_is_routine_and_a_broken_loss_is_not(tmp_path: Path):
+    """Precision 16-mixed needs a GPU: here the guard alone, with a trainer that has a scaler."""
+    stage = frozen(tmp_path)
+    run(stage)
+    module = tiny.learner_module()
+    context = SimpleNamespace(frozen=stage, work=stage.work, is_first_process=True, is_lost=False)
+    images = CaptionedImages(tmp_path / "artifacts" / "data" / tiny.DATA, tiny.SIZE)
+    guard = NonFiniteGuard(cast(Any, context), images, NonFinite.STOP)
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()), world_size=1)
+    optimizer = build_optimizer(module.network, tiny.OPTIMIZER)
+    for parameter in module.network.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    for _ in range(MAX_SKIPPED_IN_A_ROW):
+        module.step_losses = [torch.tensor(1.0)]
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+        assert module.step_was_skipped
+    module.step_losses = [torch.tensor(1.0)]
+    with pytest.raises(UserError, match="the gradient is not finite"):
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+    fresh = NonFiniteGuard(cast(Any, context), images, NonFinite.STOP)
+    module.step_losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    with pytest.raises(UserError, match="the gradient is not finite"):
+        fresh.on_before_optimizer_step(trainer, module, optimizer)
 
 
 def test_running_out_of_memory_says_what_to_turn_down(tmp_path: Path):

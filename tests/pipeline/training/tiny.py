@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -131,6 +131,12 @@ class LearnerModule(StageModule):
 
     def sample_grid(self) -> SampleGrid:
         return SampleGrid(Image.new("RGB", (4, 4)), ("a caption",))
+
+
+def learner_module() -> LearnerModule:
+    """The module without a stage around it; it can compute no losses."""
+    settings = LearnerSettings(global_batch_size=8, max_samples=80, optimizer=OPTIMIZER, dropout=0.0, step_s=0.0)
+    return LearnerModule(nn.Linear(2, 2), settings, cast(StageContext, None))
 
 
 CATALOG = Catalog(

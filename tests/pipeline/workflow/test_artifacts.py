@@ -64,6 +64,21 @@ def test_building_begins_with_an_empty_directory_after_a_crash(store: ArtifactSt
     assert list(store.start_building("clip", FINGERPRINT, 1).iterdir()) == []
 
 
+def test_building_leaves_a_later_attempt_s_directory_alone(store: ArtifactStore):
+    later = store.start_building("clip", FINGERPRINT, 3)
+    store.start_building("clip", FINGERPRINT, 2)
+    assert later.exists()
+
+
+def test_what_was_taken_from_an_overtaken_attempt_cannot_be_published_as_an_empty_artifact(store: ArtifactStore):
+    overtaken = build(store)
+    manifest = manifest_of("clip", FINGERPRINT, overtaken)
+    store.start_building("clip", FINGERPRINT, 2)
+    with pytest.raises(FileNotFoundError):
+        store.publish(overtaken, manifest)
+    assert store.find("clip", FINGERPRINT) is None
+
+
 def test_a_published_artifact_never_changes(store: ArtifactStore):
     first = publish(store, b"first")
     second = publish(store, b"second")
@@ -108,7 +123,7 @@ def test_a_manifest_that_is_no_json_says_what_to_do(store: ArtifactStore):
 
 
 def test_json_is_replaced_whole_and_nothing_is_left_beside(tmp_path: Path):
-    path = tmp_path / "new" / "value.json"
+    path = tmp_path / "value.json"
     write_json_atomically(path, {"a": "ü"})
     write_json_atomically(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}

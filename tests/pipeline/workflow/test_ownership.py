@@ -1,11 +1,12 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ class Holder:
 def claim_of_elsewhere(work: Path, attempt: int) -> None:
     directory = work / ATTEMPTS
     directory.mkdir(exist_ok=True)
-    claim = Claim(attempt, "another-host/boot/namespace", 1, 1)
+    claim = Claim(attempt, "another-host/boot/namespace", 1, 1, LEASE_S)
     (directory / f"{attempt:06}.json").write_text(json.dumps(asdict(claim)))
 
 
@@ -118,9 +119,54 @@ def test_a_killed_owner_of_this_host_is_succeeded_without_waiting_for_its_lease(
 
 
 def test_an_owner_whose_pid_now_belongs_to_another_process_is_dead():
-    alive = Claim(1, this_host(), os.getpid(), process_started(os.getpid()))
+    alive = Claim(1, this_host(), os.getpid(), process_started(os.getpid()), LEASE_S)
     assert not alive.is_dead
-    assert Claim(1, this_host(), os.getpid(), process_started(os.getpid()) - 1).is_dead
+    assert replace(alive, pid_started=alive.pid_started - 1).is_dead
+
+
+def test_a_process_that_the_system_hides_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.workflow.ownership.process_started", lambda _: 0)
+
+    def not_yours(_pid: int, _signal: int) -> None:
+        raise PermissionError
+
+    claim = Claim(1, this_host(), os.getpid(), 77, LEASE_S)
+    assert claim.is_dead
+    monkeypatch.setattr("os.kill", not_yours)
+    assert not claim.is_dead
+
+
+def test_who_has_a_shorter_lease_waits_for_the_owner_s(tmp_path: Path, never: threading.Event):
+    holder = Holder(tmp_path, lease_s=3.0)
+    holder.process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    successor = acquire(tmp_path, 0.2, never)
+    assert time.monotonic() - started > 2.0
+    successor.release()
+    holder.process.kill()
+
+
+def test_a_claim_that_a_power_cut_emptied_is_succeeded_after_a_lease(tmp_path: Path, never: threading.Event):
+    (tmp_path / ATTEMPTS).mkdir()
+    (tmp_path / ATTEMPTS / "000001.json").touch()
+    successor = acquire(tmp_path, LEASE_S, never)
+    assert successor.attempt == 2
+    successor.release()
+
+
+def test_a_disk_that_refuses_a_sign_of_life_does_not_end_the_signs(tmp_path: Path, never: threading.Event):
+    owner = acquire(tmp_path, LEASE_S, never)
+    alive = tmp_path / ATTEMPTS / "000001.alive"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    time.sleep(LEASE_S / 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+    silent = alive.read_text()
+    time.sleep(LEASE_S)
+    assert alive.read_text() > silent
+    owner.release()
 
 
 def test_a_silent_owner_of_another_host_is_succeeded_after_its_lease(tmp_path: Path, never: threading.Event):
