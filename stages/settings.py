@@ -84,6 +84,7 @@ class EmojiSettings(SourceSettings):
     source: Literal["emoji"]
     languages: tuple[str, ...]
     max_glyphs: Positive | None
+    sequences: bool
     image_size: Positive
     background: str
     shard_samples: Positive

@@ -59,7 +59,7 @@ def samples(settings: EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
     languages = _languages(settings)
     background = _background(settings)
     emoji.config.load_language()
-    for glyph in glyphs(settings.max_glyphs):
+    for glyph in glyphs(settings.max_glyphs, settings.sequences):
         names = emoji.EMOJI_DATA[glyph.character]
         image = render(glyph, settings.image_size, background)
         for language in languages:
@@ -81,8 +81,11 @@ def samples(settings: EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
             yield sample, split_of_sample(sample, settings)
 
 
-def glyphs(limit: int | None) -> list[Glyph]:
-    """The emoji that Twemoji draws, ordered by name; of more than `limit`, those whose names' hashes come first."""
+def glyphs(limit: int | None, sequences: bool = True) -> list[Glyph]:
+    """The emoji that Twemoji draws, ordered by name; of more than `limit`, those whose names' hashes come first.
+
+    Without `sequences` none of several code points: no skin tones, no professions, no flags.
+    """
     folder = get_extension_folder("svg")
     files = {path.stem: path for path in folder.glob("*.svg")}
     found: dict[str, Glyph] = {}
@@ -95,7 +98,8 @@ def glyphs(limit: int | None) -> list[Glyph]:
         name = next((name for name in ("-".join(parts), short) if name in files), None)
         if name is not None:
             found.setdefault(name, Glyph(character, name, files[name]))
-    chosen = sorted(found.values(), key=lambda glyph: blake2b(glyph.name.encode(), digest_size=8).digest())[:limit]
+    wanted = [glyph for glyph in found.values() if sequences or "-" not in glyph.name]
+    chosen = sorted(wanted, key=lambda glyph: blake2b(glyph.name.encode(), digest_size=8).digest())[:limit]
     return sorted(chosen, key=lambda glyph: glyph.name)
 
 

@@ -21,6 +21,7 @@ def settings(**changes: Any) -> EmojiSettings:
         "validation_fraction": 0.3,
         "languages": (),
         "max_glyphs": 120,
+        "sequences": True,
         "image_size": 24,
         "background": "white",
         "shard_samples": 100,
@@ -119,3 +120,9 @@ def test_the_same_settings_give_the_same_samples():
 def test_unknown_values_are_refused_with_the_known_ones(changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         next(iter(make_samples(settings(**changes))))
+
+
+def test_without_sequences_every_picture_is_of_one_code_point():
+    made = [sample for sample, _ in make_samples(settings(sequences=False, max_glyphs=40))]
+    assert {"-" in str(sample.attributes["picture"]) for sample in made} == {False}
+    assert len({sample.attributes["picture"] for sample in made}) == 40
