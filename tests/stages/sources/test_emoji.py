@@ -59,7 +59,7 @@ def test_each_glyph_has_a_sample_in_each_language():
 def only(name: str, monkeypatch: pytest.MonkeyPatch) -> emoji.Glyph:
     """Leaves one glyph, so that the others need not be drawn."""
     chosen = next(glyph for glyph in emoji.glyphs(None) if glyph.name == name)
-    monkeypatch.setattr(emoji, "glyphs", lambda _: [chosen])
+    monkeypatch.setattr(emoji, "glyphs", lambda *_: [chosen])
     return chosen
 
 
