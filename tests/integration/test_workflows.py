@@ -144,7 +144,7 @@ def test_the_run_leaves_pictures_and_a_record(outputs: Path):
     pictures = {path.name for path in (outputs / "runs" / "base" / "pictures").glob("*.png")}
     assert {"evaluate-grid.png", "decoder-samples.png"} <= pictures
     assert list(run_fingerprints(outputs, "base")) == [
-        "prepare", "clip", "embed", "prior", "decoder", "upsampler", "evaluate", "export",
+        "prepare", "clip", "embed", "prior", "decoder", "upsampler", "judge_clip", "judge", "evaluate", "export",
     ]  # fmt: skip
 
 
@@ -187,12 +187,12 @@ def test_the_plan_names_the_setting_that_causes_a_rerun(outputs: Path):
     arguments = [*UNCLIP_WORKFLOW, "stage.decoder.clip_loss.weight=0.3", f"paths.outputs={outputs}"]
     text = command("plan", *arguments).stdout
     assert re.search(r"decoder +│ run +│ changed stage\.decoder\.clip_loss\.weight: 0\.\d -> 0\.3", text)
-    assert text.count("│ reuse") == 5
+    assert text.count("│ reuse") == 7
 
 
 def test_glide_trains_without_a_prior_and_samples(outputs: Path, tmp_path: Path):
     lines = run(outputs, *COMMON, *upsampler("upsampler", 16), "workflow=glide", "run.name=glide", "~stage.prior")
-    assert stages_by(lines, "reused") == ["prepare", "clip", "upsampler"]
+    assert stages_by(lines, "reused") == ["prepare", "clip", "upsampler", "judge_clip", "judge"]
     assert stages_by(lines, "done") == ["decoder", "evaluate", "export"]
     assert "prior" not in run_fingerprints(outputs, "glide")
     command("sample", "glide", "a red circle", "--outputs", str(outputs), "--output", str(tmp_path), "--steps", "2")
@@ -205,7 +205,7 @@ def test_two_upsamplers_stand_in_a_chain(outputs: Path):
         outputs, *COMMON, *PRIOR, *chain, "workflow=unclip_two_upsamplers", "run.name=chain", "~stage.upsampler"
     )
     assert stages_by(lines, "done") == ["upsampler_1", "upsampler_2", "evaluate", "export"]
-    assert stages_by(lines, "reused") == ["prepare", "clip", "embed", "prior", "decoder"]
+    assert stages_by(lines, "reused") == ["prepare", "clip", "embed", "prior", "decoder", "judge_clip", "judge"]
 
 
 SAMPLE = ["base", "a red circle", "--count", "2", "--guidance", "2", "--clip-guidance", "1", "--steps", "2"]
