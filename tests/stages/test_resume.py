@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
-from tiny_runs import plan_stages, rows_of, run_stage_of, run_until
+from tiny_runs import plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples
 
@@ -29,19 +28,8 @@ def test_a_stage_that_was_stopped_ends_with_the_same_files_and_rows(outputs: Pat
     whole = run_until(outputs, stage, *LONGER)
     shutil.copytree(outputs / "artifacts", tmp_path / "artifacts", ignore=shutil.ignore_patterns(stage))
     frozen = plan_stages(tmp_path, *LONGER)[stage]
-    stop, is_over = threading.Event(), threading.Event()
-
-    def stop_in_the_middle() -> None:
-        while (latest_checkpoint_samples(frozen.work) or 0) < 8 * STEPS // 3:
-            if is_over.wait(0.001):
-                return
-        stop.set()
-
-    watcher = threading.Thread(target=stop_in_the_middle)
-    watcher.start()
-    outcome = run_stage_of(frozen, stop)
-    is_over.set()
-    watcher.join()
+    a_third = 8 * STEPS // 3
+    outcome = run_and_stop(frozen, when=lambda: (latest_checkpoint_samples(frozen.work) or 0) >= a_third)
     assert outcome is Outcome.INTERRUPTED
     stopped_at = latest_checkpoint_samples(frozen.work)
     assert stopped_at is not None

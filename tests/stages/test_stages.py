@@ -1,6 +1,5 @@
 """Each stage on tiny data, through the engine's entry point."""
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import failure_of, plan_stages, rows_of, run_stage_of, run_until
+from tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
@@ -106,19 +105,7 @@ def test_embed_resumes_by_parts_to_the_same_numbers(outputs: Path, tmp_path: Pat
     run_until(tmp_path, "clip")
     frozen = plan_stages(tmp_path, *in_parts)["embed"]
     parts = frozen.work / "parts"
-    stop, is_over = threading.Event(), threading.Event()
-
-    def stop_after_two_parts() -> None:
-        while len(list(parts.glob("part-*.safetensors"))) < 2:
-            if is_over.wait(0.001):
-                return
-        stop.set()
-
-    watcher = threading.Thread(target=stop_after_two_parts)
-    watcher.start()
-    outcome = run_stage_of(frozen, stop)
-    is_over.set()
-    watcher.join()
+    outcome = run_and_stop(frozen, when=lambda: len(list(parts.glob("part-*.safetensors"))) >= 2)
     assert outcome is Outcome.INTERRUPTED
     written = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.safetensors")}
     assert 2 <= len(written) < 5

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.compose import compose_members
@@ -93,6 +94,24 @@ def run_stage_of(frozen: FrozenStage, interruption: threading.Event | None = Non
     from pipeline.training.stage import run_stage
 
     return run_stage(frozen, interruption or threading.Event())
+
+
+def run_and_stop(frozen: FrozenStage, *, when: Callable[[], bool]) -> Outcome:
+    """Run a stage and ask it to stop as soon as `when` says so."""
+    stop, is_over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not when():
+            if is_over.wait(0.001):
+                return
+        stop.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    outcome = run_stage_of(frozen, stop)
+    is_over.set()
+    watcher.join()
+    return outcome
 
 
 def rows_of(artifact: Artifact) -> list[dict[str, float]]:
