@@ -25,6 +25,7 @@ from pipeline.training.inference import inference_fabric
 from stages.models.clip import ClipModel
 from stages.models.embeddings import Embeddings, save_embeddings
 from stages.models.prior import Whitening
+from stages.models.saved import load_clip
 from stages.settings import EmbedSettings
 
 PARTS = "parts"
@@ -34,7 +35,7 @@ def run(context: StageContext) -> StageResult:
     """Embed all samples part by part; a part that is on disk is not made again."""
     settings = context.settings_as(EmbedSettings)
     fabric = inference_fabric(context.frozen.trainer)
-    clip = ClipModel.load(context.input("clip").path).to(fabric.device).eval()
+    clip = load_clip(context.input("clip"), device=fabric.device)
     images = CaptionedImages(context.input("data").path, clip.settings.image_size)
     (context.work / PARTS).mkdir(exist_ok=True)
     total = len(images)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.data.decode import DecodeError, decode_rgb
-from pipeline.data.index import SizeCheck, read_index
+from pipeline.data.index import ShardIndex, SizeCheck, read_index
 from pipeline.data.reader import SampleReader
 from pipeline.data.shards import index_directory, is_url, local_shard, shard_names
 from pipeline.data.walk import walk_shard
@@ -37,15 +37,16 @@ def check_shards(
     """
     directory = index_directory(shards, cache_dir)
     names = shard_names(shards, directory)
-    index = read_index(directory, size_check=SizeCheck.SKIP)
-    index.select(names, str(directory))
+    index = read_index(directory, size_check=SizeCheck.SKIP).select(names, str(directory))
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(_check_shard, directory, cache_dir, cache_bytes), names)
+        yield from pool.map(
+            partial(_check_shard, directory, cache_dir, cache_bytes), map(index.only, range(len(names)))
+        )
 
 
-def _check_shard(directory: Path, cache_dir: Path, cache_bytes: int | None, name: str) -> ShardReport:
-    index = read_index(directory, size_check=SizeCheck.SKIP).select([name], str(directory))
+def _check_shard(directory: Path, cache_dir: Path, cache_bytes: int | None, index: ShardIndex) -> ShardReport:
     (entry,) = index.shards
+    name = entry.name
     faults: Counter[str] = Counter(entry.left_out)
     try:
         walked = walk_shard(local_shard(name, cache_dir, cache_bytes) if is_url(name) else directory / name, name)

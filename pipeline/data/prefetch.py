@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.data.reader import SampleReader
 from pipeline.data.shards import is_url
+from pipeline.errors import UserError
 
 _THREADS = 4
 
@@ -49,7 +50,7 @@ class ShardPrefetch:
             try:
                 if not self._stopped.is_set():
                     self._reader.fetch(shard)
-            except Exception as error:  # the reader meets it too, and raises it where it is seen
+            except (UserError, OSError) as error:  # the reader meets it too, and raises it where it is seen
                 print(f"warning: {self._reader.index.shards[shard].name} was not fetched ahead ({error})", flush=True)
             finally:
                 self._queue.task_done()

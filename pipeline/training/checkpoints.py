@@ -37,12 +37,11 @@ def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, 
             return
         _remove_unfinished(directory, context.attempt)
         _sync_file(temporary)
+        record = {"samples_seen": samples_seen, "sha256": file_sha256(temporary), "elapsed_s": round(elapsed_s, 3)}
         context.require_ownership()
-    except Exception:
+        temporary.replace(target)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    record = {"samples_seen": samples_seen, "sha256": file_sha256(temporary), "elapsed_s": round(elapsed_s, 3)}
-    temporary.replace(target)
     write_json_atomically(target.with_suffix(".json"), record)
     sync_directory(directory)
     for stale in sorted(directory.glob("samples-*.json"))[:-keep]:

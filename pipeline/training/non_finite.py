@@ -5,6 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeline.config import NonFinite
@@ -27,7 +28,7 @@ class NonFiniteGuard(pl.Callback):
         self._context = context
         self._images = images
         self._policy = policy
-        self._rows: list[int] = []
+        self._samples: list[Tensor] = []
         self._skipped_in_a_row = 0
 
     def on_train_batch_start(
@@ -36,8 +37,8 @@ class NonFiniteGuard(pl.Callback):
         """Lightning's hook: remember the samples of the step."""
         assert isinstance(batch, ImageBatch)
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._rows = []
-        self._rows += batch.sample.tolist()
+            self._samples = []
+        self._samples.append(batch.sample)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -62,7 +63,8 @@ class NonFiniteGuard(pl.Callback):
 
     def _record(self, module: StageModule) -> list[str]:
         index = self._images.data.index
-        keys = [key for of_rank in gather_objects([index.key(row) for row in self._rows]) for key in of_rank]
+        own = [index.key(row) for samples in self._samples for row in samples.tolist()]
+        keys = [key for of_rank in gather_objects(own) for key in of_rank]
         if self._context.is_first_process and not self._context.is_lost:
             row = {"samples_seen": module.samples_seen, "gradient_norm": str(float(module.gradient_norm)), "keys": keys}
             with (self._context.work / RECORD).open("a", encoding="utf-8") as file:

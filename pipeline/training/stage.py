@@ -40,7 +40,8 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
             ownership = acquire(frozen.work, frozen.trainer.lease_s, interruption)
         if frozen.store.find(frozen.stage, frozen.fingerprint) is not None:
             return Outcome.REUSED
-        (frozen.work / FAILURE).unlink(missing_ok=True)
+        if ownership is not None:
+            (frozen.work / FAILURE).unlink(missing_ok=True)
         with ProgressWriter(frozen.work, ownership) as progress:
             return _attempt(frozen, progress, interruption, ownership)
     except StageInterrupted:
