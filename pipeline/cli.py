@@ -8,17 +8,20 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.workflow.declaration import resolve
+from pipeline.workflow.progress import EXIT_INTERRUPTED
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 75
 
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
 
   unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2
   unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why
-  unclip status [RUN]                 where a run's stages stand
+  unclip submit [key=value ...] [-m]  give Slurm a job for each stage that is not finished, and return
+  unclip status [RUN]                 where the stages of a run or sweep stand
+  unclip logs RUN STAGE               a stage's log; -f follows it
+  unclip cancel RUN                   cancel a run's jobs, but for those that other runs count on
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
 {registered}
@@ -63,36 +66,85 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    return {"run": _run, "plan": _plan, "status": _status, "shards": _shards}
+    return {
+        "run": _run,
+        "plan": _plan,
+        "submit": _submit,
+        "status": _status,
+        "logs": _logs,
+        "cancel": _cancel,
+        "shards": _shards,
+    }
 
 
 def _plan(arguments: list[str]) -> int:
     from rich.console import Console
 
     from pipeline.compose import compose_members
+    from pipeline.config import SlurmLaunch
     from pipeline.workflow.plan import plan_run
     from pipeline.workflow.summary import plan_table
 
     console = Console(highlight=False)
-    for member in compose_members("unclip plan", arguments):
-        console.print(plan_table(plan_run(member.config, member.overrides)))
+    plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip plan", arguments)]
+    for plan in plans:
+        console.print(plan_table(plan))
+    if plans and isinstance(plans[0].config.launch, SlurmLaunch) and not any(plan.blocked for plan in plans):
+        from pipeline.workflow.slurm.submit import plan_jobs
+        from pipeline.workflow.slurm.tables import planned_jobs_table, scripts_text
+
+        jobs = plan_jobs(plans)
+        console.print(planned_jobs_table(jobs))
+        console.print(scripts_text(jobs), soft_wrap=True, markup=False)
+    return 0
+
+
+def _submit(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from pipeline.compose import compose_members
+    from pipeline.workflow.plan import plan_run, require_unblocked
+    from pipeline.workflow.runs import record_run
+    from pipeline.workflow.slurm.submit import plan_jobs, slurm_launch, submit_jobs
+    from pipeline.workflow.slurm.tables import submitted_table
+
+    console = Console(highlight=False)
+    if not any(argument.startswith("launch=") for argument in arguments):
+        arguments = ["launch=slurm", *arguments]
+    plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip submit", arguments)]
+    if not plans:
+        return 0
+    require_unblocked(plans)
+    jobs = plan_jobs(plans)
+    for plan in plans:
+        record_run(plan)
+    name = plans[0].config.run.group or plans[0].config.run.name
+    if not jobs:
+        console.print(f"run {name}: every stage is finished", markup=False)
+        return 0
+    launch = slurm_launch(plans[0].config)
+    stages = submit_jobs(jobs, plans[0].store.outputs, launch.max_parallel, lambda line: console.print(line))
+    console.print(submitted_table(stages))
+    console.print(f"unclip status {name}", markup=False)
     return 0
 
 
 def _run(arguments: list[str]) -> int:
     from pipeline.compose import compose_members
+    from pipeline.config import LocalLaunch
     from pipeline.workflow.display import Display
     from pipeline.workflow.local import run_plans
-    from pipeline.workflow.plan import plan_run
+    from pipeline.workflow.plan import plan_run, require_unblocked
     from pipeline.workflow.progress import Outcome
     from pipeline.workflow.runs import PICTURES, gather_pictures, read_run, record_run
     from pipeline.workflow.summary import result_table
 
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip run", arguments)]
-    for plan in plans:
-        if plan.blocked:
-            first = plan.blocked[0]
-            raise UserError(f"stage {first.name} is blocked: {first.reason}")
+    require_unblocked(plans)
+    if plans and not isinstance(plans[0].config.launch, LocalLaunch):
+        raise UserError(
+            f"launch.kind={plans[0].config.launch.kind!r} is for `unclip submit`; leave launch out to run here"
+        )
     directories = [record_run(plan) for plan in plans]
     display = Display()
     outcomes = run_plans(plans, display)
@@ -112,25 +164,72 @@ def _run(arguments: list[str]) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("unclip status", description="Where a run's stages stand.")
-    parser.add_argument("run", nargs="?", help="name of a run; without it, the latest")
+    parser = argparse.ArgumentParser("unclip status", description="Where the stages of a run or sweep stand.")
+    parser.add_argument("run", nargs="?", help="name of a run or sweep; without it, the latest run")
     add_outputs_option(parser)
     options = parser.parse_args(arguments)
     from rich.console import Console
 
-    from pipeline.workflow.runs import read_run, run_names
+    from pipeline.workflow.runs import read_runs, run_names
+    from pipeline.workflow.slurm.commands import SlurmUnavailableError
+    from pipeline.workflow.slurm.status import has_jobs, job_statuses, jobs_table
     from pipeline.workflow.summary import status_table, unfinished_logs
 
     outputs = options.outputs.absolute()
     names = run_names(outputs)
-    record = read_run(outputs, options.run or (names[0] if names else "demo"))
+    title = options.run or (names[0] if names else "demo")
+    records = read_runs(outputs, title)
     console = Console(highlight=False)
-    console.print(status_table(outputs, record))
-    for log in unfinished_logs(outputs, record):
+    tables = None
+    if has_jobs(outputs, records):
+        try:
+            tables = [jobs_table(f"run {title}", job_statuses(outputs, records))]
+        except SlurmUnavailableError as error:
+            console.print(f"from files alone, as {error}", markup=False, soft_wrap=True)
+    for table in tables or [status_table(outputs, record) for record in records]:
+        console.print(table)
+    for log in dict.fromkeys(log for record in records for log in unfinished_logs(outputs, record)):
         console.print(f"log: {_shown(log)}", soft_wrap=True, markup=False)
-    others = [name for name in names if name != record.name]
+    others = [name for name in names if name not in {record.name for record in records}]
     if others and options.run is None:
         console.print(f"other runs: {', '.join(others)}", soft_wrap=True)
+    return 0
+
+
+def _logs(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("unclip logs", description="The log of a stage, on all its starts.")
+    parser.add_argument("run", help="name of a run")
+    parser.add_argument("stage", help="name of a stage")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+    parser.add_argument("-n", "--lines", type=int, default=0, help="only so many lines from the end; 0: all")
+    add_outputs_option(parser)
+    options = parser.parse_args(arguments)
+    from pipeline.workflow.logs import show_log, stage_log
+    from pipeline.workflow.runs import read_run
+
+    outputs = options.outputs.absolute()
+    show_log(stage_log(outputs, read_run(outputs, options.run), options.stage), options.lines, options.follow)
+    return 0
+
+
+def _cancel(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "unclip cancel", description="Cancel the Slurm jobs of a run or sweep, but for those that other runs count on."
+    )
+    parser.add_argument("run", help="name of a run or sweep")
+    add_outputs_option(parser)
+    options = parser.parse_args(arguments)
+    from pipeline.workflow.runs import read_runs
+    from pipeline.workflow.slurm.status import cancel_runs
+
+    outputs = options.outputs.absolute()
+    result = cancel_runs(outputs, read_runs(outputs, options.run))
+    for stage, job_id in result.cancelled:
+        print(f"cancelled {stage}, job {job_id}")
+    for stage, job_id, runs in result.kept:
+        print(f"left {stage}, job {job_id}: {', '.join(runs[:3])} counts on it")
+    if not result.cancelled and not result.kept:
+        print(f"{options.run} has no job in the queue")
     return 0
 
 

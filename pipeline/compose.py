@@ -23,7 +23,7 @@ from pipeline.config import RunConfig, validate
 from pipeline.errors import UserError
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
-_STAGE_TRAINER = re.compile(r"stage\.[^.=]+\.trainer\.[^=]+=")
+_OF_ONE_STAGE = re.compile(r"(stage\.[^.=]+\.trainer|launch\.stages\.[^.=]+|launch\.environment)\.[^=]+=")
 _TWO_VALUES = "Multiple values for "  # how Hydra begins its complaint
 
 
@@ -92,13 +92,13 @@ def _with_sweep_dir(arguments: list[str], directory: str) -> list[str]:
 
 
 def _addable(argument: str) -> str:
-    """A stage's `trainer` holds only what differs from the run's, so Hydra must be let add a key that is not there."""
-    return f"++{argument}" if _STAGE_TRAINER.match(argument) else argument
+    """Settings of one stage hold only what differs from the run's, so Hydra must be let add keys that are not there."""
+    return f"++{argument}" if _OF_ONE_STAGE.match(argument) else argument
 
 
 def _as_typed(override: str) -> str:
     typed = override.removeprefix("++")
-    return typed if _STAGE_TRAINER.match(typed) else override
+    return typed if _OF_ONE_STAGE.match(typed) else override
 
 
 def _string_keys(values: Mapping[Any, Any]) -> dict[str, Any]:

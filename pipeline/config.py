@@ -1,11 +1,12 @@
 """Typed settings: what a composed config is validated against before anything runs."""
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UserError
 
@@ -21,6 +22,8 @@ class RuntimeMarker:
 
 
 RUNTIME = RuntimeMarker()
+
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -87,12 +90,14 @@ class Precision(StrEnum):
 class TrainerSettings(Settings):
     """How a stage runs on its devices. Only `precision` changes what it makes.
 
-    `micro_batch_size` is the most samples that one device takes at once; null means its whole share of the batch.
+    `devices` are those of one node. `micro_batch_size` is the most samples that one device takes at once; null means
+    its whole share of the batch.
     `lease_s` is how many seconds a process may give no sign of life before another takes its stage over.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Positive
+    num_nodes: Positive
     precision: Precision
     micro_batch_size: Positive | None
     loader_workers: NotNegative
@@ -107,6 +112,11 @@ class TrainerSettings(Settings):
     keep_checkpoints: Positive
     max_faulty_share: Fraction
     lease_s: PositiveFloat
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together, one per device."""
+        return self.devices * self.num_nodes
 
 
 class TrackingMode(StrEnum):
@@ -138,16 +148,89 @@ class PathSettings(Settings):
     outputs: Path
 
 
-class LaunchKind(StrEnum):
-    """Where stages run."""
-
-    LOCAL = "local"
+SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""A value that Slurm reads: one line without control characters."""
 
 
-class LaunchSettings(Settings):
-    """How stages are started."""
+class GpuRequest(StrEnum):
+    """How a cluster wants to be asked for GPUs."""
 
-    kind: LaunchKind
+    NONE = "none"
+    GRES = "gres"
+    GPUS_PER_NODE = "gpus-per-node"
+
+
+class LocalLaunch(Settings):
+    """Stages run on this machine, one after the other."""
+
+    kind: Literal["local"]
+
+
+class SlurmResources(Settings):
+    """What one stage's job asks Slurm for. Nodes, tasks and GPUs follow from the stage's `trainer`.
+
+    `mem_gib` is per node. `stop_before_s` seconds before the time limit the stage is asked to checkpoint.
+    `max_requeues` is how often a job may start again; one that exceeds it fails.
+    """
+
+    partition: SlurmValue | None
+    account: SlurmValue | None
+    qos: SlurmValue | None
+    reservation: SlurmValue | None
+    constraint: SlurmValue | None
+    gpu_request: GpuRequest
+    gpu_type: SlurmValue | None
+    cpus_per_task: Positive
+    mem_gib: PositiveFloat | None
+    time_limit_min: Positive
+    stop_before_s: Positive
+    max_requeues: NotNegative
+    sbatch_arguments: list[Annotated[str, Field(pattern=r"^-")]]
+    srun_arguments: list[Annotated[str, Field(pattern=r"^-")]]
+    container_command: list[str]
+    python: str | None
+    modules: list[SlurmValue]
+    setup_script: Path | None
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
+
+    @model_validator(mode="after")
+    def _has_time_to_work(self) -> Self:
+        if self.stop_before_s >= 60 * self.time_limit_min:
+            raise ValueError(
+                f"stop_before_s {self.stop_before_s} leaves nothing of time_limit_min {self.time_limit_min}; "
+                f"use less than {60 * self.time_limit_min}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_no_secret(self) -> Self:
+        secret = [name for name in self.environment if _SECRET.search(name)]
+        if secret:
+            raise ValueError(
+                f"environment would write {', '.join(secret)} into a batch script; export it before `unclip submit`, "
+                "whose environment the jobs inherit"
+            )
+        return self
+
+
+class SlurmLaunch(SlurmResources):
+    """Stages run as Slurm jobs. `stages` holds what differs for single stages, by their name or their kind.
+
+    `max_parallel` is how many jobs of one run or sweep may run at a time; null leaves that to Slurm.
+    """
+
+    kind: Literal["slurm"]
+    max_parallel: Positive | None
+    stages: dict[str, dict[str, Any]]
+
+    def resources_of(self, stage: str, kind: str) -> SlurmResources:
+        """The resources of one stage: the profile's, then its kind's, then its own."""
+        common = {name: getattr(self, name) for name in SlurmResources.model_fields}
+        own = {**self.stages.get(kind, {}), **self.stages.get(stage, {})}
+        return validate(SlurmResources, {**common, **own}, f"launch.stages.{stage if stage in self.stages else kind}")
+
+
+LaunchSettings = Annotated[LocalLaunch | SlurmLaunch, Field(discriminator="kind")]
 
 
 class RunConfig(Settings):
@@ -175,20 +258,36 @@ def validate(schema: type[S], values: Mapping[str, Any], path: str = "") -> S:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UserError(_first_fault(error, values, path)) from error
+        raise UserError(_first_fault(error, values, path, schema)) from error
 
 
-def _first_fault(error: ValidationError, values: Mapping[str, Any], path: str) -> str:
+def _first_fault(error: ValidationError, values: Mapping[str, Any], path: str, schema: type[Settings]) -> str:
     faults = error.errors()
     fault = faults[0]
     location = [str(part) for part in fault["loc"]]
     key = ".".join([*([path] if path else []), *_existing(location, values, fault["type"])])
     more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
-        return f"{key} is an unknown key; remove it, or see the valid ones with --cfg job{more}"
+        valid = _fields_beside(location, schema)
+        known = f"valid keys here: {', '.join(sorted(valid))}" if valid else "see the valid ones with --cfg job"
+        return f"{key} is an unknown key; {known}{more}"
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['msg'].removeprefix('Value error, ')}{more}".removeprefix(": ")
     if fault["type"] == "missing":
         return f"{key} is missing and has no default; set it on the command line{more}"
     return f"{key}={fault['input']!r}: {fault['msg']}; give a value that fits{more}"
+
+
+def _fields_beside(location: list[str], schema: type[Settings]) -> list[str]:
+    """The keys that are valid where the location's last part is not; empty where that cannot be told."""
+    current: Any = schema
+    for part in location[:-1]:
+        field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, Settings) else None
+        if field is None:
+            return []
+        current = field.annotation
+    is_settings = isinstance(current, type) and issubclass(current, Settings)
+    return list(current.model_fields) if is_settings else []
 
 
 def _existing(location: list[str], values: Any, kind: str) -> list[str]:

@@ -13,9 +13,10 @@ from pipeline.data.draws import SampleDraws
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
 from pipeline.data.write import SourceSample
-from pipeline.training.context import StageContext, StageResult, process_rank
+from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
+from pipeline.training.processes import process_rank
 from stages.attribute_accuracy import true_labels
 from stages.models.judge import Judge, build_judge
 from stages.models.saved import save_weights

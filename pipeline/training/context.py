@@ -1,6 +1,5 @@
 """What a stage's function is given, and what it gives back."""
 
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from pipeline.config import Settings
 from pipeline.errors import StageInterrupted
+from pipeline.training.processes import process_rank
 from pipeline.training.tracking import Tracker
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
@@ -21,12 +21,6 @@ HEARTBEAT_SECONDS = 5.0
 SECONDS_BETWEEN_WRITES = 0.25
 
 S = TypeVar("S", bound=Settings)
-
-
-def process_rank() -> int:
-    """This process's number among those that train one stage, before a process group exists."""
-    # Inside a Slurm job whose processes start each other, all inherit the number of the batch step.
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 class ProgressWriter:

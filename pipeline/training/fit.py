@@ -11,9 +11,10 @@ from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
 from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
-from pipeline.training.context import StageContext, process_rank
+from pipeline.training.context import StageContext
 from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
+from pipeline.training.processes import process_environment, process_rank
 from pipeline.training.rows import Rows
 from pipeline.workflow.progress import Phase
 
@@ -36,7 +37,7 @@ class BatchShape:
 
 def shape_of_batch(global_batch_size: int, settings: TrainerSettings) -> BatchShape:
     """The largest micro-batch that divides a device's share and does not exceed the allowed size."""
-    share = global_batch_size // settings.devices
+    share = global_batch_size // settings.world_size
     limit = min(share, settings.micro_batch_size or share)
     micro_batch_size = next(size for size in range(limit, 0, -1) if share % size == 0)
     return BatchShape(micro_batch_size, share // micro_batch_size)
@@ -64,7 +65,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         global_batch_size=stage_settings.global_batch_size,
         micro_batch_size=shape.micro_batch_size,
         rank=process_rank(),
-        world_size=context.frozen.trainer.devices,
+        world_size=context.frozen.trainer.world_size,
         first_batch=steps_done,
         batches=stage_settings.max_steps,
         workers=context.frozen.trainer.loader_workers,
@@ -93,7 +94,9 @@ def _assemble(
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
-        strategy="ddp" if settings.devices > 1 else "auto",
+        num_nodes=settings.num_nodes,
+        strategy="ddp" if settings.world_size > 1 else "auto",
+        plugins=[process_environment(settings.world_size)],
         precision=settings.precision.value,
         max_steps=module.stage_settings.max_steps,
         max_epochs=-1,

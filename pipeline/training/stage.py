@@ -14,12 +14,13 @@ import torch
 from pipeline.data.mixing import named_seed
 from pipeline.errors import StageInterrupted, UserError
 from pipeline.training.checkpoints import latest_checkpoint
-from pipeline.training.context import ProgressWriter, StageContext, StageResult, process_rank
+from pipeline.training.context import ProgressWriter, StageContext, StageResult
+from pipeline.training.processes import is_started_by_srun, process_rank
 from pipeline.training.tracking import METRICS, Tracker
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.ownership import Ownership, acquire
+from pipeline.workflow.ownership import Ownership, acquire, wait_for_first_process
 from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, write_failure
 
 _MIN_FREE_BYTES = 2**20
@@ -31,14 +32,21 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
     One process (group) at a time works on a stage; another that comes to it waits and then reuses. A failure is left in
     the work directory for whoever waits for this stage; nothing is raised.
     """
-    if frozen.store.find(frozen.stage, frozen.fingerprint) is not None:
+
+    def is_finished() -> bool:
+        return frozen.store.find(frozen.stage, frozen.fingerprint) is not None
+
+    if is_finished():
         return Outcome.REUSED
     frozen.work.mkdir(parents=True, exist_ok=True)
     ownership = None
     try:
         if process_rank() == 0:
             ownership = acquire(frozen.work, frozen.trainer.lease_s, interruption)
-        if frozen.store.find(frozen.stage, frozen.fingerprint) is not None:
+        elif is_started_by_srun():
+            # Elsewhere the first process starts the others when it owns the stage.
+            wait_for_first_process(frozen.work, is_finished, interruption)
+        if is_finished():
             return Outcome.REUSED
         if ownership is not None:
             (frozen.work / FAILURE).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The process that runs stages: `python -m pipeline.training.worker [FROZEN]`.
 
-With a frozen stage's path it runs that one. Without, it reads paths from standard input, one JSON line each, and stays
-warm between them; it ends when its input does.
+With a frozen stage's path it runs that one, and its exit status says how that ended. Without, it reads paths from
+standard input, one JSON line each, and stays warm between them; it ends when its input does.
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, read_frozen
-from pipeline.workflow.progress import LOG, Outcome, result_path
+from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
 
 SECONDS_BETWEEN_LOOKS = 1.0
 EXIT_KILLED = 128 + signal.SIGINT
-EXIT_STATUS = {Outcome.FINISHED: 0, Outcome.REUSED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: 75}
+EXIT_STATUS = {Outcome.FINISHED: 0, Outcome.REUSED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: EXIT_INTERRUPTED}
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         frozen = read_frozen(path)
         _log_to(frozen)
         outcome = run_stage(frozen, interruption)
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if len(sys.argv) == 1:
             _answer(path, outcome)
         if interruption.is_set():
             break

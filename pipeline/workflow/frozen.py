@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Settings, TrackingSettings, TrainerSettings, validate
+from pipeline.config import Settings, TrackingSettings, TrainerSettings, TrainingStageSettings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
 from pipeline.workflow.declaration import StageDeclaration, resolve
@@ -52,6 +52,13 @@ class FrozenStage(Settings):
         """The declaration of this stage's class."""
         return resolve(self.catalog).stages[self.kind]
 
+    @property
+    def tasks(self) -> "Tasks":
+        """The processes that run this stage: one per device where it trains, else one."""
+        if issubclass(self.declaration.settings, TrainingStageSettings):
+            return Tasks(self.trainer.num_nodes, self.trainer.devices)
+        return Tasks(1, 1)
+
     def read_settings(self) -> Settings:
         """The stage's settings, typed."""
         return validate(self.declaration.settings, self.settings, f"stage.{self.stage}")
@@ -71,6 +78,19 @@ class FrozenStage(Settings):
 
 
 @dataclass(frozen=True)
+class Tasks:
+    """The processes of a stage: on how many nodes, and how many on each."""
+
+    nodes: int
+    per_node: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
 class FrozenFile:
     """A frozen stage and the file that holds it."""
 
@@ -78,14 +98,19 @@ class FrozenFile:
     stage: FrozenStage
 
 
-def write_frozen(stage: FrozenStage) -> FrozenFile:
-    """Write the stage to a file that is named by its contents: a queued job's file is never rewritten."""
+def frozen_path(stage: FrozenStage) -> Path:
+    """Where the stage is written: a file named by its contents, so that a queued job's is never rewritten."""
     values = stage.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-    path = stage.work / "frozen" / f"{digest}.json"
+    return stage.work / "frozen" / f"{digest}.json"
+
+
+def write_frozen(stage: FrozenStage) -> FrozenFile:
+    """Write the stage to its file, unless it is there."""
+    path = frozen_path(stage)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(path, values)
+        write_json_atomically(path, stage.model_dump(mode="json"))
     return FrozenFile(path, stage)
 
 

@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.config import TrainingStageSettings
 from pipeline.workflow.display import Display
 from pipeline.workflow.frozen import FrozenFile, write_frozen
 from pipeline.workflow.plan import Action, Plan, PlannedStage
-from pipeline.workflow.progress import LOG, Failure, Outcome, read_failure, read_progress, result_path
+from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Failure, Outcome, read_failure, read_progress, result_path
 
 POLL_SECONDS = 0.2
 
@@ -120,7 +119,7 @@ class Worker:
         command = [sys.executable, "-m", "pipeline.training.worker"]
         frozen.stage.work.mkdir(parents=True, exist_ok=True)
         # The processes of a stage that trains on several devices start each other, from the command of the first.
-        if frozen.stage.trainer.devices > 1 and issubclass(frozen.stage.declaration.settings, TrainingStageSettings):
+        if frozen.stage.tasks.total > 1:
             return self._spawn([*command, str(frozen.path)], frozen)
         if self._process is None or self._process.poll() is not None:
             self._process = self._spawn(command, frozen)
@@ -145,6 +144,11 @@ class Worker:
         else:
             os.killpg(process.pid, signal.SIGKILL)
 
+    def _outcome_of(self, exit_status: int) -> Outcome:
+        if exit_status == 0:
+            return Outcome.FINISHED
+        return Outcome.INTERRUPTED if self._interrupts or exit_status == EXIT_INTERRUPTED else Outcome.FAILED
+
     def _wait(self, process: subprocess.Popen[str], frozen: FrozenFile, display: Display) -> Outcome:
         result = result_path(frozen.path, process.pid)
         while True:
@@ -154,6 +158,6 @@ class Worker:
                 result.unlink()
                 return outcome
             if ended:
-                return Outcome.INTERRUPTED if self._interrupts else Outcome.FAILED
+                return self._outcome_of(process.returncode)
             display.update(read_progress(frozen.stage.work))
             time.sleep(POLL_SECONDS)

@@ -3,6 +3,9 @@
 Each attempt at a stage has a number, taken by creating `attempts/<number>.json` in its work directory, which succeeds
 for one process alone. The highest number owns the stage, until it is over, its process is seen to be dead, or it has
 given no sign of life for a lease. Whoever finds a higher number than its own has lost the stage and writes no more.
+
+A Slurm job that starts again takes over from its earlier start at once: Slurm has given that one up, even where its
+processes go on (a node that lost its daemon), and they must not publish over the later one.
 """
 
 import json
@@ -10,6 +13,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -28,14 +32,30 @@ class StageLost(StageInterrupted):
 
 
 @dataclass(frozen=True)
+class JobStart:
+    """A start of a Slurm job; `restarts` counts the starts before it."""
+
+    job_id: str
+    restarts: int
+
+    def is_before(self, other: "JobStart | None") -> bool:
+        """Whether the other one is a later start of the same job."""
+        return other is not None and self.job_id == other.job_id and self.restarts < other.restarts
+
+
+@dataclass(frozen=True)
 class Claim:
-    """Who made an attempt. `host` changes with every boot; `pid_started` tells apart processes of the same number."""
+    """Who made an attempt. `host` changes with every boot; `pid_started` tells apart processes of the same number.
+
+    `job` is the Slurm job that it is part of, if any.
+    """
 
     attempt: int
     host: str
     pid: int
     pid_started: int
     lease_s: float
+    job: JobStart | None = None
 
     @property
     def is_dead(self) -> bool:
@@ -91,6 +111,12 @@ class Ownership:
         with suppress(OSError):  # without it, the next one has to see that this process is gone
             self._file("over").touch()
 
+    def forget_earlier(self) -> None:
+        """Remove what is left of earlier attempts; the numbers go on."""
+        for path in self._directory.glob("[0-9]*.*"):
+            if int(path.stem) < self.attempt:
+                path.unlink(missing_ok=True)
+
     def _beat(self) -> None:
         while True:
             self._beats += 1
@@ -114,17 +140,45 @@ def acquire(work: Path, lease_s: float, interruption: threading.Event) -> Owners
 
     Raises:
         StageInterrupted: `interruption` was set while another process had it.
+        StageLost: a later start of this process's own Slurm job has it.
     """
     directory = work / ATTEMPTS
     directory.mkdir(parents=True, exist_ok=True)
+    job = job_start()
     watch = _Watch()
     while True:
         latest = latest_attempt(directory)
-        if latest == 0 or _is_free(directory, latest, watch, lease_s):
-            if _claim(directory, latest + 1, lease_s):
+        if latest == 0 or _is_free(directory, latest, watch, lease_s, job):
+            if _claim(directory, latest + 1, lease_s, job):
                 return Ownership(directory, latest + 1, lease_s)
         elif interruption.wait(min(SECONDS_BETWEEN_LOOKS, lease_s / BEATS_PER_LEASE)):
             raise StageInterrupted("stopped while another process had this stage")
+
+
+def wait_for_first_process(work: Path, is_finished: Callable[[], bool], interruption: threading.Event) -> None:
+    """For the other processes of a Slurm job: wait until the first one owns the stage, or it is finished.
+
+    Raises:
+        StageInterrupted: `interruption` was set, or the job was started again meanwhile.
+    """
+    directory = work / ATTEMPTS
+    job = job_start()
+    assert job is not None, "only processes of one Slurm job wait for each other"
+    while not is_finished():
+        latest = latest_attempt(directory)
+        claim = _read_claim(directory, latest) if latest else None
+        if claim is not None and claim.job == job and not _is_over(directory, latest):
+            return
+        if claim is not None and job.is_before(claim.job):
+            raise StageLost("a later start of this job has the stage now")
+        if interruption.wait(SECONDS_BETWEEN_LOOKS):
+            raise StageInterrupted("stopped while the first process waited for this stage")
+
+
+def job_start() -> JobStart | None:
+    """The Slurm job that this process is part of, or None."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    return JobStart(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0"))) if job_id else None
 
 
 def latest_attempt(directory: Path) -> int:
@@ -149,19 +203,36 @@ class _Watch:
         return time.monotonic() - self._since > lease_s
 
 
-def _is_free(directory: Path, attempt: int, watch: _Watch, lease_s: float) -> bool:
-    if (directory / f"{attempt:06}.over").exists():
+def _is_free(directory: Path, attempt: int, watch: _Watch, lease_s: float, job: JobStart | None) -> bool:
+    if _is_over(directory, attempt):
         return True
-    try:
-        claim = Claim(**json.loads((directory / f"{attempt:06}.json").read_text()))
-    except (ValueError, TypeError):  # a power cut took its content
+    claim = _read_claim(directory, attempt)
+    if claim is None:
         return watch.is_silent(directory, attempt, lease_s)
+    if job is not None and job.is_before(claim.job):
+        raise StageLost("a later start of this job has the stage now")
+    if claim.job is not None and claim.job.is_before(job):
+        return True
     return claim.is_dead or watch.is_silent(directory, attempt, max(lease_s, claim.lease_s))
 
 
-def _claim(directory: Path, attempt: int, lease_s: float) -> bool:
+def _is_over(directory: Path, attempt: int) -> bool:
+    return (directory / f"{attempt:06}.over").exists()
+
+
+def _read_claim(directory: Path, attempt: int) -> Claim | None:
+    """None where a power cut took its content."""
+    try:
+        values = json.loads((directory / f"{attempt:06}.json").read_text())
+        job = values.pop("job", None)
+        return Claim(**values, job=None if job is None else JobStart(**job))
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _claim(directory: Path, attempt: int, lease_s: float, job: JobStart | None) -> bool:
     """Take a number; False where another process was faster."""
-    claim = Claim(attempt, this_host(), os.getpid(), process_started(os.getpid()), lease_s)
+    claim = Claim(attempt, this_host(), os.getpid(), process_started(os.getpid()), lease_s, job)
     temporary = directory / f".{attempt:06}.{uuid4().hex}"
     with temporary.open("w") as file:
         json.dump(asdict(claim), file)

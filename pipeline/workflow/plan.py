@@ -1,11 +1,12 @@
 """What a run will do with each stage: reuse, resume, run or blocked, and why. Imports no torch, writes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from pipeline.config import (
+    LocalLaunch,
     RunConfig,
     Settings,
     TrainerSettings,
@@ -66,6 +67,14 @@ class Plan:
         return [stage for stage in self.stages if stage.action is Action.BLOCKED]
 
 
+def require_unblocked(plans: Sequence[Plan]) -> None:
+    """Raise `UserError` with the first reason why one of these plans cannot run."""
+    for plan in plans:
+        if plan.blocked:
+            first = plan.blocked[0]
+            raise UserError(f"stage {first.name} is blocked: {first.reason}")
+
+
 @dataclass(frozen=True)
 class _ValidStage:
     stage: StageSettings
@@ -111,8 +120,13 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
         message = str(error)
         raise UserError(message.removeprefix(prefix) if message.startswith(f"{prefix}data.") else message) from error
     trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
+    if trainer.num_nodes > 1 and isinstance(config.launch, LocalLaunch):
+        raise UserError(
+            f"stage.{name} has trainer.num_nodes={trainer.num_nodes}, and `unclip run` works on one machine; "
+            "submit it to Slurm: unclip submit"
+        )
     if isinstance(settings, TrainingStageSettings):
-        check_batch(settings.global_batch_size, trainer.devices, f"stage.{name}")
+        check_batch(settings.global_batch_size, trainer.world_size, f"stage.{name}")
     return _ValidStage(StageSettings(kind, settings), trainer)
 
 

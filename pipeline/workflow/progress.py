@@ -14,6 +14,8 @@ FAILURE = "failure.json"
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
 SECONDS_UNTIL_SILENT = 60.0
+EXIT_INTERRUPTED = 75
+"""The exit status of what was stopped on request and can be resumed."""
 
 
 class Phase(StrEnum):

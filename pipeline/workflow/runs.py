@@ -75,6 +75,15 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
 
 
+def read_runs(outputs: Path, name: str) -> list[RunRecord]:
+    """The run of that name, or the members of the sweep of that name, in their order."""
+    if (run_directory(outputs, name) / RECORD).exists():
+        return [read_run(outputs, name)]
+    members = [read_run(outputs, each) for each in run_names(outputs) if each.rpartition(".")[0] == name]
+    found = [record for record in members if record.group == name]
+    return sorted(found, key=lambda record: int(record.name.rpartition(".")[2])) or [read_run(outputs, name)]
+
+
 def run_names(outputs: Path) -> list[str]:
     """Names of all runs under `outputs`, the latest first."""
     records = sorted(outputs.glob(f"runs/*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True)

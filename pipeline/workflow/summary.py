@@ -16,7 +16,7 @@ _WRAPPED = ("why", "needs", "metrics", "progress")
 
 def plan_table(plan: Plan) -> Table:
     """What will happen to each stage, and why."""
-    table = _table(f"plan of run {plan.config.run.name}", "stage", "action", "why", "needs", "fingerprint")
+    table = new_table(f"plan of run {plan.config.run.name}", "stage", "action", "why", "needs", "fingerprint")
     for stage in plan.stages:
         needs = ", ".join(stage.upstream)
         table.add_row(stage.name, stage.action.value, stage.reason, needs, (stage.fingerprint or "")[:12])
@@ -25,7 +25,7 @@ def plan_table(plan: Plan) -> Table:
 
 def result_table(outputs: Path, record: RunRecord) -> Table:
     """The finished stages of a run with time and metrics."""
-    table = _table(f"run {record.name}", "stage", "time", "samples", "metrics")
+    table = new_table(f"run {record.name}", "stage", "time", "samples", "metrics")
     for name, artifact in run_artifacts(outputs, record).items():
         manifest = artifact.manifest
         samples = f"{manifest.samples_seen:,}" if manifest.samples_seen else ""
@@ -44,7 +44,7 @@ def metrics_line(artifact: Artifact) -> str:
 def status_table(outputs: Path, record: RunRecord) -> Table:
     """Where each stage of a run stands, from its files alone."""
     store = ArtifactStore(outputs)
-    table = _table(f"run {record.name}", "stage", "state", "progress", "fingerprint")
+    table = new_table(f"run {record.name}", "stage", "state", "progress", "fingerprint")
     for stage in record.stages:
         table.add_row(stage.name, *stage_state(store, stage), stage.fingerprint[:12])
     return table
@@ -61,7 +61,8 @@ def unfinished_logs(outputs: Path, record: RunRecord) -> list[Path]:
     return [log for log in logs if log.exists()]
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table in the style of all of ours."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column not in _WRAPPED)

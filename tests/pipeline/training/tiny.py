@@ -166,6 +166,7 @@ OPTIMIZER = OptimizerSettings(
 TRAINER = TrainerSettings(
     accelerator="cpu",
     devices=1,
+    num_nodes=1,
     precision=Precision.FLOAT32,
     micro_batch_size=None,
     loader_workers=0,

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from pipeline.config import (
     RUNTIME,
-    LaunchKind,
-    LaunchSettings,
+    LocalLaunch,
     PathSettings,
     Positive,
     Precision,
@@ -109,6 +108,7 @@ WORKFLOW: dict[str, dict[str, Any]] = {
 TRAINER = TrainerSettings(
     accelerator="cpu",
     devices=1,
+    num_nodes=1,
     precision=Precision.FLOAT32,
     micro_batch_size=None,
     loader_workers=0,
@@ -135,7 +135,7 @@ def run_config(outputs: Path, stages: dict[str, dict[str, Any]] | None = None, *
         data={},
         stage=WORKFLOW if stages is None else stages,
         trainer=TRAINER,
-        launch=LaunchSettings(kind=LaunchKind.LOCAL),
+        launch=LocalLaunch(kind="local"),
         tracking=TrackingSettings(mode=TrackingMode.NONE, project="test", entity=None),
     )
     return config.model_copy(update=changes)

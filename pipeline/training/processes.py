@@ -1,0 +1,25 @@
+"""Which of a stage's processes this one is, and who started it."""
+
+import os
+
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+
+
+def is_started_by_srun() -> bool:
+    """Whether this is a task of a stage's own Slurm job, which has one for each device.
+
+    Slurm's own variables do not tell: all processes that somebody starts inside a job have them.
+    """
+    return os.environ.get("UNCLIP_LAUNCHED_BY") == "srun"
+
+
+def process_rank() -> int:
+    """This process's number among those that train one stage, before a process group exists."""
+    return int(os.environ.get("SLURM_PROCID" if is_started_by_srun() else "LOCAL_RANK", "0"))
+
+
+def process_environment(world_size: int) -> ClusterEnvironment:
+    """Lightning's view of the same, chosen rather than guessed; requeueing a job is left to its batch script."""
+    if is_started_by_srun() and world_size > 1:
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()

@@ -1,0 +1,137 @@
+"""The one door to Slurm: its commands, with argument lists that no shell reads."""
+
+import os
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+_TIMEOUT_S = 120.0
+_COMPLETING = "COMPLETING"
+_OVER = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
+_NEVER = "DependencyNeverSatisfied"
+_OWN_TO_A_JOB = ("SLURM_", "SRUN_", "MASTER_")
+_OWN_TO_A_PROCESS = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job as `squeue` has it: the state in Slurm's words, and its reason where it waits. Kept for some minutes after
+    its end."""
+
+    job_id: int
+    state: str
+    reason: str
+    time_left: str
+    name: str
+    comment: str
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it is on its way out, to an end or to another start; which of them is not yet known."""
+        return self.state == _COMPLETING
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it may still bring something about."""
+        return self.state not in _OVER and self.reason != _NEVER
+
+
+class SlurmUnavailableError(UserError):
+    """There is no Slurm here, or it does not answer."""
+
+
+def submit(script: Path, arguments: Sequence[str], options: Sequence[str]) -> int:
+    """`sbatch`: the id of the new job. Raises `UserError` with Slurm's own words."""
+    answer = _output("sbatch", "--parsable", *options, str(script), *arguments)
+    return int(answer.strip().split(";")[0])
+
+
+def queued(job_ids: Iterable[int]) -> dict[int, QueuedJob]:
+    """Those of these jobs that the queue still knows."""
+    wanted = set(job_ids)
+    if not wanted:
+        return {}
+    # One unknown id alone is an error to squeue, among others it is passed over.
+    try:
+        found = _squeue(f"--jobs={','.join(map(str, sorted(wanted)))}")
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    return {job.job_id: job for job in found if job.job_id in wanted}
+
+
+def queued_of_this_user() -> list[QueuedJob]:
+    """Every job of this user that the queue still knows."""
+    return _squeue("--me")
+
+
+def accounted(job_ids: Iterable[int]) -> dict[int, str]:
+    """The state of these jobs in the accounting, in Slurm's words; empty where Slurm keeps none."""
+    wanted = ",".join(map(str, sorted(job_ids)))
+    if not wanted:
+        return {}
+    try:
+        lines = _output("sacct", "-X", "-P", "-n", f"--jobs={wanted}", "--format=JobIDRaw,State").splitlines()
+    except UserError:
+        return {}
+    rows = [line.split("|") for line in lines]
+    # A requeued job has a row for each of its starts; the last one counts.
+    return {int(row[0]): row[1] for row in rows if row[0].isdigit()}
+
+
+def cancel(job_ids: Sequence[int]) -> None:
+    """`scancel`."""
+    if job_ids:
+        _output("scancel", *map(str, job_ids))
+
+
+def _squeue(*selection: str) -> list[QueuedJob]:
+    text = _output("squeue", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%j|%k", *selection)
+    jobs = []
+    for line in text.splitlines():
+        job_id, state, reason, time_left, name, comment = line.split("|", 5)
+        jobs.append(QueuedJob(int(job_id), state, "" if reason == "None" else reason, time_left, name, comment))
+    return jobs
+
+
+def _output(program: str, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S,
+            stdin=subprocess.DEVNULL, env=environment_of_jobs(os.environ),
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise SlurmUnavailableError(
+            f"{program} is not installed here; submit from a login node of the cluster, or try "
+            "`python slurm/one_machine.py` (packages: slurmctld slurmd slurm-client munge)"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmUnavailableError(f"{program} gave no answer in {_TIMEOUT_S:.0f} s; try again") from error
+    if done.returncode != 0:
+        said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise UserError(f"{said or f'{program} failed with status {done.returncode}'}")
+    return done.stdout
+
+
+def environment_of_jobs(own: Mapping[str, str]) -> dict[str, str]:
+    """What a job may inherit: not the marks of the job, step or rank that submits it."""
+    return {
+        name: value
+        for name, value in own.items()
+        if name == "SLURM_CONF" or not (name.startswith(_OWN_TO_A_JOB) or name in _OWN_TO_A_PROCESS)
+    }

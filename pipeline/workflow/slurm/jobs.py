@@ -1,0 +1,90 @@
+"""The jobs that were submitted for a stage: `work/<stage>/<fingerprint>/jobs/<number>.json`, one file each."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from pipeline.config import Settings, validate
+from pipeline.workflow.artifacts import write_json_atomically
+from pipeline.workflow.slurm import commands
+from pipeline.workflow.slurm.commands import QueuedJob
+
+JOBS = "jobs"
+
+
+class JobRecord(Settings):
+    """One submission. `token` is the job's comment in Slurm; `job_id` is None until Slurm has answered.
+
+    `group` is the run or sweep that submitted it, `wanted_by` are the runs that count on it. `lane` is its lane in a
+    sweep with `launch.max_parallel`: the jobs of a lane run one after the other.
+    """
+
+    number: int
+    token: str
+    name: str
+    group: str
+    wanted_by: list[str]
+    submitted_at: str
+    lane: int | None = None
+    job_id: int | None = None
+
+
+@dataclass(frozen=True)
+class KnownJob:
+    """A record together with what the queue says of its job; None where the queue does not know it any more."""
+
+    record: JobRecord
+    queued: QueuedJob | None
+
+    @property
+    def job_id(self) -> int:
+        """The id of a job that the queue knows."""
+        assert self.queued is not None, "only a job that the queue knows has an id that counts"
+        return self.queued.job_id
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the job may still make the stage."""
+        return self.queued is not None and self.queued.is_active
+
+
+def new_token() -> str:
+    """A comment that tells one submission from all others."""
+    return f"unclip-{uuid4().hex}"
+
+
+def write_record(work: Path, record: JobRecord) -> None:
+    """Write a record, in place of the one of the same number."""
+    (work / JOBS).mkdir(parents=True, exist_ok=True)
+    write_json_atomically(work / JOBS / f"{record.number:04}.json", record.model_dump(mode="json"))
+
+
+def latest_record(work: Path) -> JobRecord | None:
+    """The last submission of the stage with that work directory, or None."""
+    paths = sorted((work / JOBS).glob("[0-9]*.json"))
+    return validate(JobRecord, json.loads(paths[-1].read_text()), str(paths[-1])) if paths else None
+
+
+def look_up(works: Iterable[Path]) -> dict[Path, KnownJob]:
+    """The latest job of each stage that has one, as the queue has it now. Two questions to Slurm at most."""
+    records = {work: record for work in works if (record := latest_record(work)) is not None}
+    queue = commands.queued(record.job_id for record in records.values() if record.job_id is not None)
+    # A submission that was killed before it had Slurm's answer may have a job all the same.
+    unanswered = {record.token for record in records.values() if record.job_id is None}
+    by_token = {job.comment: job for job in commands.queued_of_this_user()} if unanswered else {}
+    return {work: _known(record, queue, by_token) for work, record in records.items()}
+
+
+def _known(record: JobRecord, queue: dict[int, QueuedJob], by_token: dict[str, QueuedJob]) -> KnownJob:
+    if record.job_id is None:
+        found = by_token.get(record.token)
+        return KnownJob(record if found is None else record.model_copy(update={"job_id": found.job_id}), found)
+    found = queue.get(record.job_id)
+    return KnownJob(record, found if found is not None and _is_of(found, record) else None)
+
+
+def _is_of(job: QueuedJob, record: JobRecord) -> bool:
+    """Ids begin anew when a cluster is rebuilt. Where a site takes comments away, the name has to do."""
+    return job.comment == record.token or (job.comment in ("", "(null)") and job.name == record.name)

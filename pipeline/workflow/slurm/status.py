@@ -1,0 +1,183 @@
+"""Where submitted runs stand, and taking them back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.display import progress_line
+from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
+from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
+from pipeline.workflow.runs import RunRecord, RunStage
+from pipeline.workflow.slurm import commands
+from pipeline.workflow.slurm.jobs import KnownJob, latest_record, look_up, write_record
+from pipeline.workflow.slurm.submit import one_submission_at_a_time
+from pipeline.workflow.summary import new_table, stage_state
+
+_RUNNING = "RUNNING"
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """One stage of a submitted run. Words in capitals are Slurm's own, in small letters ours."""
+
+    stage: str
+    fingerprint: str
+    members: tuple[str, ...]
+    state: str
+    job_id: int | None
+    reason: str
+    starts: int
+    detail: str
+    until_limit: str
+
+
+def has_jobs(outputs: Path, records: Sequence[RunRecord]) -> bool:
+    """Whether a stage of these runs was ever submitted to Slurm."""
+    store = ArtifactStore(outputs)
+    return any(
+        latest_record(store.work(stage.name, stage.fingerprint)) for record in records for stage in record.stages
+    )
+
+
+def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]:
+    """Every stage of these runs, once. Asks `squeue`, and `sacct` for what the queue has forgotten.
+
+    Raises `SlurmUnavailableError` where there is no Slurm.
+    """
+    store = ArtifactStore(outputs)
+    stages = _stages_with_members(records)
+    works = [store.work(stage.name, stage.fingerprint) for stage, _ in stages]
+    known = look_up(works)
+    forgotten = [
+        each.record.job_id for each in known.values() if each.queued is None and each.record.job_id is not None
+    ]
+    accounted = commands.accounted(forgotten)
+    return [
+        _status(store, stage, members, known.get(work), accounted)
+        for (stage, members), work in zip(stages, works, strict=True)
+    ]
+
+
+def jobs_table(title: str, statuses: Sequence[JobStatus]) -> Table:
+    """The statuses as a table; the column of members only for a sweep."""
+    is_sweep = len({member for status in statuses for member in status.members}) > 1
+    member = ["member"] if is_sweep else []
+    table = new_table(
+        title, "stage", *member, "state", "job", "reason", "starts", "progress", "limit in", "fingerprint"
+    )
+    for status in statuses:
+        table.add_row(
+            status.stage,
+            *([_numbers(status.members)] if is_sweep else []),
+            status.state,
+            "" if status.job_id is None else str(status.job_id),
+            status.reason,
+            str(status.starts or ""),
+            status.detail,
+            status.until_limit,
+            status.fingerprint[:12],
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class Cancellation:
+    """The jobs that were cancelled, and those that other runs count on: (stage, job id, runs)."""
+
+    cancelled: tuple[tuple[str, int], ...]
+    kept: tuple[tuple[str, int, tuple[str, ...]], ...]
+
+
+def cancel_runs(outputs: Path, records: Sequence[RunRecord]) -> Cancellation:
+    """Take these runs' wish for their jobs back, and cancel those that no other run counts on."""
+    store = ArtifactStore(outputs)
+    names = {record.name for record in records}
+    cancelled: list[tuple[str, int]] = []
+    kept: list[tuple[str, int, tuple[str, ...]]] = []
+    with one_submission_at_a_time(outputs):
+        works = {store.work(stage.name, stage.fingerprint): stage.name for stage, _ in _stages_with_members(records)}
+        for work, known in look_up(works).items():
+            if not known.is_active:
+                continue
+            others = [name for name in known.record.wanted_by if name not in names]
+            write_record(work, known.record.model_copy(update={"wanted_by": others}))
+            if others:
+                kept.append((works[work], known.job_id, tuple(others)))
+            else:
+                cancelled.append((works[work], known.job_id))
+        commands.cancel([job_id for _, job_id in cancelled])
+    return Cancellation(tuple(cancelled), tuple(kept))
+
+
+def _stages_with_members(records: Sequence[RunRecord]) -> list[tuple[RunStage, tuple[str, ...]]]:
+    members: dict[tuple[str, str], list[str]] = {}
+    stages: dict[tuple[str, str], RunStage] = {}
+    for record in records:
+        for stage in record.stages:
+            stages.setdefault((stage.name, stage.fingerprint), stage)
+            members.setdefault((stage.name, stage.fingerprint), []).append(record.name)
+    return [(stage, tuple(members[key])) for key, stage in stages.items()]
+
+
+def _status(
+    store: ArtifactStore,
+    stage: RunStage,
+    members: tuple[str, ...],
+    known: KnownJob | None,
+    accounted: Mapping[int, str],
+) -> JobStatus:
+    work = store.work(stage.name, stage.fingerprint)
+    state, detail = stage_state(store, stage)
+    reason = until_limit = ""
+    record = None if known is None else known.record
+    queued = None if known is None else known.queued
+    if state != "finished" and queued is not None:
+        state, reason = queued.state, queued.reason
+        if queued.is_active:
+            detail = _progress(work) if queued.state == _RUNNING else _kept(work)
+            until_limit = queued.time_left if queued.state == _RUNNING else ""
+        else:
+            detail = _failure(work)
+    elif state != "finished" and record is not None and record.job_id is not None and record.job_id in accounted:
+        state, detail = accounted[record.job_id], _failure(work)
+    return JobStatus(
+        stage.name,
+        stage.fingerprint,
+        members,
+        state,
+        None if record is None else record.job_id,
+        reason,
+        latest_attempt(work / ATTEMPTS),
+        detail,
+        until_limit,
+    )
+
+
+def _progress(work: Path) -> str:
+    progress = read_progress(work)
+    return "starting" if progress is None or progress.is_silent else progress_line(progress)
+
+
+def _kept(work: Path) -> str:
+    samples_seen = latest_checkpoint_samples(work)
+    return "" if samples_seen is None else f"checkpoint at {samples_seen:,} samples"
+
+
+def _failure(work: Path) -> str:
+    failure = read_failure(work)
+    return _kept(work) if failure is None else failure.message
+
+
+def _numbers(members: Sequence[str]) -> str:
+    """The members of a sweep by their numbers: `0-5, 7`."""
+    numbers = [int(name.rpartition(".")[2]) for name in members if name.rpartition(".")[2].isdigit()]
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

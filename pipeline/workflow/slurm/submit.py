@@ -1,0 +1,228 @@
+"""From plans to jobs: each stage that is not finished once, `afterok` on exactly what it needs."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pipeline.config import RunConfig, SlurmLaunch, SlurmResources
+from pipeline.errors import UserError
+from pipeline.workflow.declaration import resolve
+from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.ownership import acquire
+from pipeline.workflow.plan import Action, Plan, PlannedStage
+from pipeline.workflow.slurm import commands
+from pipeline.workflow.slurm.batch import BatchJob, render
+from pipeline.workflow.slurm.jobs import JobRecord as Record
+from pipeline.workflow.slurm.jobs import KnownJob, look_up, new_token, write_record
+from pipeline.workflow.slurm.lanes import Lanes
+
+StageKey = tuple[str, str]
+"""A stage's name and fingerprint."""
+
+SUBMITTING = "submitting"
+_LEASE_S = 60.0
+_SECONDS_FOR_AN_ENDING_JOB = 60.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A stage that is to be a job. `needs` are the stages before it that are not finished."""
+
+    stage: FrozenStage
+    group: str
+    members: tuple[str, ...]
+    resources: SlurmResources
+    needs: tuple[StageKey, ...]
+    batch: BatchJob
+
+    @property
+    def key(self) -> StageKey:
+        """What it will make."""
+        return self.stage.stage, self.stage.fingerprint
+
+
+class Submission(StrEnum):
+    """What became of a stage."""
+
+    SUBMITTED = "submitted"
+    QUEUED = "queued already"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class SubmittedStage:
+    """A stage, its job (None where it is finished) and the jobs that this one waits for."""
+
+    job: PlannedJob
+    submission: Submission
+    job_id: int | None = None
+    after: tuple[int, ...] = ()
+
+
+def slurm_launch(config: RunConfig) -> SlurmLaunch:
+    """The config's cluster profile. Raises `UserError` where it has none."""
+    if not isinstance(config.launch, SlurmLaunch):
+        raise UserError(f"launch.kind={config.launch.kind!r} has no jobs; add launch=slurm, or a profile of your own")
+    return config.launch
+
+
+def plan_jobs(plans: Sequence[Plan]) -> list[PlannedJob]:
+    """The jobs of these runs, each stage once, in an order in which every job follows those it needs.
+
+    Raises `UserError` for a key of `launch.stages` that names no stage, and for resources that do not fit.
+    """
+    wanted_by: dict[StageKey, list[str]] = {}
+    for plan in plans:
+        for key in map(_key, _to_do(plan)):
+            wanted_by.setdefault(key, []).append(plan.config.run.name)
+    jobs: dict[StageKey, PlannedJob] = {}
+    for plan in plans:
+        launch = slurm_launch(plan.config)
+        _check_stage_names(launch, plan)
+        for stage in _to_do(plan):
+            if _key(stage) in jobs:
+                continue
+            frozen = stage.frozen
+            assert frozen is not None, "a plan with blocked stages has no jobs"
+            resources = launch.resources_of(stage.name, stage.kind)
+            needs = tuple(
+                (each.stage, each.fingerprint)
+                for references in frozen.inputs.values()
+                for each in references
+                if (each.stage, each.fingerprint) in wanted_by
+            )
+            jobs[_key(stage)] = PlannedJob(
+                frozen, frozen.group, tuple(wanted_by[_key(stage)]), resources,
+                tuple(dict.fromkeys(needs)), render(frozen, resources),
+            )  # fmt: skip
+    return list(jobs.values())
+
+
+def submit_jobs(
+    jobs: Sequence[PlannedJob], outputs: Path, max_parallel: int | None, note: Callable[[str], None]
+) -> list[SubmittedStage]:
+    """Give Slurm every job that neither is finished nor in the queue already, by whichever run.
+
+    One submission at a time works on one `outputs`, so that two at the same moment share what they have in common.
+    Raises `UserError` with Slurm's words where it refuses a job; what was submitted before that stays.
+    """
+    done: dict[StageKey, SubmittedStage] = {}
+    with one_submission_at_a_time(outputs):
+        known = _settled(jobs, note)
+        lanes = Lanes(max_parallel)
+        for job in jobs:
+            before = known.get(job.stage.work)
+            if before is not None and before.is_active and before.record.group == job.group:
+                lanes.occupy(before.record.lane, before.job_id)
+        for job in jobs:
+            done[job.key] = _submit(job, known.get(job.stage.work), done, lanes)
+    return list(done.values())
+
+
+def _submit(
+    job: PlannedJob, known: KnownJob | None, done: Mapping[StageKey, SubmittedStage], lanes: Lanes
+) -> SubmittedStage:
+    if job.stage.store.find(*job.key) is not None:
+        return SubmittedStage(job, Submission.FINISHED)
+    after = tuple(job_id for key in job.needs if (job_id := done[key].job_id) is not None)
+    if known is not None and known.is_active:
+        wanted_by = list(dict.fromkeys([*known.record.wanted_by, *job.members]))
+        write_record(job.stage.work, known.record.model_copy(update={"wanted_by": wanted_by}))
+        return SubmittedStage(job, Submission.QUEUED, known.job_id, after)
+    lane = lanes.choose(after, job.resources.time_limit_min)
+    dependencies = [*([f"afterok:{_joined(after)}"] if after else [])]
+    if lane is not None and (waits_for := lanes.jobs_of(lane)):
+        dependencies.append(f"afterany:{_joined(waits_for)}")
+    record = Record(
+        number=1 if known is None else known.record.number + 1,
+        token=new_token(),
+        name=job.batch.name,
+        group=job.group,
+        wanted_by=list(job.members),
+        submitted_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        lane=lane,
+    )
+    write_frozen(job.stage)
+    # Written before Slurm is asked, too: a submission that is killed in between finds its job again by the token.
+    write_record(job.stage.work, record)
+    script = _write_script(job)
+    options = [*job.batch.options, f"--comment={record.token}"]
+    if dependencies:
+        options.append(f"--dependency={','.join(dependencies)}")
+    try:
+        job_id = commands.submit(script, job.batch.arguments, options)
+    except UserError as error:
+        submitted = sum(each.submission is Submission.SUBMITTED for each in done.values())
+        kept = f"; the {submitted} jobs before it are submitted, and the same command goes on from them"
+        raise type(error)(f"stage {job.key[0]}: {error}{kept if submitted else ''}") from error
+    write_record(job.stage.work, record.model_copy(update={"job_id": job_id}))
+    lanes.add(lane, job_id, after, job.resources.time_limit_min)
+    return SubmittedStage(job, Submission.SUBMITTED, job_id, after)
+
+
+def _settled(jobs: Sequence[PlannedJob], note: Callable[[str], None]) -> dict[Path, KnownJob]:
+    """The queue's word on every stage, once no job is in between an end and another start."""
+    works = [job.stage.work for job in jobs]
+    deadline = time.monotonic() + _SECONDS_FOR_AN_ENDING_JOB
+    has_said = False
+    while True:
+        known = look_up(works)
+        ending = [each.job_id for each in known.values() if each.queued is not None and each.queued.is_ending]
+        if not ending or time.monotonic() > deadline:
+            return known
+        if not has_said:
+            note(f"waiting for {len(ending)} jobs to end ({_joined(ending[:3], ', ')})")
+            has_said = True
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+@contextmanager
+def one_submission_at_a_time(outputs: Path) -> Iterator[None]:
+    """Wait until no other process submits or cancels jobs of this `outputs`."""
+    place = outputs / SUBMITTING
+    place.mkdir(parents=True, exist_ok=True)
+    ownership = acquire(place, _LEASE_S, threading.Event())
+    try:
+        yield
+    finally:
+        ownership.release()
+        ownership.forget_earlier()
+
+
+def _write_script(job: PlannedJob) -> Path:
+    """The batch script, in a file named by its contents; jobs of the same resources share it."""
+    digest = hashlib.sha256(job.batch.script.encode()).hexdigest()[:12]
+    path = job.stage.store.outputs / SUBMITTING / f"{digest}.sbatch"
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(job.batch.script, encoding="utf-8")
+        temporary.replace(path)
+    return path
+
+
+def _to_do(plan: Plan) -> list[PlannedStage]:
+    return [stage for stage in plan.stages if stage.action is not Action.REUSE]
+
+
+def _key(stage: PlannedStage) -> StageKey:
+    assert stage.fingerprint is not None, "a plan with blocked stages has no jobs"
+    return stage.name, stage.fingerprint
+
+
+def _check_stage_names(launch: SlurmLaunch, plan: Plan) -> None:
+    valid = {stage.name for stage in plan.stages} | set(resolve(plan.config.catalog).stages)
+    unknown = sorted(set(launch.stages) - valid)
+    if unknown:
+        raise UserError(
+            f"launch.stages.{unknown[0]} names no stage and no kind of stage; valid here: {', '.join(sorted(valid))}"
+        )
+
+
+def _joined(job_ids: Sequence[int], separator: str = ":") -> str:
+    return separator.join(map(str, job_ids))
