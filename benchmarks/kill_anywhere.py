@@ -93,29 +93,29 @@ def main() -> None:
         kills, workflows, killed_in = 0, 0, Counter[str]()
         while kills < options.kills:
             disturbed = Path(directory) / f"disturbed-{workflows}"
-            while kills < options.kills and not _runs_until_killed(setting, disturbed, rng.uniform(1, options.longest)):
+            while kills < options.kills and not _runs_until_killed(setting, disturbed, rng, options.longest):
                 kills += 1
                 killed_in[_stage_in_progress(disturbed)] += 1
             subprocess.run(setting.command(disturbed), check=True, stdout=subprocess.DEVNULL)
             workflows += 1
-            _compare(whole, disturbed)
+            compare(whole, disturbed)
             print(f"{kills} kills, {workflows} workflows: every artifact and row is the undisturbed one's", flush=True)
             shutil.rmtree(disturbed)
     where = ", ".join(f"{stage} {count}" for stage, count in killed_in.most_common())
     print(f"killed in: {where}")
 
 
-def _runs_until_killed(setting: Setting, outputs: Path, life_s: float) -> bool:
+def _runs_until_killed(setting: Setting, outputs: Path, rng: random.Random, longest_s: float) -> bool:
     """Whether the workflow was finished within its life; if not, all its processes are dead now."""
     process = subprocess.Popen(setting.command(outputs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        if process.wait(timeout=life_s) != 0:
+        if process.wait(timeout=rng.uniform(1, longest_s)) != 0:
             raise SystemExit(f"an attempt failed with exit status {process.returncode}; see the logs in {outputs}")
         return True
     except subprocess.TimeoutExpired:
         pass
     victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    random.shuffle(victims)
+    rng.shuffle(victims)
     for victim in victims:
         try:
             victim.kill()
@@ -132,7 +132,8 @@ def _stage_in_progress(outputs: Path) -> str:
     return logs[-1].parent.parent.name if logs else "starting"
 
 
-def _compare(whole: Path, disturbed: Path) -> None:
+def compare(whole: Path, disturbed: Path) -> None:
+    """Exit at the first artifact that differs from the undisturbed one."""
     for manifest in sorted(whole.glob("artifacts/*/*/manifest.json")):
         place = manifest.parent.relative_to(whole)
         expected, found = (_digests(outputs / place) for outputs in (whole, disturbed))

@@ -95,5 +95,6 @@ def _gpus(resources: SlurmResources, number: int) -> dict[str, str]:
 
 
 def _escaped(path: Path) -> str:
-    """A file name in which Slurm replaces nothing."""
-    return str(path).replace("%", "%%")
+    """A file name in which Slurm replaces nothing: one backslash in it, and it takes all but backslashes as they are."""
+    name = str(path)
+    return name.replace("\\", "\\\\") if "\\" in name else name.replace("%", "%%")

@@ -1,0 +1,150 @@
+"""Disturbs a sweep on a real cluster at random moments, and compares it with one that nothing disturbed.
+
+    python slurm/one_machine.py -- python benchmarks/slurm_disturbed.py --events 20
+
+The sweep has two decoders that share all else. An event is one of: a stage's process is killed, its job is requeued,
+signalled or preempted, its node is set down. Where a job failed, the same `unclip submit` is given again. In the end every
+artifact and row must be the undisturbed sweep's, and every stage must have been published once. Exits 1 at the first
+difference.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from kill_anywhere import TINY, UNCLIP, compare
+
+STEPS = 150
+SWEEP = "disturbed"
+TRAINED = ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
+SECONDS_TO_FINISH = 3600.0
+
+
+def main() -> None:
+    """Run the sweep undisturbed, then disturbed, and compare."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--events", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=20.0, help="longest time between two events, in seconds")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        whole, disturbed = Path(directory) / "whole", Path(directory) / "disturbed"
+        started = time.monotonic()
+        _submit(whole)
+        _wait_until(lambda: _is_finished(whole), lambda: _submit_again_if_failed(whole))
+        print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
+        _submit(disturbed)
+        counts: Counter[str] = Counter()
+        while sum(counts.values()) < options.events and not _is_finished(disturbed):
+            time.sleep(rng.uniform(1, options.longest))
+            jobs = _running_jobs()
+            if jobs:
+                event = rng.choice([_kill, _requeue, _signal, _preempt, _set_down])
+                event(rng.choice(jobs), disturbed)
+                counts[event.__name__.strip("_")] += 1
+                print(f"{sum(counts.values())}: {event.__name__.strip('_')}", flush=True)
+            _submit_again_if_failed(disturbed)
+        _wait_until(lambda: _is_finished(disturbed), lambda: _submit_again_if_failed(disturbed))
+        compare(whole, disturbed)
+        published = Counter(path.parent.name for path in disturbed.glob("artifacts/*/*/manifest.json"))
+        assert set(published.values()) == {1}, published
+        again = [path for path in disturbed.glob("work/*/*/metrics.jsonl") if _repeats(path)]
+        if again:
+            raise SystemExit(f"trained twice: {again}")
+        starts = {path.parent.name: len(list(path.glob("*.json"))) for path in disturbed.glob("work/*/*/attempts")}
+        print(
+            f"{dict(counts)}; {len(published)} artifacts and all rows are the undisturbed ones; {sum(starts.values())} starts"
+        )
+
+
+def _overrides(outputs: Path) -> list[str]:
+    lengths = [f"stage.{name}.max_samples={8 * STEPS}" for name in TRAINED]
+    own = [f"run.name={SWEEP}", "stage.decoder.clip_loss.weight=0,0.1", "launch.mem_gib=2", "trainer.lease_s=20"]
+    tiny = [each for each in TINY if not each.startswith(("run.name", "stage.decoder.clip_loss"))]
+    return [*tiny, *lengths, *own, f"paths.outputs={outputs}"]
+
+
+def _submit(outputs: Path) -> None:
+    subprocess.run([UNCLIP, "submit", "-m", *_overrides(outputs)], check=True, stdout=subprocess.DEVNULL)
+
+
+def _submit_again_if_failed(outputs: Path) -> None:
+    """Where nothing is in the queue any more, or a job has failed, submit what is missing."""
+    queue = subprocess.run(["squeue", "-h", "-o", "%T"], capture_output=True, text=True, check=True).stdout.split()
+    shown = subprocess.run(
+        [UNCLIP, "status", SWEEP, "--outputs", str(outputs)], capture_output=True, text=True, check=True
+    ).stdout
+    if not queue or "FAILED" in shown or "CANCELLED" in shown:
+        _submit(outputs)
+
+
+def _is_finished(outputs: Path) -> bool:
+    return (
+        len(list(outputs.glob("artifacts/export/*/manifest.json"))) == 2
+        and len(list(outputs.glob("artifacts/evaluate/*/manifest.json"))) == 2
+    )
+
+
+def _wait_until(is_so: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
+    deadline = time.monotonic() + SECONDS_TO_FINISH
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise SystemExit("the sweep did not finish")
+        time.sleep(3)
+        meanwhile()
+
+
+def _running_jobs() -> list[str]:
+    done = subprocess.run(["squeue", "-h", "-t", "R", "-o", "%A"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def _kill(_job: str, outputs: Path) -> None:
+    workers = [
+        each for each in psutil.process_iter(["cmdline"])
+        if "pipeline.training.worker" in (each.info["cmdline"] or []) and each.info["cmdline"][-1].startswith(f"{outputs}/")
+        and "python" in each.info["cmdline"][0]
+    ]  # fmt: skip
+    for worker in workers[:1]:
+        worker.kill()
+
+
+def _requeue(job: str, _outputs: Path) -> None:
+    subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True)
+
+
+def _signal(job: str, _outputs: Path) -> None:
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=False, capture_output=True)
+
+
+def _preempt(_job: str, _outputs: Path) -> None:
+    urgent = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True)
+
+
+def _set_down(job: str, _outputs: Path) -> None:
+    node = subprocess.run(["squeue", "-h", "-j", job, "-o", "%N"], capture_output=True, text=True, check=False).stdout
+    if not node.strip():
+        return
+    update = ["scontrol", "update", f"NodeName={node.strip()}"]
+    subprocess.run([*update, "State=DOWN", "Reason=benchmark"], check=False, capture_output=True)
+    time.sleep(1)
+    subprocess.run([*update, "State=RESUME"], check=False, capture_output=True)
+
+
+def _repeats(rows: Path) -> bool:
+    seen = [json.loads(line)["samples_seen"] for line in rows.read_text().splitlines()]
+    return any(later < earlier for earlier, later in zip(seen, seen[1:], strict=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

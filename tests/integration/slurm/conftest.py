@@ -1,0 +1,44 @@
+"""A real two-node Slurm cluster for the tests of this folder; it ends with this process, however that ends."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+PACKAGES = "slurmctld slurmd slurm-client munge"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Every Slurm command of this process and of its children speaks to the cluster."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    if missing:
+        message = f"{', '.join(missing)} are missing; sudo apt-get install -y {PACKAGES} brings them"
+        if os.environ.get("UNCLIP_REQUIRE_SLURM"):
+            pytest.fail(message)
+        pytest.skip(message)
+    program = subprocess.Popen(
+        [sys.executable, str(ROOT / "slurm" / "one_machine.py")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert program.stdin is not None
+    assert program.stdout is not None
+    ready = program.stdout.readline()
+    assert ready.startswith("export SLURM_CONF="), "the cluster did not start"
+    # The jobs' worlds of stages are modules of the tests.
+    worlds = os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(__file__).parent)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", ready.strip().removeprefix("export SLURM_CONF="))
+        patch.setenv("PYTHONPATH", worlds)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    program.stdin.close()
+    program.wait(timeout=60)

@@ -1,0 +1,133 @@
+"""A training job that Slurm disturbs in every way it has goes on, and learns what an undisturbed one learns."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import world
+from torch import Tensor
+
+from pipeline.workflow.frozen import FrozenStage
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return world.undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+def requeue(_stage: FrozenStage, job_id: int) -> None:
+    world.slurm("scontrol", "requeue", str(job_id))
+
+
+def signal_the_steps(_stage: FrozenStage, job_id: int) -> None:
+    world.slurm("scancel", "--signal=USR1", str(job_id))
+
+
+def signal_the_script(_stage: FrozenStage, job_id: int) -> None:
+    world.slurm("scancel", "--batch", "--signal=USR1", str(job_id))
+
+
+def preempt(_stage: FrozenStage, job_id: int) -> None:
+    """Jobs of the higher partition take both nodes until the other one has started again."""
+    output = world.slurm("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 8")
+    world.wait("the preempted job", lambda: world.restarts_of(job_id) > 0)
+    world.wait("the urgent job", lambda: world.state_of(int(output)) == "COMPLETED")
+
+
+def set_the_node_down(_stage: FrozenStage, job_id: int) -> None:
+    node = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
+    world.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
+    bring_back(node)
+
+
+DISTURBANCES = (requeue, signal_the_steps, signal_the_script, preempt, set_the_node_down)
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda function: function.__name__)
+def test_a_disturbed_job_ends_with_the_undisturbed_weights(
+    disturb: Callable[[FrozenStage, int], None], expected: dict[str, Tensor], tmp_path: Path
+):
+    learner, job_id = world.submitted_learner(tmp_path, step_s=0.2)
+    world.wait("two checkpoints", lambda: world.is_training(learner))
+    disturb(learner, job_id)
+    world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
+    world.wait_for_end(learner, job_id)
+    assert tiny.are_equal(world.weights_under(tmp_path), expected)
+    assert "resuming from samples-" in world.log_of(learner)
+
+
+def test_a_signal_before_python_is_ready_requeues_the_job(tmp_path: Path):
+    learner, job_id = world.submitted_learner(tmp_path)
+    world.wait("the start", lambda: "on node" in world.log_of(learner))
+    signal_the_script(learner, job_id)
+    world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
+    assert not world.is_training(learner, 1)
+    world.wait_for_end(learner, job_id)
+
+
+def test_a_job_that_its_user_cancels_stays_cancelled(tmp_path: Path):
+    learner, job_id = world.submitted_learner(tmp_path, step_s=0.5)
+    world.wait("two checkpoints", lambda: world.is_training(learner))
+    world.slurm("scancel", str(job_id))
+    world.wait("the end", lambda: world.state_of(job_id) == "CANCELLED")
+    assert world.restarts_of(job_id) == 0
+    assert not world.is_finished(learner)
+
+
+def test_a_job_that_starts_more_often_than_allowed_fails_and_says_so(tmp_path: Path):
+    learner, job_id = world.submitted_learner(tmp_path, step_s=0.5, launch={"max_requeues": 0})
+    world.wait("a checkpoint", lambda: world.is_training(learner, 1))
+    requeue(learner, job_id)
+    world.wait("the end", lambda: world.state_of(job_id) == "FAILED")
+    again = world.plan(tmp_path, step_s=0.5).stages[1]
+    assert again.action.value == "resume"
+    assert "2 times, more than launch.max_requeues=0 allows" in again.reason
+
+
+def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
+    expected: dict[str, Tensor], tmp_path: Path
+):
+    learner, job_id = world.submitted_learner(tmp_path, step_s=1.0)
+    world.wait("two checkpoints", lambda: world.is_training(learner))
+    node = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
+    (daemon,) = processes(f"slurmd -D -N {node}$")
+    arguments = psutil.Process(daemon).cmdline()
+    # All of Slurm on that node dies, and the stage's process alone goes on, as where a node loses its network.
+    (orphan,) = processes(f"^[^ ]*python -m pipeline.training.worker {tmp_path}/")
+    own = [*processes(rf"slurmstepd: \[{job_id}\."), *processes(f"/job{job_id:05}/slurm_script"), *processes("^srun ")]
+    for pid in (daemon, *own):
+        psutil.Process(pid).kill()
+    assert psutil.pid_exists(orphan)
+    world.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    world.wait_for_end(learner, job_id)
+    subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    bring_back(node)
+    assert "another process has the stage now" in world.log_of(learner), world.log_of(learner)
+    assert not psutil.pid_exists(orphan)
+    assert tiny.are_equal(world.weights_under(tmp_path), expected)
+
+
+@pytest.mark.slow
+def test_a_real_time_limit_checkpoints_and_requeues(expected: dict[str, Tensor], tmp_path: Path):
+    learner, job_id = world.submitted_learner(tmp_path, step_s=3.0, launch={"time_limit_min": 1, "stop_before_s": 20})
+    world.wait("the other start", lambda: world.restarts_of(job_id) > 0, timeout_s=180)
+    world.wait_for_end(learner, job_id, timeout_s=300)
+    assert tiny.are_equal(world.weights_under(tmp_path), expected)
+    assert "checkpoint" in world.log_of(learner)
+
+
+def bring_back(node: str) -> None:
+    # A node whose daemon has spoken again is back by itself, and Slurm refuses to resume it.
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False, capture_output=True)
+    world.wait(f"{node}", lambda: world.slurm("sinfo", "-h", "-n", node, "-o", "%T").strip() in ("idle", "mixed"))
+
+
+def processes(pattern: str) -> list[int]:
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout
+    return [int(line) for line in found.split()]

@@ -1,0 +1,217 @@
+"""Runs and sweeps as jobs of a real cluster: what is submitted, shared, depended on, cancelled and shown."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tiny
+import world
+
+from pipeline.cli import main
+from pipeline.errors import UserError
+from pipeline.workflow.runs import read_runs
+from pipeline.workflow.slurm.status import cancel_runs, job_statuses
+from pipeline.workflow.slurm.submit import Submission, SubmittedStage
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+UNCLIP = str(Path(sys.executable).parent / "unclip")
+
+
+def jobs_of(done: dict[str, SubmittedStage]) -> dict[str, int]:
+    return {name: each.job_id for name, each in done.items() if each.job_id is not None}
+
+
+def wait_for(*job_ids: int, state: str = "COMPLETED") -> None:
+    for job_id in job_ids:
+        world.wait(f"job {job_id} to be {state}", lambda job_id=job_id: world.state_of(job_id) == state)
+
+
+def dependency(job_id: int) -> str:
+    shown = world.slurm("scontrol", "show", "job", str(job_id), "--oneliner")
+    return shown.partition("Dependency=")[2].split()[0]
+
+
+def test_a_failed_stage_takes_its_descendants_along_and_the_same_submission_makes_up_for_them(tmp_path: Path):
+    gate = tmp_path / "gate"
+    first = jobs_of(world.submit(world.plan(tmp_path, steps=4, note="a", gate=gate)))
+    assert set(first) == {"data", "learner", "gate", "reader"}
+    assert f"afterok:{first['gate']}" in dependency(first["reader"])
+    wait_for(first["gate"], state="FAILED")
+    wait_for(first["reader"], state="CANCELLED")
+    wait_for(first["learner"])
+    statuses = {each.stage: each for each in job_statuses(tmp_path, read_runs(tmp_path, "trial"))}
+    assert statuses["gate"].state == "FAILED"
+    assert statuses["gate"].detail == "the gate is closed; open it"
+    assert statuses["reader"].state.startswith("CANCELLED")
+    gate.touch()
+    again = world.submit(world.plan(tmp_path, steps=4, note="a", gate=gate))
+    assert {name: each.submission for name, each in again.items()} == {
+        "gate": Submission.SUBMITTED,
+        "reader": Submission.SUBMITTED,
+    }
+    wait_for(*jobs_of(again).values())
+    assert world.submit(world.plan(tmp_path, steps=4, note="a", gate=gate)) == {}
+
+
+def test_stages_in_the_queue_are_depended_on_and_never_submitted_twice(tmp_path: Path):
+    first = jobs_of(world.submit(world.plan(tmp_path, "one", steps=4, note="a", step_s=0.3)))
+    second = world.submit(world.plan(tmp_path, "two", steps=4, note="b", step_s=0.3))
+    assert {name: each.submission for name, each in second.items()} == {
+        "data": Submission.QUEUED,
+        "learner": Submission.QUEUED,
+        "reader": Submission.SUBMITTED,
+    }
+    assert jobs_of(second)["learner"] == first["learner"]
+    assert second["reader"].after == (first["learner"],)
+    # The first run's wish goes; what the second one counts on stays.
+    cancelled = cancel_runs(tmp_path, read_runs(tmp_path, "one"))
+    assert [stage for stage, _ in cancelled.cancelled] == ["reader"]
+    assert {stage for stage, _, _ in cancelled.kept} == {"data", "learner"}
+    wait_for(jobs_of(second)["reader"])
+    assert world.state_of(first["reader"]) == "CANCELLED"
+
+
+def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Path):
+    script = (
+        "import sys, world; from pathlib import Path; out = Path(sys.argv[1]); name = sys.argv[2]\n"
+        "world.submit(*(world.plan(out, f'{name}.{n}', group=name, steps=4, seed=5, note=f'{name} {n}') for n in (0, 1)))"
+    )
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name])
+
+    before = world.slurm("squeue", "-h", "-t", "all", "-o", "%A").split()
+    both = [start("left"), start("right")]
+    assert [each.wait(timeout=120) for each in both] == [0, 0]
+    records = [record for name in ("left", "right") for record in read_runs(tmp_path, name)]
+    statuses = job_statuses(tmp_path, records)
+    assert sorted(each.stage for each in statuses) == ["data", "learner", "reader", "reader", "reader", "reader"]
+    ids = [each.job_id for each in statuses]
+    after = world.slurm("squeue", "-h", "-t", "all", "-o", "%A").split()
+    assert sorted(map(int, set(after) - set(before))) == sorted(job_id for job_id in ids if job_id is not None)
+    wait_for(*(job_id for job_id in ids if job_id is not None))
+    assert len(list(tmp_path.glob("artifacts/learner/*/manifest.json"))) == 1
+    # Trained once: one attempt at the stage that all four share.
+    assert len(list(tmp_path.glob("work/learner/*/attempts/*.json"))) == 1
+
+
+def test_at_most_so_many_jobs_of_a_sweep_run_at_a_time(tmp_path: Path):
+    plans = [world.plan(tmp_path, f"s.{n}", group="s", steps=4, seed=n, step_s=0.2, note="a") for n in range(3)]
+    ids = list(jobs_of(world.submit(*plans, max_parallel=2)).values())
+    assert len(ids) == 7
+    most = 0
+
+    def all_done() -> bool:
+        nonlocal most
+        states = [world.state_of(job_id) for job_id in ids]
+        most = max(most, states.count("RUNNING"))
+        return states.count("COMPLETED") == len(ids)
+
+    world.wait("the sweep", all_done, timeout_s=240)
+    assert most == 2
+
+
+def test_resubmitting_finds_a_job_whose_submission_was_killed_before_it_knew_the_id(tmp_path: Path):
+    learner, job_id = world.submitted_learner(tmp_path, steps=4, step_s=0.5)
+    (record,) = (learner.work / "jobs").glob("*.json")
+    record.write_text(record.read_text().replace(f'"job_id": {job_id}', '"job_id": null'))
+    again = world.submit(world.plan(tmp_path, steps=4, step_s=0.5))["learner"]
+    assert (again.submission, again.job_id) == (Submission.QUEUED, job_id)
+    world.wait_for_end(learner, job_id)
+
+
+def test_a_job_whose_inputs_are_gone_fails_with_the_reason(tmp_path: Path):
+    learner, _ = world.submitted_learner(tmp_path / "a", steps=4, launch={"sbatch_arguments": ["--hold"]})
+    for artifact in (tmp_path / "a" / "artifacts" / "data").iterdir():
+        (artifact / "manifest.json").unlink()
+    (job_id,) = (int(line) for line in world.slurm("squeue", "-h", "-t", "PD", "-o", "%A").splitlines())
+    world.slurm("scontrol", "release", str(job_id))
+    wait_for(job_id, state="FAILED")
+    reason = world.plan(tmp_path / "a", steps=4).stages[1].reason
+    assert "needs the artifact data/" in reason
+    assert not world.is_finished(learner)
+
+
+def test_names_that_a_shell_would_read_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    outputs = tmp_path / "-rf a'b\"c $(touch pwned) `touch pwned`; touch pwned\n%j%%x \\ é"
+    environment = {"QUOTED": 'it\'s $(touch pwned) "x"\n`touch pwned`'}
+    learner, job_id = world.submitted_learner(outputs, steps=4, launch={"environment": environment})
+    world.wait_for_end(learner, job_id)
+    assert "on node" in world.log_of(learner)
+    assert not list(tmp_path.rglob("pwned"))
+    assert [path.name for path in tmp_path.iterdir()] == [outputs.name]
+
+
+def test_what_slurm_refuses_is_said_in_its_words_and_what_was_submitted_is_taken_up(tmp_path: Path):
+    refused = world.plan(tmp_path, steps=4, launch={"stages": {"learner": {"partition": "none such"}}})
+    with pytest.raises(UserError, match="stage learner: .*partition.*the 1 jobs before it are submitted"):
+        world.submit(refused)
+    again = world.submit(world.plan(tmp_path, steps=4))
+    assert again["learner"].submission is Submission.SUBMITTED
+    wait_for(*jobs_of(again).values())
+
+
+def test_the_jobs_ask_for_what_their_profile_says(tmp_path: Path):
+    stages = {"learner": {"gpu_request": "gpus-per-node", "mem_gib": 1.5, "time_limit_min": 7}}
+    hold = {"sbatch_arguments": ["--hold"], "stages": stages}
+    ids = jobs_of(world.submit(world.plan(tmp_path, steps=4, launch=hold)))
+    shown = world.slurm("scontrol", "show", "job", str(ids["learner"]), "--oneliner")
+    for asked in ("TimeLimit=00:07:00", "MinMemoryNode=1.50G", "TresPerNode=gres:gpu:1", "Requeue=1"):
+        assert asked in shown
+    assert "gres" not in world.slurm("scontrol", "show", "job", str(ids["data"]), "--oneliner")
+    cancel_runs(tmp_path, read_runs(tmp_path, "trial"))
+    wait_for(*ids.values(), state="CANCELLED")
+
+
+def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp_path: Path):
+    here = world.plan(tmp_path / "here", steps=12, is_local=True, devices=2)
+    data, learner = (stage.frozen for stage in here.stages)
+    assert data is not None
+    assert learner is not None
+    world.run_here(data)
+    command = [sys.executable, "-m", "pipeline.training.worker", str(world.write(learner))]
+    subprocess.run(command, check=True, env={**os.environ})
+    stage, job_id = world.submitted_learner(tmp_path / "there", steps=12, step_s=0.2, devices=1, num_nodes=2)
+    world.wait("two checkpoints", lambda: world.is_training(stage))
+    nodes = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
+    assert nodes == "node[1-2]"
+    world.slurm("scancel", "--signal=USR1", str(job_id))
+    world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
+    world.wait_for_end(stage, job_id)
+    assert world.log_of(stage).count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2
+    assert tiny.are_equal(world.weights_under(tmp_path / "there"), world.weights_under(tmp_path / "here"))
+
+
+def test_the_commands_tell_of_a_submitted_run_from_first_to_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    option = ["--outputs", str(tmp_path)]
+    ids = jobs_of(world.submit(world.plan(tmp_path, steps=100, step_s=0.5, note="a")))
+    world.wait("training", lambda: world.state_of(ids["learner"]) == "RUNNING")
+    assert main(["status", "trial", *option]) == 0
+    shown = capsys.readouterr().out
+    assert "RUNNING" in shown
+    assert "Dependency" in shown
+    world.wait("a checkpoint", lambda: bool(list(tmp_path.glob("work/learner/*/checkpoints/*.json"))))
+    assert main(["logs", "trial", "learner", *option]) == 0
+    assert "on node" in capsys.readouterr().out
+    assert main(["cancel", "trial", *option]) == 0
+    assert f"cancelled learner, job {ids['learner']}" in capsys.readouterr().out
+    wait_for(ids["learner"], ids["reader"], state="CANCELLED")
+    monkeypatch.setenv("PATH", "")
+    assert main(["status", "trial", *option]) == 0
+    assert "from files alone, as squeue is not installed here" in capsys.readouterr().out
+
+
+def test_many_threads_of_submission_leave_one_job_per_stage(tmp_path: Path):
+    plans = [world.plan(tmp_path, f"run{n}", steps=4, launch={"sbatch_arguments": ["--hold"]}) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        ids = [jobs_of(done) for done in pool.map(world.submit, plans)]
+    assert all(each == ids[0] for each in ids)
+    cancel_runs(tmp_path, [record for n in range(4) for record in read_runs(tmp_path, f"run{n}")])

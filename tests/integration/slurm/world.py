@@ -1,0 +1,226 @@
+"""A small workflow of real stages for Slurm: data -> learner -> reader, and a gate that fails until it is opened."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tiny
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.compose import CONFIG_DIRECTORY
+from pipeline.config import (
+    RUNTIME,
+    LocalLaunch,
+    PathSettings,
+    RunConfig,
+    RunSettings,
+    Settings,
+    SlurmLaunch,
+    TrackingMode,
+    TrackingSettings,
+)
+from pipeline.errors import UserError
+from pipeline.training.context import StageContext, StageResult
+from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.declaration import Arity, Catalog, Input, StageDeclaration
+from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.plan import Plan, plan_run
+from pipeline.workflow.runs import record_run
+from pipeline.workflow.slurm import commands
+from pipeline.workflow.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
+
+STEPS = 24
+
+
+class GateSettings(Settings):
+    """`open` is a file without which the stage fails."""
+
+    open: Annotated[str, RUNTIME]
+
+
+class ReaderSettings(Settings):
+    """`note` only tells readers apart."""
+
+    note: str
+
+
+def pass_gate(context: StageContext) -> StageResult:
+    if not Path(context.settings_as(GateSettings).open).exists():
+        raise UserError("the gate is closed; open it")
+    return StageResult()
+
+
+def read(context: StageContext) -> StageResult:
+    weights = load_file(context.input("learner").path / "weights.safetensors")
+    (context.output / "sizes.json").write_text(json.dumps({name: value.numel() for name, value in weights.items()}))
+    return StageResult()
+
+
+CATALOG = Catalog(
+    {
+        **tiny.CATALOG.stages,
+        "gate": StageDeclaration(
+            version=1, settings=GateSettings, run="world:pass_gate", output="gate", inputs=(Input("data"),)
+        ),
+        "reader": StageDeclaration(
+            version=1,
+            settings=ReaderSettings,
+            run="world:read",
+            output="reader",
+            inputs=(Input("learner"), Input("gate", Arity.OPTIONAL)),
+        ),
+    },
+    lambda _stages: None,
+)
+
+
+def slurm_launch(**changes: Any) -> SlurmLaunch:
+    """The default profile at tiny sizes."""
+    import yaml
+
+    values = yaml.safe_load((CONFIG_DIRECTORY / "launch" / "slurm.yaml").read_text())
+    return SlurmLaunch.model_validate({**values, "mem_gib": 0.5, "cpus_per_task": 1, "time_limit_min": 20, **changes})
+
+
+def plan(
+    outputs: Path,
+    name: str = "trial",
+    *,
+    group: str | None = None,
+    seed: int = 3,
+    step_s: float = 0.02,
+    steps: int = STEPS,
+    note: str | None = None,
+    gate: Path | None = None,
+    launch: dict[str, Any] | None = None,
+    is_local: bool = False,
+    **trainer: Any,
+) -> Plan:
+    """A run of the small workflow; `note` adds a reader, `gate` a gate before it."""
+    learner = {
+        "kind": "learner", "global_batch_size": 8, "max_samples": 8 * steps, "dropout": 0.0, "step_s": step_s,
+        "optimizer": tiny.OPTIMIZER.model_dump(mode="json"),
+    }  # fmt: skip
+    stages: dict[str, dict[str, Any]] = {"data": {"kind": "data", "samples": 48}, "learner": learner}
+    if gate is not None:
+        stages["gate"] = {"kind": "gate", "open": str(gate)}
+    if note is not None:
+        stages["reader"] = {"kind": "reader", "note": note}
+    config = RunConfig(
+        run=RunSettings(name=name, group=group),
+        seed=seed,
+        paths=PathSettings(outputs=outputs),
+        catalog="world:CATALOG",
+        data={},
+        stage=stages,
+        trainer=tiny.TRAINER.model_copy(update={"checkpoint_every_samples": 8, "lease_s": 20.0, **trainer}),
+        launch=LocalLaunch(kind="local") if is_local else slurm_launch(**(launch or {})),
+        tracking=TrackingSettings(mode=TrackingMode.NONE, project="test", entity=None),
+    )
+    return plan_run(config)
+
+
+def submit(*plans: Plan, max_parallel: int | None = None) -> dict[str, SubmittedStage]:
+    """Submit as `unclip submit` does; the stages by name, of several plans by `name@seed`."""
+    for each in plans:
+        record_run(each)
+    jobs = plan_jobs(plans)
+    done = submit_jobs(jobs, plans[0].store.outputs, max_parallel, print)
+    return {each.job.stage.stage if len(plans) == 1 else f"{each.job.key}": each for each in done}
+
+
+def submitted_learner(outputs: Path, **changes: Any) -> tuple[FrozenStage, int]:
+    """A learner in the queue, whose data is there already, and its job's id."""
+    made = plan(outputs, **changes)
+    data, learner = (stage.frozen for stage in made.stages)
+    assert data is not None
+    assert learner is not None
+    run_here(data)
+    job = submit(plan(outputs, **changes))["learner"]
+    assert job.job_id is not None
+    return learner, job.job_id
+
+
+def run_here(frozen: FrozenStage) -> None:
+    """Run a stage in this process."""
+    from threading import Event
+
+    from pipeline.training.stage import run_stage
+    from pipeline.workflow.progress import Outcome
+
+    assert run_stage(frozen, Event()) in (Outcome.FINISHED, Outcome.REUSED)
+
+
+def undisturbed(outputs: Path, **changes: Any) -> dict[str, Tensor]:
+    """The weights of a learner that was trained in this process in one go."""
+    for stage in plan(outputs, **{**changes, "step_s": 0.0}).stages:
+        assert stage.frozen is not None
+        # How long a step takes is no part of what is learned, though it is of the fingerprint.
+        run_here(stage.frozen)
+    return weights_under(outputs)
+
+
+def weights_under(outputs: Path) -> dict[str, Tensor]:
+    (weights,) = ArtifactStore(outputs).outputs.glob("artifacts/learner/*/weights.safetensors")
+    return load_file(weights)
+
+
+def log_of(frozen: FrozenStage) -> str:
+    log = frozen.work / "log.txt"
+    return log.read_text() if log.exists() else "no log"
+
+
+def is_finished(frozen: FrozenStage) -> bool:
+    return frozen.store.find(frozen.stage, frozen.fingerprint) is not None
+
+
+def state_of(job_id: int) -> str:
+    """In Slurm's words; "" of a job that it does not know."""
+    job = commands.queued([job_id]).get(job_id)
+    return "" if job is None else job.state
+
+
+def reason_of(job_id: int) -> str:
+    return commands.queued([job_id])[job_id].reason
+
+
+def slurm(program: str, *arguments: str) -> str:
+    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def restarts_of(job_id: int) -> int:
+    shown = slurm("scontrol", "show", "job", str(job_id), "--oneliner")
+    return int(shown.partition("Restarts=")[2].split()[0])
+
+
+def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"in vain waited for: {what}\n{slurm('squeue', '--states=all')}"
+        time.sleep(0.1)
+
+
+def wait_for_end(frozen: FrozenStage, job_id: int, timeout_s: float = 120.0) -> None:
+    """Until the job is over; its artifact must be there then."""
+
+    states: list[str] = []
+
+    def is_over() -> bool:
+        states.append(state_of(job_id))
+        return states[-1] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
+
+    wait("the job's end", is_over, timeout_s)
+    assert states[-1] == "COMPLETED", f"{states}\n{log_of(frozen)}"
+    assert is_finished(frozen), log_of(frozen)
+
+
+def is_training(frozen: FrozenStage, checkpoints: int = 2) -> bool:
+    return len(list((frozen.work / "checkpoints").glob("*.json"))) >= checkpoints
+
+
+def write(frozen: FrozenStage) -> Path:
+    return write_frozen(frozen).path
