@@ -3,9 +3,9 @@
     python slurm/one_machine.py -- python benchmarks/slurm_disturbed.py --events 20
 
 The sweep has two decoders that share all else. An event is one of: a stage's process is killed, its job is requeued,
-signalled or preempted, its node is set down. Where a job failed, the same `unclip submit` is given again. In the end every
-artifact and row must be the undisturbed sweep's, and every stage must have been published once. Exits 1 at the first
-difference.
+signalled or preempted, its node is set down. Where a job failed, the same `unclip submit` is given again. In the end
+every artifact and row must be the undisturbed sweep's, and every stage must have been published once. Exits 1 at the
+first difference.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -61,9 +62,8 @@ def main() -> None:
         if again:
             raise SystemExit(f"trained twice: {again}")
         starts = {path.parent.name: len(list(path.glob("*.json"))) for path in disturbed.glob("work/*/*/attempts")}
-        print(
-            f"{dict(counts)}; {len(published)} artifacts and all rows are the undisturbed ones; {sum(starts.values())} starts"
-        )
+        print(f"{dict(counts)}; {sum(starts.values())} starts of {len(published)} stages")
+        print("every artifact and row is the undisturbed one's, and none was made twice")
 
 
 def _overrides(outputs: Path) -> list[str]:
@@ -109,13 +109,11 @@ def _running_jobs() -> list[str]:
 
 
 def _kill(_job: str, outputs: Path) -> None:
-    workers = [
-        each for each in psutil.process_iter(["cmdline"])
-        if "pipeline.training.worker" in (each.info["cmdline"] or []) and each.info["cmdline"][-1].startswith(f"{outputs}/")
-        and "python" in each.info["cmdline"][0]
-    ]  # fmt: skip
-    for worker in workers[:1]:
-        worker.kill()
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if command[-1].startswith(f"{outputs}/") and "python" in command[0]:
+            process.kill()
+            return
 
 
 def _requeue(job: str, _outputs: Path) -> None:
@@ -143,7 +141,7 @@ def _set_down(job: str, _outputs: Path) -> None:
 
 def _repeats(rows: Path) -> bool:
     seen = [json.loads(line)["samples_seen"] for line in rows.read_text().splitlines()]
-    return any(later < earlier for earlier, later in zip(seen, seen[1:], strict=False))
+    return any(later <= earlier for earlier, later in pairwise(seen))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ EXIT_USER_ERROR = 2
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
 
-  unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2
+  unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2,
+                                      --members FILE over the overrides in its lines
   unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why
   unclip submit [key=value ...] [-m]  give Slurm a job for each stage that is not finished, and return
   unclip status [RUN]                 where the stages of a run or sweep stand
@@ -102,7 +103,7 @@ def _plan(arguments: list[str]) -> int:
 def _submit(arguments: list[str]) -> int:
     from rich.console import Console
 
-    from pipeline.compose import compose_members
+    from pipeline.compose import compose_members, with_override
     from pipeline.workflow.plan import plan_run, require_unblocked
     from pipeline.workflow.runs import record_run
     from pipeline.workflow.slurm.submit import plan_jobs, slurm_launch, submit_jobs
@@ -110,7 +111,7 @@ def _submit(arguments: list[str]) -> int:
 
     console = Console(highlight=False)
     if not any(argument.startswith("launch=") for argument in arguments):
-        arguments = ["launch=slurm", *arguments]
+        arguments = with_override(arguments, "launch=slurm")
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip submit", arguments)]
     if not plans:
         return 0

@@ -2,28 +2,31 @@
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import hydra
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline.config import RunConfig, validate
+from pipeline.config import RunConfig, RunSettings, validate
 from pipeline.errors import UserError
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 _OF_ONE_STAGE = re.compile(r"(stage\.[^.=]+\.trainer|launch\.stages\.[^.=]+|launch\.environment)\.[^=]+=")
+_MULTIRUN = ("-m", "--multirun")
+_MEMBERS = "--members"
 _TWO_VALUES = "Multiple values for "  # how Hydra begins its complaint
 
 
@@ -36,29 +39,32 @@ class Member:
 
 
 def compose_members(program: str, arguments: Sequence[str]) -> list[Member]:
-    """Compose what a Hydra command line asks for: one member, or with `-m` one for each point of the sweep.
+    """Compose what a Hydra command line asks for: one member, or those of a sweep.
 
-    Empty where Hydra answered by itself (`--cfg job`, `--help`). Raises `UserError` for a command line that is wrong.
+    A sweep is `-m` with values separated by commas, all combinations, or `--members FILE` with the overrides of one
+    member in each line. Empty where Hydra answered by itself (`--cfg job`, `--help`). Raises `UserError` for a command
+    line that is wrong.
     """
-    composed: list[tuple[DictConfig, HydraConf]] = []
+    file, arguments = _without_members_option(list(arguments))
+    arguments = list(map(_addable, arguments))
+    with _errors_of_one_line():
+        if file is not None:
+            return _compose_points(program, arguments, _points_in(file))
+        if not set(_MULTIRUN) & set(arguments):
+            return [_member(config, tuple(map(_as_typed, task))) for config, task in _compose(program, arguments)]
+        points = _points_of_sweep(arguments)
+        if points is not None:
+            fixed = [each for each in arguments if each not in _MULTIRUN and not _is_swept(each)]
+            return _compose_points(program, fixed, points)
+        # A sweep over config groups, or by another sweeper: Hydra composes each member from its files.
+        composed = _compose(program, arguments)
+        return _numbered([_member(config, tuple(map(_as_typed, task))) for config, task in composed])
 
-    def collect(config: DictConfig) -> None:
-        composed.append((config, HydraConfig.get()))
 
-    # A sweep has Hydra write a file; planning writes nothing, and runs keep their own records.
-    with (
-        TemporaryDirectory() as scratch,
-        _command_line(program, _with_sweep_dir(list(map(_addable, arguments)), scratch)),
-    ):
-        try:
-            hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(collect)()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_one_line(error)) from error
-        except SystemExit as exit_:
-            if exit_.code not in (None, 0):
-                raise
-    # Outside of Hydra, which would print a headline of its own above an error.
-    return [_member(config, runtime) for config, runtime in composed]
+def with_override(arguments: Sequence[str], override: str) -> list[str]:
+    """Add an override where Hydra's parser takes it: in front of the first one, whatever options stand around."""
+    first = next((place for place, each in enumerate(arguments) if _is_override(each)), len(arguments))
+    return [*arguments[:first], override, *arguments[first:]]
 
 
 def registered_commands() -> Mapping[str, str]:
@@ -68,27 +74,143 @@ def registered_commands() -> Mapping[str, str]:
     return {str(name): str(function) for name, function in commands.items()}
 
 
-def _member(config: DictConfig, runtime: HydraConf) -> Member:
+def _compose(program: str, arguments: list[str]) -> list[tuple[DictConfig, list[str]]]:
+    """Let Hydra compose a command line: each config with its overrides."""
+    composed: list[tuple[DictConfig, list[str]]] = []
+
+    def collect(config: DictConfig) -> None:
+        task = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        assert isinstance(task, list), "Hydra keeps overrides in a list"
+        composed.append((config, list(map(str, task))))
+
+    # A sweep has Hydra write a file; planning writes nothing, and runs keep their own records.
+    with TemporaryDirectory() as scratch:
+        is_sweep = bool(set(_MULTIRUN) & set(arguments))
+        line = with_override(arguments, f"hydra.sweep.dir={scratch}") if is_sweep else arguments
+        with _command_line(program, line):
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(collect)()
+            except SystemExit as exit_:
+                if exit_.code not in (None, 0):
+                    raise
+    return composed
+
+
+def _compose_points(program: str, fixed: list[str], points: list[list[str]]) -> list[Member]:
+    """The members of a sweep: what they have in common is composed once, unless they choose config groups."""
+    if any(_chooses_a_group(each) for point in points for each in point):
+        composed = [_compose(program, [*fixed, *point]) for point in points]
+        return _numbered([_member(config, tuple(map(_as_typed, task))) for [(config, task)] in composed])
+    common = _compose(program, fixed)
+    if not common:
+        return []
+    ((config, task),) = common
+    return _numbered(
+        [_member(_changed(config, point), tuple(map(_as_typed, [*task, *point]))) for point in points]
+    )  # fmt: skip
+
+
+def _changed(config: DictConfig, point: list[str]) -> DictConfig:
+    changed = deepcopy(config)
+    for override in OverridesParser.create().parse_overrides(point):
+        if override.is_delete():
+            raise UserError(
+                f"{override.input_line!r} removes a key, which members of a sweep cannot; remove it for all"
+            )
+        force_add = override.is_add() or override.is_force_add()
+        OmegaConf.update(changed, override.key_or_group, override.value(), merge=True, force_add=force_add)
+    return changed
+
+
+def _points_of_sweep(arguments: list[str]) -> list[list[str]] | None:
+    """All combinations of the swept values, the last one varying fastest; None for what only Hydra can sweep."""
+    if any(each.startswith("-") and each not in _MULTIRUN for each in arguments):
+        return None
+    overrides = OverridesParser.create().parse_overrides([each for each in arguments if each not in _MULTIRUN])
+    axes = []
+    for override in overrides:
+        if override.is_hydra_override() or (
+            override.is_sweep_override() and _chooses_a_group(str(override.input_line))
+        ):
+            return None
+        if override.is_sweep_override():
+            if not (override.is_choice_sweep() or override.is_range_sweep()):
+                return None
+            prefix = "++" if override.is_force_add() else "+" if override.is_add() else ""
+            axes.append([f"{prefix}{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
+    return [list(point) for point in product(*axes)]
+
+
+def _is_swept(argument: str) -> bool:
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    return override.is_sweep_override()
+
+
+def _points_in(file: Path) -> list[list[str]]:
+    """The overrides of each member: one line each, quoted as on a command line; # begins a comment."""
     try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from error
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"--members {file}: {error.strerror}; give a file with one member's overrides per line"
+        ) from error
+    points = []
+    for number, line in enumerate(lines, 1):
+        try:
+            point = [_addable(word) for word in shlex.split(line, comments=True)]
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: {error}; quote it as on a command line") from error
+        if not all(map(_is_override, point)):
+            raise UserError(f"{file}:{number}: {line!r} is no list of overrides; write key=value key=value")
+        if any(_is_swept(each) for each in point):
+            raise UserError(f"{file}:{number}: {line!r} has several values for a key; write one member per line")
+        if point:
+            points.append(point)
+    if not points:
+        raise UserError(f"--members {file} has no member; write one member's overrides per line")
+    return points
+
+
+def _without_members_option(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    place = next((place for place, each in enumerate(arguments) if each.split("=")[0] == _MEMBERS), None)
+    if place is None:
+        return None, arguments
+    if set(_MULTIRUN) & set(arguments):
+        raise UserError(f"{_MEMBERS} lists the members of a sweep and -m combines them; use one of the two")
+    _, has_value, file = arguments[place].partition("=")
+    after = place + 1
+    if not has_value:
+        if after == len(arguments):
+            raise UserError(f"{_MEMBERS} needs a file; write {_MEMBERS} FILE")
+        file, after = arguments[after], after + 1
+    return Path(file), [*arguments[:place], *arguments[after:]]
+
+
+def _chooses_a_group(override: str) -> bool:
+    key = override.lstrip("+~").partition("=")[0]
+    return "@" in key or "/" in key or (CONFIG_DIRECTORY / key).is_dir()
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
+
+
+def _member(config: DictConfig, overrides: tuple[str, ...]) -> Member:
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict), "a composed config is a mapping"
-    if runtime.mode == RunMode.MULTIRUN:
-        sweep = values["run"]["name"]
-        values["run"] |= {"name": f"{sweep}.{runtime.job.num}", "group": sweep}
-    overrides = tuple(_as_typed(override) for override in runtime.overrides.task)
-    return Member(validate(RunConfig, _string_keys(values)), overrides)
+    return Member(validate(RunConfig, {str(key): value for key, value in values.items()}), overrides)
 
 
-def _with_sweep_dir(arguments: list[str], directory: str) -> list[str]:
-    """Add Hydra's setting in front of the first override, where its parser takes it whatever options stand around."""
-    if not {"-m", "--multirun"} & set(arguments):
-        return arguments
-    first = next((place for place, each in enumerate(arguments) if "=" in each and not each.startswith("-")), None)
-    if first is None:
-        return arguments
-    return [*arguments[:first], f"hydra.sweep.dir={directory}", *arguments[first:]]
+def _numbered(members: list[Member]) -> list[Member]:
+    """The members of a sweep, named after it and their number."""
+    return [
+        replace(each, config=each.config.model_copy(update={"run": _run_of_member(each.config.run.name, number)}))
+        for number, each in enumerate(members)
+    ]
+
+
+def _run_of_member(sweep: str, number: int) -> RunSettings:
+    return validate(RunSettings, {"name": f"{sweep}.{number}", "group": sweep}, "run")
 
 
 def _addable(argument: str) -> str:
@@ -99,10 +221,6 @@ def _addable(argument: str) -> str:
 def _as_typed(override: str) -> str:
     typed = override.removeprefix("++")
     return typed if _OF_ONE_STAGE.match(typed) else override
-
-
-def _string_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key): value for key, value in values.items()}
 
 
 @contextmanager
@@ -119,6 +237,15 @@ def _command_line(program: str, arguments: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = environment
+
+
+@contextmanager
+def _errors_of_one_line() -> Iterator[None]:
+    # Outside of Hydra, which would print a headline of its own above an error.
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -271,6 +271,10 @@ def _first_fault(error: ValidationError, values: Mapping[str, Any], path: str, s
         valid = _fields_beside(location, schema)
         known = f"valid keys here: {', '.join(sorted(valid))}" if valid else "see the valid ones with --cfg job"
         return f"{key} is an unknown key; {known}{more}"
+    if fault["type"] == "union_tag_invalid":
+        context = fault.get("ctx", {})
+        kind = f"{key}.{str(context.get('discriminator')).strip(chr(39))}={context.get('tag')!r}"
+        return f"{kind} is no choice; there are {context.get('expected_tags')}{more}"
     if fault["type"] == "value_error":
         return f"{key}: {fault['msg'].removeprefix('Value error, ')}{more}".removeprefix(": ")
     if fault["type"] == "missing":

@@ -10,7 +10,7 @@ def is_started_by_srun() -> bool:
 
     Slurm's own variables do not tell: all processes that somebody starts inside a job have them.
     """
-    return os.environ.get("UNCLIP_LAUNCHED_BY") == "srun"
+    return os.environ.get("UNCLIP_LAUNCHED_BY") == "slurm"
 
 
 def process_rank() -> int:

@@ -76,7 +76,7 @@ def tar(path: Path, names: list[str]) -> Path:
             "more than",
             "use at most 1000",
         ),
-        ("stage.clip.trainer.device=2", "stage.clip.trainer.device", "unknown key", "--cfg job"),
+        ("stage.clip.trainer.device=2", "stage.clip.trainer.device", "unknown key", "accelerator, cache_mib"),
         ("data.image_size=32", "unclip: data.image_size=32", "greater than or equal to 64", "give a value"),
     ],
 )
@@ -135,7 +135,7 @@ def test_captions_without_images_are_refused(capsys, tmp_path: Path):
 
 def test_an_unknown_command_lists_the_commands(capsys):
     message = refusal(capsys, "trian")
-    assert "'trian' is no command; commands are run, plan, status, shards" in message
+    assert "'trian' is no command; commands are run, plan, submit, status, logs, cancel, shards" in message
     assert "sample" in message
 
 

@@ -40,6 +40,59 @@ def test_a_sweep_has_a_member_for_each_point_named_after_it():
     assert points == [(1, 0), (1, 0.1), (2, 0), (2, 0.1)]
 
 
+def test_a_sweep_over_config_groups_composes_each_member_from_its_files():
+    members = compose("-m", "run.name=s", "workflow=unclip,glide", "seed=1,2")
+    assert [("prior" in each.config.stage, each.config.seed) for each in members] == [
+        (True, 1), (True, 2), (False, 1), (False, 2),
+    ]  # fmt: skip
+    assert [each.config.run.name for each in members] == ["s.0", "s.1", "s.2", "s.3"]
+
+
+def test_a_swept_value_gives_the_config_that_it_gives_alone():
+    value = "stage.decoder.objective.prediction_type=epsilon"
+    (alone,) = compose(value, "stage.clip.trainer.devices=2")
+    first, second = compose("-m", f"{value},v_prediction", "stage.clip.trainer.devices=2")
+    assert first.config.stage == alone.config.stage
+    assert second.config.stage["decoder"]["objective"]["prediction_type"] == "v_prediction"
+
+
+def test_members_from_a_file_are_paired_quoted_and_commented(tmp_path: Path):
+    (tmp_path / "members").write_text(
+        "seed=1 stage.decoder.clip_loss.weight=0.5\n\n# a comment\n"
+        "stage.clip.trainer.devices=2 'stage.prior.network={layers: 3}'  # two\nworkflow=glide\n"
+    )
+    members = compose("--members", str(tmp_path / "members"), "run.name=pairs", "stage.clip.max_samples=64")
+    assert [each.config.run.name for each in members] == ["pairs.0", "pairs.1", "pairs.2"]
+    one, two, three = (each.config for each in members)
+    assert (one.seed, one.stage["decoder"]["clip_loss"]["weight"]) == (1, 0.5)
+    assert (two.stage["clip"]["trainer"], two.stage["prior"]["network"]["layers"]) == ({"devices": 2}, 3)
+    assert "prior" not in three.stage
+    assert {each.stage["clip"]["max_samples"] for each in (one, two, three)} == {64}
+    assert members[0].overrides[-2:] == ("seed=1", "stage.decoder.clip_loss.weight=0.5")
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "fragments"),
+    [
+        ("seed=1,2", [], ["members:1", "several values", "one member per line"]),
+        ("seed", [], ["members:1", "no list of overrides"]),
+        ("'seed=1", [], ["members:1", "No closing quotation"]),
+        ("# nothing", [], ["has no member"]),
+        ("sed=1", [], ["sed is an unknown key", "did you mean 'seed'?"]),
+        ("seed=1", ["-m"], ["--members", "-m", "use one of the two"]),
+    ],
+)
+def test_a_file_of_members_that_is_wrong_is_refused_with_its_line(
+    tmp_path: Path, content: str, arguments: list[str], fragments: list[str]
+):
+    (tmp_path / "members").write_text(content)
+    with pytest.raises(UserError) as refusal:
+        compose("--members", str(tmp_path / "members"), *arguments)
+    assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
+    with pytest.raises(UserError, match="No such file"):
+        compose("--members", "nowhere")
+
+
 def test_a_stage_s_own_trainer_settings_are_typed_like_any_others():
     (member,) = compose("stage.clip.trainer.micro_batch_size=2")
     assert member.config.stage["clip"]["trainer"] == {"micro_batch_size": 2}

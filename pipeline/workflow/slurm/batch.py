@@ -51,7 +51,7 @@ def render_script(resources: SlurmResources) -> str:
     if resources.setup_script is not None:
         lines.append(_or_fail(f". {quote(str(resources.setup_script.absolute()))}", str(resources.setup_script)))
     lines += [f"export {name}={quote(value)}" for name, value in sorted(resources.environment.items())]
-    lines.append("export UNCLIP_LAUNCHED_BY=srun")
+    lines.append("export UNCLIP_LAUNCHED_BY=slurm")
     template = TEMPLATE.read_text(encoding="utf-8")
     assert template.count(_PLACE_OF_ENVIRONMENT) == 1, f"{TEMPLATE} has one place for the environment"
     return template.replace(_PLACE_OF_ENVIRONMENT, "\n".join(lines))
@@ -95,6 +95,6 @@ def _gpus(resources: SlurmResources, number: int) -> dict[str, str]:
 
 
 def _escaped(path: Path) -> str:
-    """A file name in which Slurm replaces nothing: one backslash in it, and it takes all but backslashes as they are."""
+    """A file name in which Slurm replaces nothing. With a backslash in it, it takes all but backslashes as they are."""
     name = str(path)
     return name.replace("\\", "\\\\") if "\\" in name else name.replace("%", "%%")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
+SUBMIT = "sbatch"
 _TIMEOUT_S = 120.0
 _COMPLETING = "COMPLETING"
 _OVER = {
@@ -56,7 +57,7 @@ class SlurmUnavailableError(UserError):
 
 def submit(script: Path, arguments: Sequence[str], options: Sequence[str]) -> int:
     """`sbatch`: the id of the new job. Raises `UserError` with Slurm's own words."""
-    answer = _output("sbatch", "--parsable", *options, str(script), *arguments)
+    answer = _output(SUBMIT, "--parsable", *options, str(script), *arguments)
     return int(answer.strip().split(";")[0])
 
 

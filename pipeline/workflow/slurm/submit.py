@@ -159,7 +159,7 @@ def _submit(
         job_id = commands.submit(script, job.batch.arguments, options)
     except UserError as error:
         submitted = sum(each.submission is Submission.SUBMITTED for each in done.values())
-        kept = f"; the {submitted} jobs before it are submitted, and the same command goes on from them"
+        kept = f"; jobs before it: {submitted} submitted, and the same command goes on from them"
         raise type(error)(f"stage {job.key[0]}: {error}{kept if submitted else ''}") from error
     write_record(job.stage.work, record.model_copy(update={"job_id": job_id}))
     lanes.add(lane, job_id, after, job.resources.time_limit_min)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from pipeline.workflow.slurm.commands import SUBMIT
 from pipeline.workflow.slurm.submit import PlannedJob, StageKey, SubmittedStage
 from pipeline.workflow.summary import new_table
 
@@ -51,7 +52,7 @@ def scripts_text(jobs: Sequence[PlannedJob]) -> str:
     parts = []
     for script, sharing in scripts.items():
         for job in sharing:
-            command = ["sbatch", *job.batch.options, "SCRIPT", *job.batch.arguments]
+            command = [SUBMIT, *job.batch.options, "SCRIPT", *job.batch.arguments]
             parts.append(f"# {job.batch.name}\n{shlex.join(command)}\n")
         parts.append(f"# SCRIPT of {_listed([job.batch.name for job in sharing])}\n{script}")
     return "\n".join(parts)

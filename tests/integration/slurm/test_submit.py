@@ -78,7 +78,8 @@ def test_stages_in_the_queue_are_depended_on_and_never_submitted_twice(tmp_path:
 def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Path):
     script = (
         "import sys, world; from pathlib import Path; out = Path(sys.argv[1]); name = sys.argv[2]\n"
-        "world.submit(*(world.plan(out, f'{name}.{n}', group=name, steps=4, seed=5, note=f'{name} {n}') for n in (0, 1)))"
+        "plans = [world.plan(out, f'{name}.{n}', group=name, steps=4, seed=5, note=f'{name} {n}') for n in (0, 1)]\n"
+        "world.submit(*plans)"
     )
 
     def start(name: str) -> subprocess.Popen[bytes]:
@@ -149,7 +150,7 @@ def test_names_that_a_shell_would_read_stay_names(tmp_path: Path, monkeypatch: p
 
 def test_what_slurm_refuses_is_said_in_its_words_and_what_was_submitted_is_taken_up(tmp_path: Path):
     refused = world.plan(tmp_path, steps=4, launch={"stages": {"learner": {"partition": "none such"}}})
-    with pytest.raises(UserError, match="stage learner: .*partition.*the 1 jobs before it are submitted"):
+    with pytest.raises(UserError, match=r"stage learner: .*partition.*before it: 1 submitted"):
         world.submit(refused)
     again = world.submit(world.plan(tmp_path, steps=4))
     assert again["learner"].submission is Submission.SUBMITTED

@@ -125,9 +125,13 @@ def test_what_is_wrong_with_a_profile_is_said_before_anything_is_submitted(
     tmp_path: Path, arguments: str, fragments: list[str]
 ):
     profile = [] if arguments.startswith("launch=") else ["launch=slurm"]
-    with pytest.raises(UserError) as refusal:
+
+    def submit() -> None:
         (member,) = compose_members("unclip submit", [*profile, arguments, f"paths.outputs={tmp_path}"])
         plan_jobs([plan_run(member.config)])
+
+    with pytest.raises(UserError) as refusal:
+        submit()
     assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
     assert "\n" not in str(refusal.value)
 
