@@ -10,6 +10,7 @@ first difference.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -81,9 +82,10 @@ def _submit_again_if_failed(outputs: Path) -> None:
     """Where nothing is in the queue any more, or a job has failed, submit what is missing."""
     queue = subprocess.run(["squeue", "-h", "-o", "%T"], capture_output=True, text=True, check=True).stdout.split()
     shown = subprocess.run(
-        [UNCLIP, "status", SWEEP, "--outputs", str(outputs)], capture_output=True, text=True, check=True
-    ).stdout
-    if not queue or "FAILED" in shown or "CANCELLED" in shown:
+        [UNCLIP, "status", SWEEP, "--outputs", str(outputs)], capture_output=True, text=True, check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout  # fmt: skip
+    if not queue or any(word in shown for word in ("FAILED", "CANCELLED", "held")):
         _submit(outputs)
 
 
@@ -135,7 +137,7 @@ def _set_down(job: str, _outputs: Path) -> None:
         return
     update = ["scontrol", "update", f"NodeName={node.strip()}"]
     subprocess.run([*update, "State=DOWN", "Reason=benchmark"], check=False, capture_output=True)
-    time.sleep(1)
+    time.sleep(8)
     subprocess.run([*update, "State=RESUME"], check=False, capture_output=True)
 
 

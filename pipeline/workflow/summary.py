@@ -11,7 +11,7 @@ from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, re
 from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts
 
 SHOWN_METRICS = 4
-_WRAPPED = ("why", "needs", "metrics", "progress")
+_WRAPPED = ("why", "needs", "metrics", "progress", "reason", "after", "resources")
 
 
 def plan_table(plan: Plan) -> Table:

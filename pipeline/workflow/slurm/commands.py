@@ -23,6 +23,7 @@ _OVER = {
     "REVOKED",
     "TIMEOUT",
 }
+_HELD_BY_SLURM = ("launch failed requeued held", "JobHoldMaxRequeue")
 _NEVER = "DependencyNeverSatisfied"
 _OWN_TO_A_JOB = ("SLURM_", "SRUN_", "MASTER_")
 _OWN_TO_A_PROCESS = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
@@ -44,6 +45,11 @@ class QueuedJob:
     def is_ending(self) -> bool:
         """Whether it is on its way out, to an end or to another start; which of them is not yet known."""
         return self.state == _COMPLETING
+
+    @property
+    def is_held_by_slurm(self) -> bool:
+        """Whether Slurm holds it after a start that failed, and will not try again by itself."""
+        return self.state == "PENDING" and self.reason in _HELD_BY_SLURM
 
     @property
     def is_active(self) -> bool:
@@ -99,6 +105,11 @@ def cancel(job_ids: Sequence[int]) -> None:
     """`scancel`."""
     if job_ids:
         _output("scancel", *map(str, job_ids))
+
+
+def release(job_id: int) -> None:
+    """`scontrol release`: let a held job start."""
+    _output("scontrol", "release", str(job_id))
 
 
 def _squeue(*selection: str) -> list[QueuedJob]:

@@ -65,20 +65,16 @@ def jobs_table(title: str, statuses: Sequence[JobStatus]) -> Table:
     """The statuses as a table; the column of members only for a sweep."""
     is_sweep = len({member for status in statuses for member in status.members}) > 1
     member = ["member"] if is_sweep else []
-    table = new_table(
-        title, "stage", *member, "state", "job", "reason", "starts", "progress", "limit in", "fingerprint"
-    )
+    table = new_table(title, "stage", *member, "state", "job", "starts", "reason", "progress")
     for status in statuses:
         table.add_row(
             status.stage,
             *([_numbers(status.members)] if is_sweep else []),
             status.state,
             "" if status.job_id is None else str(status.job_id),
-            status.reason,
             str(status.starts or ""),
-            status.detail,
-            status.until_limit,
-            status.fingerprint[:12],
+            status.reason,
+            " · ".join(filter(None, [status.detail, status.until_limit and f"limit in {status.until_limit}"])),
         )
     return table
 

@@ -132,6 +132,8 @@ def _submit(
         return SubmittedStage(job, Submission.FINISHED)
     after = tuple(job_id for key in job.needs if (job_id := done[key].job_id) is not None)
     if known is not None and known.is_active:
+        if known.queued is not None and known.queued.is_held_by_slurm:
+            commands.release(known.job_id)
         wanted_by = list(dict.fromkeys([*known.record.wanted_by, *job.members]))
         write_record(job.stage.work, known.record.model_copy(update={"wanted_by": wanted_by}))
         return SubmittedStage(job, Submission.QUEUED, known.job_id, after)

@@ -46,10 +46,16 @@ def set_the_node_down(_stage: FrozenStage, job_id: int) -> None:
     bring_back(node)
 
 
-DISTURBANCES = (requeue, signal_the_steps, signal_the_script, preempt, set_the_node_down)
+DISTURBANCES = (
+    pytest.param(requeue, marks=pytest.mark.slow),
+    pytest.param(signal_the_steps, marks=pytest.mark.slow),
+    signal_the_script,
+    preempt,
+    set_the_node_down,
+)
 
 
-@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda disturb: disturb.__name__)
 def test_a_disturbed_job_ends_with_the_undisturbed_weights(
     disturb: Callable[[FrozenStage, int], None], expected: dict[str, Tensor], tmp_path: Path
 ):

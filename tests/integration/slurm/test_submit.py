@@ -18,7 +18,7 @@ from pipeline.workflow.slurm.submit import Submission, SubmittedStage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-UNCLIP = str(Path(sys.executable).parent / "unclip")
+TWO = {"max_parallel": 2}
 
 
 def jobs_of(done: dict[str, SubmittedStage]) -> dict[str, int]:
@@ -101,9 +101,12 @@ def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Pa
 
 
 def test_at_most_so_many_jobs_of_a_sweep_run_at_a_time(tmp_path: Path):
-    plans = [world.plan(tmp_path, f"s.{n}", group="s", steps=4, seed=n, step_s=0.2, note="a") for n in range(3)]
-    ids = list(jobs_of(world.submit(*plans, max_parallel=2)).values())
-    assert len(ids) == 7
+    data = world.plan(tmp_path).stages[0].frozen
+    assert data is not None
+    world.run_here(data)
+    plans = [world.plan(tmp_path, f"s.{n}", group="s", steps=4, seed=n, step_s=0.2, launch=TWO) for n in range(4)]
+    ids = list(jobs_of(world.submit(*plans)).values())
+    assert len(ids) == 4
     most = 0
 
     def all_done() -> bool:

@@ -32,6 +32,7 @@ from pipeline.workflow.plan import Plan, plan_run
 from pipeline.workflow.runs import record_run
 from pipeline.workflow.slurm import commands
 from pipeline.workflow.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
+from pipeline.workflow.slurm.submit import slurm_launch as slurm_launch_of
 
 STEPS = 24
 
@@ -124,12 +125,13 @@ def plan(
     return plan_run(config)
 
 
-def submit(*plans: Plan, max_parallel: int | None = None) -> dict[str, SubmittedStage]:
+def submit(*plans: Plan) -> dict[str, SubmittedStage]:
     """Submit as `unclip submit` does; the stages by name, of several plans by `name@seed`."""
     for each in plans:
         record_run(each)
     jobs = plan_jobs(plans)
-    done = submit_jobs(jobs, plans[0].store.outputs, max_parallel, print)
+    limit = slurm_launch_of(plans[0].config).max_parallel
+    done = submit_jobs(jobs, plans[0].store.outputs, limit, print)
     return {each.job.stage.stage if len(plans) == 1 else f"{each.job.key}": each for each in done}
 
 

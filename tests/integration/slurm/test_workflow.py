@@ -1,0 +1,55 @@
+"""A sweep of the whole workflow, by the command that a user types, on the real cluster."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import world
+from tiny_runs import TINY
+
+from pipeline.workflow.runs import read_runs, run_artifacts
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+UNCLIP = str(Path(sys.executable).parent / "unclip")
+SHARED = {"prepare", "clip", "embed", "prior", "upsampler", "judge", "judge_clip"}
+
+
+def unclip(*arguments: str) -> str:
+    done = subprocess.run(
+        [UNCLIP, *arguments], capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_submitted_sweep_trains_shared_stages_once_and_ends_without_a_driver(tmp_path: Path):
+    line = [*TINY, "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.1", f"paths.outputs={tmp_path}"]
+    profile = ["launch=slurm", "launch.mem_gib=2", "launch.stages.decoder.time_limit_min=30", "launch.max_parallel=3"]
+    dry = unclip("plan", "-m", *line, *profile)
+    assert "--time=30" in dry
+    assert "scontrol requeue" in dry
+    assert not list(tmp_path.iterdir())
+    shown = unclip("submit", "-m", *line, *profile)
+    assert shown.count("submitted") == len(SHARED) + 2 * len({"decoder", "evaluate", "export"})
+    assert "queued already" in unclip("submit", "-m", *line, *profile)
+
+    def is_finished() -> bool:
+        states = world.slurm("squeue", "-h", "-o", "%T").split()
+        return not states
+
+    world.wait("the sweep", is_finished, timeout_s=600)
+    members = read_runs(tmp_path, "sweep")
+    assert [member.name for member in members] == ["sweep.0", "sweep.1"]
+    of_members = [run_artifacts(tmp_path, member) for member in members]
+    assert all(set(artifacts) == SHARED | {"decoder", "evaluate", "export"} for artifacts in of_members), unclip(
+        "status", "sweep", "--outputs", str(tmp_path)
+    )
+    first, second = of_members
+    assert {name for name in first if first[name].path == second[name].path} == SHARED
+    status = unclip("status", "sweep", "--outputs", str(tmp_path))
+    assert status.count("finished") == len(SHARED) + 6
+    assert "0-1" in status
+    assert "every stage is finished" in unclip("submit", "-m", *line, *profile)
