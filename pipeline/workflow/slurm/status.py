@@ -14,6 +14,7 @@ from pipeline.workflow.runs import RunRecord, RunStage
 from pipeline.workflow.slurm import commands
 from pipeline.workflow.slurm.jobs import KnownJob, latest_record, look_up, write_record
 from pipeline.workflow.slurm.submit import one_submission_at_a_time
+from pipeline.workflow.slurm.tables import members_shown
 from pipeline.workflow.summary import new_table, stage_state
 
 _RUNNING = "RUNNING"
@@ -69,7 +70,7 @@ def jobs_table(title: str, statuses: Sequence[JobStatus]) -> Table:
     for status in statuses:
         table.add_row(
             status.stage,
-            *([_numbers(status.members)] if is_sweep else []),
+            *([members_shown(status.members)] if is_sweep else []),
             status.state,
             "" if status.job_id is None else str(status.job_id),
             str(status.starts or ""),
@@ -165,15 +166,3 @@ def _kept(work: Path) -> str:
 def _failure(work: Path) -> str:
     failure = read_failure(work)
     return _kept(work) if failure is None else failure.message
-
-
-def _numbers(members: Sequence[str]) -> str:
-    """The members of a sweep by their numbers: `0-5, 7`."""
-    numbers = [int(name.rpartition(".")[2]) for name in members if name.rpartition(".")[2].isdigit()]
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

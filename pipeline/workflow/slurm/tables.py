@@ -20,7 +20,7 @@ def planned_jobs_table(jobs: Sequence[PlannedJob]) -> Table:
         tasks = job.stage.tasks
         shown.add_row(
             names[job.key],
-            _listed(job.members),
+            members_shown(job.members),
             _listed([names[key] for key in job.needs]),
             f"{tasks.nodes} x {tasks.per_node}",
             f"{job.resources.time_limit_min} min",
@@ -36,7 +36,7 @@ def submitted_table(stages: Sequence[SubmittedStage]) -> Table:
     for each in stages:
         shown.add_row(
             names[each.job.key],
-            _listed(each.job.members),
+            members_shown(each.job.members),
             "" if each.job_id is None else str(each.job_id),
             each.submission.value,
             _listed(list(map(str, each.after))),
@@ -45,17 +45,33 @@ def submitted_table(stages: Sequence[SubmittedStage]) -> Table:
 
 
 def scripts_text(jobs: Sequence[PlannedJob]) -> str:
-    """Each job's sbatch command, and each batch script once."""
+    """The sbatch command of the first job of each stage, and each batch script once."""
     scripts: dict[str, list[PlannedJob]] = {}
     for job in jobs:
         scripts.setdefault(job.batch.script, []).append(job)
     parts = []
     for script, sharing in scripts.items():
-        for job in sharing:
+        firsts = {job.stage.stage: job for job in reversed(sharing)}
+        for name, job in reversed(firsts.items()):
+            others = sum(each.stage.stage == name for each in sharing) - 1
             command = [SUBMIT, *job.batch.options, "SCRIPT", *job.batch.arguments]
-            parts.append(f"# {job.batch.name}\n{shlex.join(command)}\n")
-        parts.append(f"# SCRIPT of {_listed([job.batch.name for job in sharing])}\n{script}")
+            parts.append(f"# {job.batch.name}{f', and {others} like it' if others else ''}\n{shlex.join(command)}\n")
+        parts.append(f"# SCRIPT of {_listed(list(reversed(firsts)))}\n{script}")
     return "\n".join(parts)
+
+
+def members_shown(members: Sequence[str]) -> str:
+    """The members of a sweep by their numbers, `0-5, 7`; a run by its name."""
+    numbers = [name.rpartition(".")[2] for name in members]
+    if not all(number.isdigit() for number in numbers):
+        return _listed(members)
+    ranges: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    return ", ".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)
 
 
 def _resources(job: PlannedJob) -> str:

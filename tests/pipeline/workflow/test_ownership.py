@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pipeline.workflow.ownership import (
     latest_attempt,
     process_started,
     this_host,
+    wait_for_first_process,
 )
 
 LEASE_S = 0.6
@@ -217,3 +219,67 @@ def test_of_many_that_come_at_once_one_alone_has_the_stage(tmp_path: Path, never
         thread.join(timeout=60)
     assert most == [1] * 8
     assert latest_attempt(tmp_path / ATTEMPTS) == 8
+
+
+@pytest.fixture
+def start_of_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    def be(restarts: int) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "17")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+
+    return be
+
+
+def test_a_later_start_of_a_job_takes_over_at_once_and_the_earlier_one_loses(
+    tmp_path: Path, start_of_job: Callable[[int], None]
+):
+    start_of_job(0)
+    earlier = acquire(tmp_path, 1000.0, threading.Event())
+    start_of_job(1)
+    later = acquire(tmp_path, 1000.0, threading.Event())
+    assert later.attempt == earlier.attempt + 1
+    with pytest.raises(StageLost):
+        earlier.require()
+    later.require()
+    earlier.release()
+    later.release()
+
+
+def test_an_earlier_start_of_a_job_that_comes_late_gives_up(tmp_path: Path, start_of_job: Callable[[int], None]):
+    start_of_job(2)
+    later = acquire(tmp_path, 1000.0, threading.Event())
+    start_of_job(1)
+    with pytest.raises(StageLost, match="later start"):
+        acquire(tmp_path, 1000.0, threading.Event())
+    with pytest.raises(StageLost, match="later start"):
+        wait_for_first_process(tmp_path, lambda: False, threading.Event())
+    later.release()
+
+
+def test_the_processes_of_one_job_start_wait_for_its_first_one_and_no_other(
+    tmp_path: Path, start_of_job: Callable[[int], None]
+):
+    start_of_job(0)
+    earlier = acquire(tmp_path, 1000.0, threading.Event())
+    start_of_job(1)
+    asked = threading.Event()
+    threading.Timer(0.3, asked.set).start()
+    with pytest.raises(StageInterrupted):
+        wait_for_first_process(tmp_path, lambda: False, asked)
+    wait_for_first_process(tmp_path, lambda: True, threading.Event())
+    own = acquire(tmp_path, 1000.0, threading.Event())
+    wait_for_first_process(tmp_path, lambda: False, threading.Event())
+    earlier.release()
+    own.release()
+
+
+def test_what_is_forgotten_of_earlier_attempts_leaves_the_numbers_to_go_on(tmp_path: Path):
+    first = acquire(tmp_path, 1000.0, threading.Event())
+    first.release()
+    second = acquire(tmp_path, 1000.0, threading.Event())
+    second.release()
+    second.forget_earlier()
+    assert {path.name[:6] for path in (tmp_path / "attempts").iterdir()} == {"000002"}
+    third = acquire(tmp_path, 1000.0, threading.Event())
+    assert third.attempt == 3
+    third.release()
