@@ -131,7 +131,7 @@ def _submit(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from pipeline.compose import compose_members
+    from pipeline.compose import compose_members, is_left_to_hydra, run_by_hydra
     from pipeline.config import LocalLaunch
     from pipeline.workflow.display import Display
     from pipeline.workflow.local import run_plans
@@ -140,6 +140,9 @@ def _run(arguments: list[str]) -> int:
     from pipeline.workflow.runs import PICTURES, gather_pictures, read_run, record_run
     from pipeline.workflow.summary import result_table
 
+    if is_left_to_hydra(arguments):
+        run_by_hydra("unclip run", arguments)
+        return 0
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip run", arguments)]
     require_unblocked(plans)
     if plans and not isinstance(plans[0].config.launch, LocalLaunch):

@@ -61,6 +61,28 @@ def compose_members(program: str, arguments: Sequence[str]) -> list[Member]:
         return _numbered([_member(config, tuple(map(_as_typed, task))) for config, task in composed])
 
 
+def is_left_to_hydra(arguments: Sequence[str]) -> bool:
+    """Whether a sweep chooses a sweeper or launcher of Hydra's (Optuna, submitit): those call their runs themselves."""
+    return any(each.lstrip("+").startswith(("hydra/sweeper=", "hydra/launcher=")) for each in arguments)
+
+
+def run_by_hydra(program: str, arguments: Sequence[str]) -> None:
+    """Have Hydra run a sweep by its own sweeper and launcher. Raises `UserError` as `compose_members` does."""
+    line = with_override(list(map(_addable, arguments)), "hydra.sweep.dir=${paths.outputs}/hydra/${run.name}")
+    with _errors_of_one_line(), _command_line(program, line):
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(_run_job)()
+
+
+def _run_job(config: DictConfig) -> float | None:
+    """One job of a sweep that Hydra runs, on whatever machine its launcher chose."""
+    from pipeline.workflow.leaf import run_and_measure
+
+    job = HydraConfig.get()
+    member = _member(config, tuple(map(_as_typed, job.overrides.task)))
+    named = member.config.model_copy(update={"run": _run_of_member(member.config.run, int(job.job.num))})
+    return run_and_measure(named, member.overrides)
+
+
 def with_override(arguments: Sequence[str], override: str) -> list[str]:
     """Add an override where Hydra's parser takes it: in front of the first one, whatever options stand around."""
     first = next((place for place, each in enumerate(arguments) if _is_override(each)), len(arguments))
@@ -204,13 +226,13 @@ def _member(config: DictConfig, overrides: tuple[str, ...]) -> Member:
 def _numbered(members: list[Member]) -> list[Member]:
     """The members of a sweep, named after it and their number."""
     return [
-        replace(each, config=each.config.model_copy(update={"run": _run_of_member(each.config.run.name, number)}))
+        replace(each, config=each.config.model_copy(update={"run": _run_of_member(each.config.run, number)}))
         for number, each in enumerate(members)
     ]
 
 
-def _run_of_member(sweep: str, number: int) -> RunSettings:
-    return validate(RunSettings, {"name": f"{sweep}.{number}", "group": sweep}, "run")
+def _run_of_member(run: RunSettings, number: int) -> RunSettings:
+    return validate(RunSettings, {**run.model_dump(), "name": f"{run.name}.{number}", "group": run.name}, "run")
 
 
 def _addable(argument: str) -> str:

@@ -136,10 +136,14 @@ class TrackingSettings(Settings):
 
 
 class RunSettings(Settings):
-    """Which run this is. A sweep's members are named `<sweep>.<n>`, and `group` is the sweep."""
+    """Which run this is. A sweep's members are named `<sweep>.<n>`, and `group` is the sweep.
+
+    `objective` is `stage.metric`, which a sweeper of Hydra's that searches (Optuna) is to optimise.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     group: str | None = None
+    objective: str | None = None
 
 
 class PathSettings(Settings):

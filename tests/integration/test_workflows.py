@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
+from pipeline.compose import compose_members
+from pipeline.workflow.leaf import run_and_measure
+
 UNCLIP = str(Path(sys.executable).parent / "unclip")
 NARROW_UNET = (
     "{channels: [8, 16], layers_per_block: 1, attention: [false, false], attention_head_dim: 8, norm_groups: 4}"
@@ -350,3 +353,18 @@ def test_a_stage_that_cannot_read_its_data_fails_in_one_line_and_its_descendants
     assert sum(shard.name in line for line in lines) == 2
     assert "Traceback" not in done.stdout + done.stderr
     assert "the last attempt failed" in command("plan", *UNCLIP_WORKFLOW, f"paths.outputs={halfway}").stdout
+
+
+def test_a_sweep_that_hydra_runs_itself_shares_stages_and_gives_its_sweeper_the_objective(tmp_path: Path):
+    others = ("clip", "embed", "prior", "decoder", "upsampler", "judge_clip", "judge", "evaluate", "export")
+    line = [
+        "run.name=left", f"paths.outputs={tmp_path}", "data.samples=64", "data.unseen_samples=4",
+        "data.validation_fraction=0.25", "data.shard_samples=48", *(f"~stage.{name}" for name in others),
+    ]  # fmt: skip
+    shown = command("run", "-m", "hydra/launcher=basic", "run.objective=prepare.train_samples", *line, "seed=1,2")
+    assert "run left.0: 1 of 1 stages to do" in shown.stdout
+    assert "run left.1: 0 of 1 stages to do" in shown.stdout
+    (member,) = compose_members("unclip run", [*line, "run.objective=prepare.train_samples"])
+    assert run_and_measure(member.config, ()) == 54
+    refused = command("run", "-m", "hydra/launcher=basic", "run.objective=prepare.los", *line, check=2).stderr
+    assert "run.objective='prepare.los' is no metric; there are prepare.train_samples" in refused
