@@ -174,7 +174,7 @@ def _status(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
-    from pipeline.workflow.runs import read_runs, run_names
+    from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
     from pipeline.workflow.slurm.commands import SlurmUnavailableError
     from pipeline.workflow.slurm.status import has_jobs, job_statuses, jobs_table
     from pipeline.workflow.summary import status_table, unfinished_logs
@@ -192,6 +192,9 @@ def _status(arguments: list[str]) -> int:
             console.print(f"from files alone, as {error}", markup=False, soft_wrap=True)
     for table in tables or [status_table(outputs, record) for record in records]:
         console.print(table)
+    for record in records:
+        if is_finished(outputs, record) and (pictures := gather_pictures(outputs, record)):
+            console.print(f"pictures: {_shown(pictures[0].parent)}", soft_wrap=True, markup=False)
     for log in dict.fromkeys(log for record in records for log in unfinished_logs(outputs, record)):
         console.print(f"log: {_shown(log)}", soft_wrap=True, markup=False)
     others = [name for name in names if name not in {record.name for record in records}]

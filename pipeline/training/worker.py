@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from pipeline.training.processes import process_rank
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, read_frozen
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
@@ -39,6 +40,10 @@ def main() -> int:
             _answer(path, outcome)
         if interruption.is_set():
             break
+    if outcome is Outcome.INTERRUPTED and process_rank() != 0:
+        # The first process tells how it ended. Where a status other than 0 has the others killed, a status of this one
+        # would catch it in the middle of its checkpoint.
+        return 0
     return EXIT_STATUS[outcome]
 
 

@@ -97,6 +97,11 @@ def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
+def is_finished(outputs: Path, record: RunRecord) -> bool:
+    """Whether every stage of a run has its artifact."""
+    return len(run_artifacts(outputs, record)) == len(record.stages)
+
+
 def gather_pictures(outputs: Path, record: RunRecord) -> list[Path]:
     """Copy the PNGs that a run's artifacts hold at their top level to `runs/<name>/pictures/<stage>-<file>`."""
     directory = run_directory(outputs, record.name) / PICTURES

@@ -222,3 +222,41 @@ def test_a_reader_that_leaves_early_causes_no_traceback(tmp_path: Path):
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_what_needs_slurm_says_so_where_there_is_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", "")
+    message = refusal(capsys, "submit", "experiment=smoke")
+    assert "sbatch is not installed here" in message
+    assert "one_machine.py" in message
+    # The submission is on record; the next one finds no job of it, and neither do the other commands.
+    assert "squeue is not installed here" in refusal(capsys, "cancel", "smoke")
+    assert main(["status", "smoke"]) == 0
+    assert "from files alone" in capsys.readouterr().out
+
+
+def test_running_here_and_submitting_are_told_apart(capsys: pytest.CaptureFixture[str]):
+    assert "leave launch out to run here" in refusal(capsys, "run", "launch=slurm")
+    assert "add launch=slurm" in refusal(capsys, "submit", "launch=local")
+    assert "unclip submit" in refusal(capsys, "run", "trainer.num_nodes=2")
+
+
+def test_logs_of_what_is_not_there_are_refused_with_what_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert "no run 'smoke'" in refusal(capsys, "logs", "smoke", "decoder")
+    monkeypatch.setenv("PATH", "")
+    refusal(capsys, "submit", "experiment=smoke")
+    assert "did you mean 'decoder'?" in refusal(capsys, "logs", "smoke", "decodr")
+    assert "has no log yet" in refusal(capsys, "logs", "smoke", "decoder")
+
+
+def test_the_dry_run_shows_jobs_and_scripts_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["plan", "-m", "launch=slurm_gpu", "seed=1,2", "run.name=dry"]) == 0
+    shown = capsys.readouterr().out
+    assert "decoder" in shown
+    assert shown.count("#!/bin/bash") == 1
+    assert re.search(r"# decoder-\w{12}, and 1 like it\nsbatch --job-name=decoder-\w{12} .*--gpus-per-node=1 ", shown)
+    assert list(tmp_path.iterdir()) == []

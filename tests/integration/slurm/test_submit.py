@@ -1,6 +1,7 @@
 """Runs and sweeps as jobs of a real cluster: what is submitted, shared, depended on, cancelled and shown."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -180,14 +181,18 @@ def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp
     world.run_here(data)
     command = [sys.executable, "-m", "pipeline.training.worker", str(world.write(learner))]
     subprocess.run(command, check=True, env={**os.environ})
-    stage, job_id = world.submitted_learner(tmp_path / "there", steps=12, step_s=0.2, devices=1, num_nodes=2)
-    world.wait("two checkpoints", lambda: world.is_training(stage))
+    stage, job_id = world.submitted_learner(
+        tmp_path / "there", steps=12, step_s=0.2, num_nodes=2, checkpoint_every_samples=None
+    )
+    world.wait("training", (stage.work / "in-step").exists)
     nodes = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
     assert nodes == "node[1-2]"
     world.slurm("scancel", "--signal=USR1", str(job_id))
     world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
     world.wait_for_end(stage, job_id)
     assert world.log_of(stage).count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2
+    (stopped_at,) = set(re.findall(r"stopped at (\d+) samples", world.log_of(stage)))
+    assert f"resuming from samples-{int(stopped_at):012}" in world.log_of(stage)
     assert tiny.are_equal(world.weights_under(tmp_path / "there"), world.weights_under(tmp_path / "here"))
 
 
