@@ -118,7 +118,7 @@ class Cluster:
         )
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=4 Sockets=1 "
-            "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
+            "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=16384 Gres=gpu:2 State=UNKNOWN"
             for node in self._nodes
         )
         self.conf.write_text(f"""\

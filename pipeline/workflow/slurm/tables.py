@@ -71,7 +71,7 @@ def members_shown(members: Sequence[str]) -> str:
             ranges[-1].append(number)
         else:
             ranges.append([number])
-    return ", ".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)
+    return _listed([str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges])
 
 
 def _resources(job: PlannedJob) -> str:

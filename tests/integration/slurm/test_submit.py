@@ -224,3 +224,27 @@ def test_many_threads_of_submission_leave_one_job_per_stage(tmp_path: Path):
         ids = [jobs_of(done) for done in pool.map(world.submit, plans)]
     assert all(each == ids[0] for each in ids)
     cancel_runs(tmp_path, [record for n in range(4) for record in read_runs(tmp_path, f"run{n}")])
+
+
+def test_status_knows_of_jobs_that_have_left_the_queue(tmp_path: Path):
+    made = world.plan(tmp_path, steps=4, gate=tmp_path / "gate")
+    ids = jobs_of(world.submit(made))
+    wait_for(ids["gate"], state="FAILED")
+    wait_for(ids["learner"])
+    conf = Path(os.environ["SLURM_CONF"])
+    long = conf.read_text()
+    try:
+        conf.write_text(long.replace("MinJobAge=900", "MinJobAge=2"))
+        world.slurm("scontrol", "reconfigure")
+        world.wait("the queue to forget", lambda: world.state_of(ids["gate"]) == "", timeout_s=180)
+        statuses = {each.stage: each for each in job_statuses(tmp_path, read_runs(tmp_path, "trial"))}
+    finally:
+        conf.write_text(long)
+        world.slurm("scontrol", "reconfigure")
+    # In Slurm's words where there is accounting, else in those that the stage has left.
+    assert statuses["gate"].state == ("FAILED" if "slurmdbd" in long else "failed")
+    assert statuses["gate"].detail == "the gate is closed; open it"
+    assert statuses["learner"].state == "finished"
+    again = world.submit(world.plan(tmp_path, steps=4, gate=tmp_path / "gate"))
+    assert again["gate"].submission is Submission.SUBMITTED
+    wait_for(jobs_of(again)["gate"], state="FAILED")
