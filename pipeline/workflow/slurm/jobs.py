@@ -45,6 +45,11 @@ class KnownJob:
         return self.queued.job_id
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether the job has not started, and may."""
+        return self.is_active and self.queued is not None and self.queued.state == "PENDING"
+
+    @property
     def is_active(self) -> bool:
         """Whether the job may still make the stage."""
         return self.queued is not None and self.queued.is_active

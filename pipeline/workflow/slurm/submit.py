@@ -131,7 +131,11 @@ def _submit(
     if job.stage.store.find(*job.key) is not None:
         return SubmittedStage(job, Submission.FINISHED)
     after = tuple(job_id for key in job.needs if (job_id := done[key].job_id) is not None)
-    if known is not None and known.is_active:
+    is_new_before = any(done[key].submission is Submission.SUBMITTED for key in job.needs)
+    if known is not None and known.is_waiting and is_new_before:
+        # It waits for a job that has failed or is gone; Slurm has not seen that yet, or never will.
+        commands.cancel([known.job_id])
+    elif known is not None and known.is_active:
         if known.queued is not None and known.queued.is_held_by_slurm:
             commands.release(known.job_id)
         wanted_by = list(dict.fromkeys([*known.record.wanted_by, *job.members]))
@@ -146,7 +150,7 @@ def _submit(
         token=new_token(),
         name=job.batch.name,
         group=job.group,
-        wanted_by=list(job.members),
+        wanted_by=list(dict.fromkeys([*(known.record.wanted_by if known and known.is_waiting else []), *job.members])),
         submitted_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         lane=lane,
     )

@@ -76,6 +76,18 @@ def test_stages_in_the_queue_are_depended_on_and_never_submitted_twice(tmp_path:
     assert world.state_of(first["reader"]) == "CANCELLED"
 
 
+def test_a_job_that_waits_for_one_that_is_gone_is_submitted_anew_with_it(tmp_path: Path):
+    hold = {"stages": {"learner": {"sbatch_arguments": ["--hold"]}}}
+    first = jobs_of(world.submit(world.plan(tmp_path, steps=4, note="a", launch=hold)))
+    world.slurm("scancel", str(first["learner"]))
+    again = world.submit(world.plan(tmp_path, steps=4, note="a"))
+    assert again["learner"].submission is Submission.SUBMITTED
+    assert again["reader"].submission is Submission.SUBMITTED
+    assert again["reader"].after == (again["learner"].job_id,)
+    wait_for(first["reader"], state="CANCELLED")
+    wait_for(*jobs_of(again).values())
+
+
 def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Path):
     script = (
         "import sys, world; from pathlib import Path; out = Path(sys.argv[1]); name = sys.argv[2]\n"
