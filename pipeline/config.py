@@ -92,7 +92,8 @@ class TrainerSettings(Settings):
 
     `devices` are those of one node. `micro_batch_size` is the most samples that one device takes at once; null means
     its whole share of the batch.
-    `lease_s` is how many seconds a process may give no sign of life before another takes its stage over.
+    `lease_s` is how many seconds a process may give no sign of life before another takes its stage over,
+    `collective_timeout_s` how many the processes of a stage wait for each other before they give up.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"]
@@ -112,6 +113,7 @@ class TrainerSettings(Settings):
     keep_checkpoints: Positive
     max_faulty_share: Fraction
     lease_s: PositiveFloat
+    collective_timeout_s: PositiveFloat
 
     @property
     def world_size(self) -> int:

@@ -37,6 +37,7 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 FOR_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 SECONDS_TO_START = 60.0
+SECONDS_BEFORE_A_RESTART = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -49,6 +50,7 @@ class Cluster:
         self.conf = directory / "slurm.conf"
         self._nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self.conf)}
+        self._is_stopping = threading.Event()
         self._has_accounting = all(map(_find, FOR_ACCOUNTING))
 
     def start(self) -> None:
@@ -60,11 +62,21 @@ class Cluster:
         self._write_configuration(database_port)
         self._start("slurmctld", "-D")
         for node in self._nodes:
-            self._start("slurmd", "-D", "-N", node, log=node)
+            threading.Thread(target=self._keep_node, args=(node,), daemon=True).start()
         self._wait("the nodes", lambda: self._output("sinfo", "-h", "-o", "%T").split() == ["idle"])
+
+    def _keep_node(self, node: str) -> None:
+        """A node's daemon, started again when it dies, as an init system would."""
+        while not self._is_stopping.is_set():
+            daemon = self._start("slurmd", "-D", "-N", node, log=node)
+            while psutil.pid_exists(daemon.pid) and not _is_dead(psutil.Process(daemon.pid)):
+                if self._is_stopping.wait(1.0):
+                    return
+            self._is_stopping.wait(SECONDS_BEFORE_A_RESTART)
 
     def stop(self) -> None:
         """Kill every process of the cluster, its jobs too."""
+        self._is_stopping.set()
         _kill(psutil.Process().children(recursive=True))
 
     def _start_munge(self) -> None:
@@ -178,11 +190,11 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=100 Pr
             self._wait("slurmdbd", lambda: _is_open(database_port))
             self._wait("accounting", lambda: self._succeeds("sacctmgr", "-i", "add", "cluster", "one_machine"))
 
-    def _start(self, program: str, *arguments: str, log: str | None = None) -> None:
+    def _start(self, program: str, *arguments: str, log: str | None = None) -> subprocess.Popen[bytes]:
         command = [_find(program) or program, *arguments]
         with (self.directory / "log" / f"{log or program}.out").open("w") as output:
             # Sessions of their own: a Ctrl-C at the terminal is for this process, which ends them in order.
-            subprocess.Popen(
+            return subprocess.Popen(
                 command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=self._environment,
                 start_new_session=True,
             )  # fmt: skip

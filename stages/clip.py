@@ -6,10 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.data.batch import ImageBatch
+from pipeline.data.batch import ImageBatch, signed
 from pipeline.data.dataset import CaptionedImages
-from pipeline.errors import UserError
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -48,7 +48,13 @@ def _initial_clip(settings: ClipSettings) -> ClipModel:
 
 
 class ClipModule(StageModule):
-    """Trains both towers by open_clip's contrastive or sigmoid loss over the global batch."""
+    """Trains both towers by open_clip's contrastive or sigmoid loss over the global batch.
+
+    A batch larger than memory is embedded in pieces whose activations are computed again when their gradients are due:
+    the exact gradient of the whole batch, at the price of a second forward pass (as GradCache, arXiv 2101.06983).
+    """
+
+    needs_whole_share = True
 
     def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
         super().__init__(clip, settings)
@@ -59,15 +65,6 @@ class ClipModule(StageModule):
         """The network that is trained."""
         return cast(ClipModel, self.network)
 
-    def on_fit_start(self) -> None:
-        """The loss knows how many devices share the batch."""
-        super().on_fit_start()
-        if self.trainer.accumulate_grad_batches > 1:
-            raise UserError(
-                "stage.clip.trainer.micro_batch_size splits the batch, and the contrastive loss needs it whole; "
-                "set it to null, use more devices, or a smaller stage.clip.global_batch_size"
-            )
-
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The contrastive loss of a batch, and the scale on the similarities."""
         ranks = self.trainer.world_size if self.training else 1
@@ -77,8 +74,17 @@ class ClipModule(StageModule):
         return {LOSS: loss, "logit_scale": self.clip.logit_scale.squeeze()}
 
     def _embed(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Image and text embeddings, float [B, E] each."""
         tokens = self.clip.tokenize(list(batch.caption)).to(self.device)
-        return self.clip(batch.image_signed(), tokens)
+        if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
+            return self._embed_piece(batch.image, tokens)
+        pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)
+        embeds = [checkpoint(self._embed_piece, *piece, use_reentrant=False) for piece in pieces]
+        image_embed, text_embed = zip(*embeds, strict=True)
+        return torch.cat(image_embed), torch.cat(text_embed)
+
+    def _embed_piece(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.clip(signed(image), tokens)
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         """Lightning's hook after a step: keep the scale on the similarities in its range."""

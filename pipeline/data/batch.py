@@ -46,4 +46,9 @@ class ImageBatch:
 
     def image_signed(self) -> Tensor:
         """The pictures as networks take them: float32 [B, 3, S, S] in [-1, 1]."""
-        return self.image.to(torch.float32).div_(127.5).sub_(1.0)
+        return signed(self.image)
+
+
+def signed(image: Tensor) -> Tensor:
+    """Pictures uint8 [..., S, S] as networks take them: float32 [..., S, S] in [-1, 1]."""
+    return image.to(torch.float32).div_(127.5).sub_(1.0)

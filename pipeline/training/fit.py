@@ -2,8 +2,10 @@
 
 import shutil
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from pipeline.config import TrainerSettings
 from pipeline.data.dataset import CaptionedImages
@@ -57,6 +59,9 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         samples_seen=samples_seen,
     )
     shape = shape_of_batch(stage_settings.global_batch_size, context.frozen.trainer)
+    module.micro_batch_size = shape.micro_batch_size
+    if module.needs_whole_share:
+        shape = BatchShape(shape.micro_batch_size * shape.accumulation, 1)
     steps_done = samples_seen // stage_settings.global_batch_size
     loader = training_loader(
         images,
@@ -95,7 +100,7 @@ def _assemble(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy="ddp" if settings.world_size > 1 else "auto",
+        strategy=_strategy(settings),
         plugins=[process_environment(settings.world_size)],
         precision=settings.precision.value,
         max_steps=module.stage_settings.max_steps,
@@ -122,6 +127,13 @@ def _assemble(
     # Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
+
+
+def _strategy(settings: TrainerSettings) -> Strategy | str:
+    if settings.world_size == 1:
+        return "auto"
+    # A process that waits for one that is gone, or hangs, gives up after this time instead of never.
+    return DDPStrategy(timeout=timedelta(seconds=settings.collective_timeout_s))
 
 
 def _keep_last_picture(context: StageContext) -> None:

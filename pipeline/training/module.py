@@ -29,7 +29,13 @@ class SampleGrid:
 
 
 class StageModule(pl.LightningModule, ABC):
-    """Trains `network`. Frozen networks go into `frozen_networks`, so that no checkpoint holds them."""
+    """Trains `network`. Frozen networks go into `frozen_networks`, so that no checkpoint holds them.
+
+    `needs_whole_share` is for losses over the whole batch: `losses` is then given a device's share of it in one piece,
+    and holds no more than `micro_batch_size` samples' activations by itself. Else the share comes in such pieces.
+    """
+
+    needs_whole_share = False
 
     def __init__(
         self, network: nn.Module, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
@@ -41,6 +47,7 @@ class StageModule(pl.LightningModule, ABC):
         self.frozen_networks = frozen_networks
         for frozen in frozen_networks:
             frozen.requires_grad_(False).eval()
+        self.micro_batch_size = settings.global_batch_size
         self.gradient_norm = torch.zeros(())
         self.step_was_skipped = False
         self.step_losses: list[Tensor] = []

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.workflow.frozen import FrozenStage, read_frozen
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_SAY_WHY = 5.0
 EXIT_KILLED = 128 + signal.SIGINT
 EXIT_STATUS = {Outcome.FINISHED: 0, Outcome.REUSED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: EXIT_INTERRUPTED}
 
@@ -31,6 +33,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, partial(_interrupt, interruption))
     if len(sys.argv) == 1:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(), interruption), daemon=True).start()
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     outcome = Outcome.FINISHED
     for path in _paths():
         frozen = read_frozen(path)
@@ -67,6 +71,14 @@ def _stop_with_parent(parent: int, interruption: threading.Event) -> None:
     while not interruption.wait(SECONDS_BETWEEN_LOOKS):
         if os.getppid() != parent:
             interruption.set()
+
+
+def _end_with_parent(parent: int) -> None:
+    """End soon after the first process, which started this one: it may be waiting for it in a collective for ever."""
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    time.sleep(SECONDS_TO_SAY_WHY)
+    os._exit(EXIT_KILLED)
 
 
 def _log_to(frozen: FrozenStage) -> None:

@@ -13,6 +13,8 @@ import psutil
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
+from tiny_runs import plan_stages
 
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, write_frozen
@@ -115,3 +117,30 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_another_number_
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-6)
     assert [row["samples_seen"] for row in rows(alone)] == [row["samples_seen"] for row in rows(whole)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_other_one_soon(tmp_path: Path, rank: int):
+    stage = learner(tmp_path)
+    process = start(stage)
+    wait_for_checkpoint(stage, process, after=0)
+    ranks = processes(process)
+    ranks[rank].kill()
+    assert process.wait(timeout=30) not in (0, 75)
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    assert len(gone) == 2 or all(each.status() == psutil.STATUS_ZOMBIE for each in alive)
+
+
+def test_clip_in_pieces_on_two_devices_learns_what_it_learns_on_one(tmp_path: Path):
+    """The contrastive loss over both devices' pairs, and the activations of two pairs at a time."""
+    networks = []
+    for name, trainer in (("one", []), ("two", ["trainer.devices=2", "stage.clip.trainer.micro_batch_size=2"])):
+        stages = plan_stages(tmp_path / name, "stage.clip.max_samples=48", *trainer)
+        assert run_stage(stages["prepare"], Event()).value == "finished"
+        finish(stages["clip"])
+        artifact = stages["clip"].store.find("clip", stages["clip"].fingerprint)
+        assert artifact is not None
+        networks.append(load_file(artifact.path / "clip.safetensors"))
+    one, two = networks
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)

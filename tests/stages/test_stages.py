@@ -10,13 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
+from pipeline.data.batch import ImageBatch
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.progress import Outcome
+from stages.clip import ClipModule
 from stages.decoder import DecoderModule
-from stages.models.clip import ClipModel, Towers
+from stages.models.clip import ClipModel, Towers, contrastive_loss
 from stages.models.embeddings import load_embeddings
 from stages.models.saved import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
+from stages.settings import ClipSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,10 +56,41 @@ def test_clip_trains_with_the_sigmoid_loss_too(outputs: Path):
     assert "network.logit_bias" in dict(ClipModel.load(siglip.path).named_parameters())
 
 
-def test_clip_refuses_micro_batches_that_would_change_its_loss(outputs: Path):
-    failure = failure_of(outputs, "clip", "stage.clip.trainer.micro_batch_size=2", "seed=7")
-    assert failure.is_user_error
-    assert "stage.clip.trainer.micro_batch_size splits the batch" in failure.message
+@pytest.mark.parametrize("loss", ["contrastive", "siglip"])
+def test_clip_in_pieces_learns_what_it_learns_from_whole_batches(outputs: Path, tmp_path: Path, loss: str):
+    whole = run_until(outputs, "clip", f"stage.clip.loss={loss}")
+    pieces = run_until(tmp_path, "clip", f"stage.clip.loss={loss}", "stage.clip.trainer.micro_batch_size=3")
+    assert pieces.manifest.fingerprint == whole.manifest.fingerprint
+    expected, found = (load_file(each.path / "clip.safetensors") for each in (whole, pieces))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+    for before, after in zip(rows_of(whole), rows_of(pieces), strict=True):
+        assert after["samples_seen"] == before["samples_seen"]
+        if "train/loss" in before:
+            assert after["train/loss"] == pytest.approx(before["train/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "siglip"])
+def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_whole_batch(tmp_path: Path, loss: str):
+    settings = plan_stages(tmp_path, f"stage.clip.loss={loss}")["clip"].read_settings()
+    assert isinstance(settings, ClipSettings)
+    torch.manual_seed(0)
+    module = ClipModule(ClipModel(settings.network, settings.loss), settings)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    captions = ("red", "a big blue ring", "green cross at the top", "two", "a", "b c", "small yellow square", "d")
+    batch = ImageBatch(images, captions, torch.arange(8), torch.arange(8))
+    objective = contrastive_loss(settings.loss, 0, 1)
+    gradients = []
+    for micro_batch_size in (8, 3):
+        module.micro_batch_size = micro_batch_size
+        module.zero_grad()
+        objective(*module._embed(batch), module.clip.logit_scale, module.clip.logit_bias).backward()
+        gradients.append({name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None})
+    whole, pieces = gradients
+    assert whole.keys() == pieces.keys()
+    assert any(gradient.abs().max() > 1e-3 for gradient in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_a_local_open_clip_checkpoint_replaces_the_training(outputs: Path, clip: Artifact, tmp_path: Path):

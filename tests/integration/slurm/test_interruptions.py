@@ -1,5 +1,6 @@
 """A training job that Slurm disturbs in every way it has goes on, and learns what an undisturbed one learns."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -102,17 +103,15 @@ def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
     learner, job_id = world.submitted_learner(tmp_path, step_s=1.0)
     world.wait("two checkpoints", lambda: world.is_training(learner))
     node = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
-    (daemon,) = processes(f"slurmd -D -N {node}$")
-    arguments = psutil.Process(daemon).cmdline()
+    daemons = [pid for pid in processes(f"slurmd -D -N {node}$") if is_of_this_cluster(pid)]
     # All of Slurm on that node dies, and the stage's process alone goes on, as where a node loses its network.
     (orphan,) = processes(f"^[^ ]*python -m pipeline.training.worker {tmp_path}/")
     own = [*processes(rf"slurmstepd: \[{job_id}\."), *processes(f"/job{job_id:05}/slurm_script"), *processes("^srun ")]
-    for pid in (daemon, *own):
+    for pid in (*daemons, *own):
         psutil.Process(pid).kill()
     assert psutil.pid_exists(orphan)
     world.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     world.wait_for_end(learner, job_id)
-    subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     bring_back(node)
     assert "another process has the stage now" in world.log_of(learner), world.log_of(learner)
     assert not psutil.pid_exists(orphan)
@@ -132,6 +131,10 @@ def bring_back(node: str) -> None:
     # A node whose daemon has spoken again is back by itself, and Slurm refuses to resume it.
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False, capture_output=True)
     world.wait(f"{node}", lambda: world.slurm("sinfo", "-h", "-n", node, "-o", "%T").strip() in ("idle", "mixed"))
+
+
+def is_of_this_cluster(pid: int) -> bool:
+    return psutil.Process(pid).environ().get("SLURM_CONF") == os.environ["SLURM_CONF"]
 
 
 def processes(pattern: str) -> list[int]:

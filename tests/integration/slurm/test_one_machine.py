@@ -43,11 +43,13 @@ def test_a_cluster_whose_owner_is_killed_ends_with_its_jobs():
     submit = ["sbatch", "--output=/dev/null", "--wrap", "srun sleep 1000"]
     subprocess.run(submit, check=True, env=environment, capture_output=True)
     deadline = time.monotonic() + 60
-    while not any(command.startswith("sleep 1000") for command in processes_of(conf.parent)):
-        assert time.monotonic() < deadline, "the job did not start"
-        time.sleep(0.1)
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
+    try:
+        while not any(command.endswith("/sleep 1000") for command in processes_of(conf.parent)):
+            assert time.monotonic() < deadline, "the job did not start"
+            time.sleep(0.1)
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
     while processes_of(conf.parent) or conf.parent.exists():
         assert time.monotonic() < deadline, processes_of(conf.parent)
         time.sleep(0.1)

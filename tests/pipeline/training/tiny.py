@@ -181,6 +181,7 @@ TRAINER = TrainerSettings(
     keep_checkpoints=2,
     max_faulty_share=0.05,
     lease_s=60.0,
+    collective_timeout_s=120.0,
 )
 
 
