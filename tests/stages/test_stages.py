@@ -90,7 +90,7 @@ def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_whole_batch(tmp_path: 
     assert whole.keys() == pieces.keys()
     assert any(gradient.abs().max() > 1e-3 for gradient in whole.values())
     for name, gradient in whole.items():
-        torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_local_open_clip_checkpoint_replaces_the_training(outputs: Path, clip: Artifact, tmp_path: Path):
