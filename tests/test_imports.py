@@ -71,17 +71,17 @@ def test_the_pipeline_never_imports_stages():
 
 def test_the_workflow_imports_only_settings_and_errors_of_the_pipeline():
     own = ("pipeline.workflow", "pipeline.config", "pipeline.errors")
-    assert offenders(sources("pipeline/workflow/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/workflow/**/*.py"), "pipeline", but=own) == []
 
 
 def test_the_data_layer_imports_only_settings_and_errors_of_the_pipeline():
     own = ("pipeline.data", "pipeline.config", "pipeline.errors")
-    assert offenders(sources("pipeline/data/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/data/**/*.py"), "pipeline", but=own) == []
 
 
 def test_training_imports_data_and_workflow_and_no_command_line():
     own = ("pipeline.training", "pipeline.data", "pipeline.workflow", "pipeline.config", "pipeline.errors")
-    assert offenders(sources("pipeline/training/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/training/**/*.py"), "pipeline", but=own) == []
 
 
 def test_settings_and_errors_import_nothing_else_of_the_pipeline():
@@ -90,12 +90,12 @@ def test_settings_and_errors_import_nothing_else_of_the_pipeline():
 
 
 def test_the_engine_names_no_heavy_library_and_no_training():
-    paths = sources("pipeline/*.py", "pipeline/workflow/*.py")
+    paths = sources("pipeline/*.py", "pipeline/workflow/**/*.py")
     assert offenders(paths, *HEAVY, "pipeline.training") == []
 
 
 def test_what_planning_loads_of_the_stages_and_of_the_data_names_no_heavy_library():
-    pending = sources("stages/declarations.py", "pipeline/cli.py", "pipeline/workflow/*.py", "pipeline/compose.py")
+    pending = sources("stages/declarations.py", "pipeline/cli.py", "pipeline/workflow/**/*.py", "pipeline/compose.py")
     loaded: dict[Path, list[str]] = {}
     while pending:
         path = pending.pop()
