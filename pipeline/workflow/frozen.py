@@ -11,6 +11,9 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
 from pipeline.workflow.declaration import StageDeclaration, resolve
 
+StageKey = tuple[str, str]
+"""A stage's name and fingerprint."""
+
 
 class ArtifactReference(Settings):
     """An artifact by stage and fingerprint."""

@@ -10,15 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.workflow.display import Display
-from pipeline.workflow.frozen import FrozenFile, write_frozen
+from pipeline.workflow.frozen import FrozenFile, StageKey, write_frozen
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Failure, Outcome, read_failure, read_progress, result_path
 
 POLL_SECONDS = 0.2
-
-
-StageKey = tuple[str, str]
-"""A stage's name and fingerprint."""
 
 
 @dataclass(frozen=True)

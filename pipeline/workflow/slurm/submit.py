@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.config import RunConfig, SlurmLaunch, SlurmResources
 from pipeline.errors import UserError
 from pipeline.workflow.declaration import resolve
-from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.frozen import FrozenStage, StageKey, write_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.slurm import commands
@@ -20,9 +20,6 @@ from pipeline.workflow.slurm.batch import BatchJob, render
 from pipeline.workflow.slurm.jobs import JobRecord as Record
 from pipeline.workflow.slurm.jobs import KnownJob, look_up, new_token, write_record
 from pipeline.workflow.slurm.lanes import Lanes
-
-StageKey = tuple[str, str]
-"""A stage's name and fingerprint."""
 
 SUBMITTING = "submitting"
 _LEASE_S = 60.0
@@ -142,7 +139,7 @@ def _submit(
         write_record(job.stage.work, known.record.model_copy(update={"wanted_by": wanted_by}))
         return SubmittedStage(job, Submission.QUEUED, known.job_id, after)
     lane = lanes.choose(after, job.resources.time_limit_min)
-    dependencies = [*([f"afterok:{_joined(after)}"] if after else [])]
+    dependencies = [f"afterok:{_joined(after)}"] if after else []
     if lane is not None and (waits_for := lanes.jobs_of(lane)):
         dependencies.append(f"afterany:{_joined(waits_for)}")
     record = Record(

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.slurm.commands import SUBMIT
-from pipeline.workflow.slurm.submit import PlannedJob, StageKey, SubmittedStage
+from pipeline.workflow.slurm.submit import PlannedJob, SubmittedStage
 from pipeline.workflow.summary import new_table
 
 _LONGEST_LIST = 4
