@@ -87,6 +87,39 @@ class Precision(StrEnum):
     FLOAT16_MIXED = "16-mixed"
 
 
+class StrategyName(StrEnum):
+    """How the state of a network is spread over devices: whole on each (`ddp`), or in shards (`zero1` to `zero3`)."""
+
+    AUTO = "auto"
+    DDP = "ddp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+
+class Offload(StrEnum):
+    """What ZeRO keeps in host memory: nothing, the optimiser's state, or (ZeRO-3) the weights too."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    PARAMETERS = "parameters"
+
+
+class DeepSpeedSettings(Settings):
+    """What can be tuned of ZeRO; none of it changes the result. Sizes are of float32 tensors.
+
+    `bucket_mib` is what is communicated at once, `max_gathered_mib` how much ZeRO-3 keeps gathered of the weights,
+    `gathered_below_elements` the size of the parameters that it never takes apart, and `sub_group_mib` what of the
+    optimiser's state is updated at once.
+    """
+
+    bucket_mib: PositiveFloat
+    overlap_communication: bool
+    max_gathered_mib: PositiveFloat
+    gathered_below_elements: NotNegative
+    sub_group_mib: PositiveFloat
+
+
 class TrainerSettings(Settings):
     """How a stage runs on its devices. Only `precision` changes what it makes.
 
@@ -99,6 +132,9 @@ class TrainerSettings(Settings):
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Positive
     num_nodes: Positive
+    strategy: StrategyName
+    offload: Offload
+    deepspeed: DeepSpeedSettings
     precision: Precision
     micro_batch_size: Positive | None
     loader_workers: NotNegative
@@ -119,6 +155,17 @@ class TrainerSettings(Settings):
     def world_size(self) -> int:
         """Processes that train together, one per device."""
         return self.devices * self.num_nodes
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> Self:
+        zero = (StrategyName.ZERO1, StrategyName.ZERO2, StrategyName.ZERO3)
+        allowed = zero[2:] if self.offload is Offload.PARAMETERS else zero
+        if self.offload is not Offload.NONE and self.strategy not in allowed:
+            raise ValueError(
+                f"offload={self.offload.value} does not work with strategy={self.strategy.value}; "
+                f"use {' or '.join(allowed)}, or trainer=auto, which offloads what does not fit"
+            )
+        return self
 
 
 class TrackingMode(StrEnum):

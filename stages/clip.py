@@ -14,7 +14,7 @@ from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
 from stages.metrics import retrieval_recall
-from stages.models.clip import ClipModel, contrastive_loss, load_open_clip_checkpoint
+from stages.models.clip import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_open_clip_checkpoint
 from stages.settings import ClipSettings
 
 RETRIEVAL_POOL = 64
@@ -86,9 +86,10 @@ class ClipModule(StageModule):
     def _embed_piece(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.clip(signed(image), tokens)
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lightning's hook after a step: keep the scale on the similarities in its range."""
-        self.clip.clamp_logit_scale()
+    @property
+    def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """The scale on the similarities is kept in [1, 100] after every step, as in CLIP's training."""
+        return {"network.logit_scale": (0.0, MAX_LOGIT_SCALE)}
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Recall of text-to-image and image-to-text retrieval among 64, and over all that are given."""

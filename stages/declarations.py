@@ -56,7 +56,7 @@ CATALOG = Catalog(
             version=2, settings=PrepareSettings, run="stages.prepare:run", output="data", identity=prepare_identity
         ),
         "clip": StageDeclaration(
-            version=1,
+            version=2,
             settings=ClipSettings,
             run="stages.clip:run",
             output="clip",
@@ -94,7 +94,7 @@ CATALOG = Catalog(
         ),
         "judge": StageDeclaration(version=1, settings=JudgeSettings, run="stages.judge:run", output="judge"),
         "judge_clip": StageDeclaration(
-            version=1,
+            version=2,
             settings=ClipSettings,
             run="stages.clip:run",
             output="judge_clip",

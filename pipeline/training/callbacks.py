@@ -110,11 +110,9 @@ class Pictures(StepBoundary):
         is_last = trainer.global_step == trainer.max_steps
         if not is_last and not crosses(self._every_samples, module.samples_seen, batch):
             return
-        if not trainer.is_global_zero or self._context.is_lost:
-            return
         self._context.progress.update(activity="drawing samples")
         with module.averaged():
-            grid = module.sample_grid()
+            grid = module.sample_grid() if trainer.is_global_zero and not self._context.is_lost else None
         if grid is None:
             return
         path = self._context.work / SAMPLES / f"samples-{module.samples_seen:012}.png"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,53 +13,73 @@ from pipeline.training.context import StageContext
 from pipeline.workflow.artifacts import file_sha256, sync_directory, write_json_atomically
 from pipeline.workflow.progress import CHECKPOINTS
 
+SUFFIX = ".ckpt"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's record: where it is, `samples_seen`, its SHA-256 (hex), and the time spent so far in seconds."""
+    """A checkpoint's record: its directory, `samples_seen`, the SHA-256 (hex) of its files, seconds spent so far."""
 
     path: Path
     samples_seen: int
-    sha256: str
+    files: Mapping[str, str]
     elapsed_s: float
+
+    @property
+    def writers(self) -> int:
+        """How many processes wrote it."""
+        return sum(name.startswith("fragments-") for name in self.files)
+
+    def is_whole(self) -> bool:
+        """Whether every file is what the record says."""
+        return all(file_sha256(self.path / name) == digest for name, digest in self.files.items())
 
 
 def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, elapsed_s: float, keep: int) -> None:
-    """Write a checkpoint beside, flush it to disk and rename it; its record follows, and the oldest go.
+    """Write a checkpoint's files beside, flush them to disk and rename their directory; the record follows.
 
-    All processes call this; the first one writes the record.
+    All processes call this, and each writes its part; the first one does the rest, and removes the oldest ones.
     """
     directory = context.work / CHECKPOINTS
     directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"samples-{samples_seen:012}.ckpt"
+    target = directory / f"samples-{samples_seen:012}{SUFFIX}"
     temporary = target.with_suffix(f".tmp-{context.attempt}")
+    if trainer.is_global_zero:
+        shutil.rmtree(temporary, ignore_errors=True)
     try:
         trainer.save_checkpoint(temporary)
         if not trainer.is_global_zero:
             return
         _remove_unfinished(directory, context.attempt)
-        _sync_file(temporary)
-        record = {"samples_seen": samples_seen, "sha256": file_sha256(temporary), "elapsed_s": round(elapsed_s, 3)}
+        files = {}
+        for file in sorted(temporary.iterdir()):
+            _sync_file(file)
+            files[file.name] = file_sha256(file)
+        sync_directory(temporary)
+        record = {"samples_seen": samples_seen, "files": files, "elapsed_s": round(elapsed_s, 3)}
         context.require_ownership()
-        temporary.replace(target)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
     write_json_atomically(target.with_suffix(".json"), record)
     sync_directory(directory)
     for stale in sorted(directory.glob("samples-*.json"))[:-keep]:
-        stale.with_suffix(".ckpt").unlink(missing_ok=True)
         stale.unlink()
+        shutil.rmtree(stale.with_suffix(SUFFIX), ignore_errors=True)
 
 
 def latest_checkpoint(work: Path) -> Checkpoint | None:
     """The newest checkpoint that is what its record says; a torn one is passed over with a warning in the log."""
     for record_path in sorted((work / CHECKPOINTS).glob("samples-*.json"), reverse=True):
-        path = record_path.with_suffix(".ckpt")
+        path = record_path.with_suffix(SUFFIX)
         try:
             checkpoint = Checkpoint(path=path, **json.loads(record_path.read_text()))
-            if file_sha256(path) == checkpoint.sha256:
+            if checkpoint.is_whole():
                 return checkpoint
-        except (json.JSONDecodeError, TypeError, FileNotFoundError):
+        except (json.JSONDecodeError, TypeError, AttributeError, OSError):
             pass
         print(f"warning: checkpoint {path} is damaged and passed over; the one before it is used", flush=True)
     return None
@@ -67,7 +89,7 @@ def _remove_unfinished(directory: Path, attempt: int) -> None:
     """Remove what earlier attempts were writing when they ended."""
     for left in directory.glob("samples-*.tmp-*"):
         if int(left.suffix.rpartition("-")[2]) < attempt:
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:

@@ -2,10 +2,9 @@
 
 import shutil
 from dataclasses import dataclass
-from datetime import timedelta
 
 import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 
 from pipeline.config import TrainerSettings
 from pipeline.data.dataset import CaptionedImages
@@ -18,6 +17,8 @@ from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
 from pipeline.training.processes import process_environment, process_rank
 from pipeline.training.rows import Rows
+from pipeline.training.strategies.choose import build_strategy
+from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.progress import Phase
 
 
@@ -76,12 +77,14 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         workers=context.frozen.trainer.loader_workers,
     )
     validation = Validation(context, images)
-    trainer = _assemble(context, module, images, shape, validation, checkpoint)
+    strategy, choice = build_strategy(context.frozen.trainer, module.network)
+    print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
+    trainer = _assemble(context, module, images, shape, validation, checkpoint, strategy)
     if checkpoint is not None:
-        print(f"resuming from {checkpoint.path.name}", flush=True)
+        print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
-    module.ema_optimizer.adopt_averaged_weights()
+    strategy.leave_averaged_weights()
     _keep_last_picture(context)
     return FitResult(module.samples_seen, validation.latest)
 
@@ -93,6 +96,7 @@ def _assemble(
     shape: BatchShape,
     validation: Validation,
     checkpoint: Checkpoint | None,
+    strategy: PortableStrategy,
 ) -> pl.Trainer:
     settings = context.frozen.trainer
     steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
@@ -100,9 +104,10 @@ def _assemble(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=_strategy(settings),
+        strategy=strategy,
         plugins=[process_environment(settings.world_size)],
-        precision=settings.precision.value,
+        # A strategy that brings its own precision has it by the same setting.
+        precision=None if isinstance(strategy.precision_plugin, DeepSpeedPrecision) else settings.precision.value,
         max_steps=module.stage_settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=shape.accumulation,
@@ -127,13 +132,6 @@ def _assemble(
     # Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
-
-
-def _strategy(settings: TrainerSettings) -> Strategy | str:
-    if settings.world_size == 1:
-        return "auto"
-    # A process that waits for one that is gone, or hangs, gives up after this time instead of never.
-    return DDPStrategy(timeout=timedelta(seconds=settings.collective_timeout_s))
 
 
 def _keep_last_picture(context: StageContext) -> None:

@@ -1,5 +1,6 @@
 """What the training stages share: one Lightning module around a network, its losses and its pictures."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +11,12 @@ import torch
 from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
-from pipeline.training.optimizer import AdamWithEma, build_optimizer, learning_rate_factor
+from pipeline.training.optimizer import build_optimizer, learning_rate_factor
+from pipeline.training.strategies.portable import PortableStrategy
 
 LOSS = "loss"
 
@@ -42,8 +43,9 @@ class StageModule(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.network = network
-        self.stage_settings = settings
         # A tuple hides them from nn.Module: no parameters of this module, no entries in its state dict.
+        self._hidden_skeleton = (_skeleton_of(network),)
+        self.stage_settings = settings
         self.frozen_networks = frozen_networks
         for frozen in frozen_networks:
             frozen.requires_grad_(False).eval()
@@ -76,25 +78,44 @@ class StageModule(pl.LightningModule, ABC):
         return self.global_step * self.stage_settings.global_batch_size
 
     @property
-    def ema_optimizer(self) -> AdamWithEma:
-        """The optimiser, whose state holds the averaged weights."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, AdamWithEma)
-        return optimizer
+    def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """Parameters of the network that the optimiser is to keep between two numbers, by name."""
+        return {}
+
+    @property
+    def strategy(self) -> PortableStrategy:
+        """How the state is spread over processes."""
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, PortableStrategy)
+        return strategy
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Evaluate with the averaged weights, without gradients, and with this module as it was afterwards."""
+        """Evaluate with the averaged weights, without gradients, and with this module as it was afterwards.
+
+        All processes enter this: where the state is in shards, the averages are gathered. `network` is another one
+        inside of it, whole on every process and without any hooks.
+        """
         was_training = self.training
+        trained, self.network = self.network, self._evaluation_network()
         self.eval()
-        with torch.no_grad(), self.ema_optimizer.averaged_weights():
-            yield
-        self.train(was_training)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.network = trained
+            self.train(was_training)
+
+    def _evaluation_network(self) -> nn.Module:
+        state = {**self.strategy.constants(), **dict(self.strategy.averaged_parameters())}
+        network = copy.deepcopy(self._hidden_skeleton[0])
+        network.load_state_dict(state, strict=False, assign=True)
+        return network.to(self.device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with averaged weights, and the learning rate on the axis of samples."""
         settings = self.stage_settings
-        optimizer = build_optimizer(self.network, settings.optimizer)
+        optimizer = build_optimizer(self.network, settings.optimizer, self.parameter_ranges)
 
         def factor(step: int) -> float:
             return learning_rate_factor(settings.optimizer, step * settings.global_batch_size, settings.max_samples)
@@ -102,10 +123,9 @@ class StageModule(pl.LightningModule, ABC):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def measure_gradient(self, optimizer: Optimizer) -> None:
+    def measure_gradient(self) -> None:
         """Set `gradient_norm`, the norm of the whole gradient, float []."""
-        gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
-        self.gradient_norm = get_total_norm(gradients)
+        self.gradient_norm = self.strategy.gradient_norm()
 
     def configure_gradient_clipping(
         self,
@@ -115,7 +135,7 @@ class StageModule(pl.LightningModule, ABC):
     ) -> None:
         """Lightning's hook: clip by the norm that was measured already."""
         if gradient_clip_val is not None:
-            clip_grads_with_norm_(_parameters(optimizer), float(gradient_clip_val), self.gradient_norm)
+            self.strategy.clip_gradient(self.gradient_norm, float(gradient_clip_val))
 
     def on_fit_start(self) -> None:
         """Bring the frozen networks to the device; Lightning does not know of them."""
@@ -129,5 +149,11 @@ class StageModule(pl.LightningModule, ABC):
         return losses
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _skeleton_of(network: nn.Module) -> nn.Module:
+    """A copy without weights: they come by `load_state_dict`, with `assign`."""
+    bare = {
+        id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=False)
+        for each in network.parameters()
+        if each.requires_grad
+    }
+    return copy.deepcopy(network, bare)

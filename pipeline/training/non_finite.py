@@ -45,8 +45,10 @@ class NonFiniteGuard(pl.Callback):
     ) -> None:
         """Lightning's hook, called with the gradients of the whole step, before they are clipped."""
         assert isinstance(pl_module, StageModule)
-        pl_module.measure_gradient(optimizer)
+        pl_module.measure_gradient()
         losses, pl_module.step_losses = pl_module.step_losses, []
+        adamw = pl_module.strategy.adamw
+        adamw.skips_steps = False
         pl_module.step_was_skipped = not bool(torch.isfinite(pl_module.gradient_norm))
         if not pl_module.step_was_skipped:
             self._skipped_in_a_row = 0
@@ -59,7 +61,7 @@ class NonFiniteGuard(pl.Callback):
         keys = self._record(pl_module)
         if self._policy is NonFinite.STOP or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise UserError(self._message(pl_module, keys))
-        pl_module.ema_optimizer.skip_next_step()
+        adamw.skips_steps = True
 
     def _record(self, module: StageModule) -> list[str]:
         index = self._images.data.index

@@ -1,8 +1,7 @@
 """AdamW whose state holds the averaged weights, and the learning rate on the `samples_seen` axis."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,25 +11,24 @@ from torch.optim import AdamW
 from pipeline.config import DecayKind, OptimizerSettings
 
 EMA = "ema"
+RANGE = "range"
 
 
 class AdamWithEma(AdamW):
     """AdamW that keeps an exponential moving average of every parameter as optimiser state.
 
     As state it is saved, resumed and (under ZeRO) sharded with the moments. The decay of step n is
-    min(ema_decay, (1 + n) / (10 + n)), so that a short run's average is not its initial weights.
+    min(ema_decay, (1 + n) / (10 + n)), so that a short run's average is not its initial weights. A group of parameters
+    with a `range` is kept in it after every step.
     """
 
     def __init__(self, parameters: Iterable[Any], *, ema_decay: float, **options: Any) -> None:
         super().__init__(parameters, fused=True, **options)
         # Gradients are measured and clipped before the step, so they are unscaled by then: not in the fused kernel.
         self._step_supports_amp_scaling = False
-        self._skips_next_step = False
         self.ema_decay = ema_decay
-
-    def skip_next_step(self) -> None:
-        """Leave weights, moments and average as they are when `step` is called next (or is running its closure)."""
-        self._skips_next_step = True
+        self.skips_steps = False
+        """While this is set, a step leaves weights, moments and averages as they are."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -39,10 +37,13 @@ class AdamWithEma(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._skips_next_step:
-            self._skips_next_step = False
+        if self.skips_steps:
             return loss
         super().step()
+        for group in self.param_groups:
+            if group.get(RANGE) is not None:
+                torch._foreach_clamp_min_(group["params"], group[RANGE][0])
+                torch._foreach_clamp_max_(group["params"], group[RANGE][1])
         if self.ema_decay == 0:
             return loss
         averages, weights = [], []
@@ -64,34 +65,20 @@ class AdamWithEma(AdamW):
                 if "step" in self.state.get(parameter, {}):
                     yield parameter, self.state[parameter]
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Have the parameters hold their averages inside the `with` block."""
-        kept = []
-        for parameter, state in self._trained():
-            if EMA in state:
-                kept.append((parameter, parameter.detach().clone()))
-                parameter.data.copy_(state[EMA])
-        try:
-            yield
-        finally:
-            for parameter, weights in kept:
-                parameter.data.copy_(weights)
 
-    @torch.no_grad()
-    def adopt_averaged_weights(self) -> None:
-        """Replace the parameters by their averages, for good."""
-        for parameter, state in self._trained():
-            if EMA in state:
-                parameter.data.copy_(state[EMA])
+def build_optimizer(
+    network: nn.Module, settings: OptimizerSettings, ranges: Mapping[str, tuple[float, float]]
+) -> AdamWithEma:
+    """AdamW over the parameters that train; vectors (norms, biases, learned embeddings) are not decayed.
 
-
-def build_optimizer(network: nn.Module, settings: OptimizerSettings) -> AdamWithEma:
-    """AdamW over the parameters that train; vectors (norms, biases, learned embeddings) are not decayed."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
+    The parameters that `ranges` names are kept between its two numbers.
+    """
+    trained = {name: each for name, each in network.named_parameters() if each.requires_grad}
+    free = [each for name, each in trained.items() if name not in ranges]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in free if each.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [each for each in free if each.ndim < 2], "weight_decay": 0.0},
+        *({"params": [trained[name]], "weight_decay": 0.0, RANGE: ranges[name]} for name in ranges),
     ]
     return AdamWithEma(
         [group for group in groups if group["params"]],

@@ -1,6 +1,6 @@
-"""The process that runs stages: `python -m pipeline.training.worker [FROZEN]`.
+"""The process that runs stages: `python -m pipeline.training.worker [FROZEN ...]`.
 
-With a frozen stage's path it runs that one, and its exit status says how that ended. Without, it reads paths from
+With frozen stages' paths it runs those, and its exit status says how the last one ended. Without, it reads paths from
 standard input, one JSON line each, and stays warm between them; it ends when its input does.
 """
 
@@ -42,7 +42,7 @@ def main() -> int:
         outcome = run_stage(frozen, interruption)
         if len(sys.argv) == 1:
             _answer(path, outcome)
-        if interruption.is_set():
+        if interruption.is_set() or (len(sys.argv) > 1 and outcome is Outcome.FAILED):
             break
     if outcome is Outcome.INTERRUPTED and process_rank() != 0:
         # The first process tells how it ended. Where a status other than 0 has the others killed, a status of this one
@@ -60,7 +60,7 @@ def _interrupt(interruption: threading.Event, *_: object) -> None:
 
 def _paths() -> Iterator[Path]:
     if len(sys.argv) > 1:
-        yield Path(sys.argv[1])
+        yield from map(Path, sys.argv[1:])
         return
     for line in sys.stdin:
         yield Path(json.loads(line)["frozen"])

@@ -128,11 +128,6 @@ class ClipModel(nn.Module):
         longest = int(tokens.argmax(dim=-1).max()) + 1
         return self.encode_image(image), self.encode_text(tokens[:, :longest]).embed
 
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Keep the factor on the similarities in [1, 100], as CLIP's training does after every step."""
-        self.network.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-
     def save(self, directory: Path) -> None:
         """Write `clip.safetensors`, in the layout of open_clip's `CLIP`, and `clip.json`."""
         weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.network.state_dict().items()}

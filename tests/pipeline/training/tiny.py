@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from pipeline.config import (
     DecayKind,
+    DeepSpeedSettings,
     NonFinite,
+    Offload,
     OptimizerSettings,
     Precision,
     Settings,
+    StrategyName,
     TrackingMode,
     TrackingSettings,
     TrainerSettings,
@@ -167,6 +170,11 @@ TRAINER = TrainerSettings(
     accelerator="cpu",
     devices=1,
     num_nodes=1,
+    strategy=StrategyName.AUTO,
+    offload=Offload.NONE,
+    deepspeed=DeepSpeedSettings(
+        bucket_mib=1.0, overlap_communication=False, max_gathered_mib=1.0, gathered_below_elements=0, sub_group_mib=1.0
+    ),
     precision=Precision.FLOAT32,
     micro_batch_size=None,
     loader_workers=0,

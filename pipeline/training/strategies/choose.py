@@ -1,0 +1,132 @@
+"""Which strategy a stage trains by, and why: chosen when it starts, where `trainer.strategy` is auto."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+from torch import nn
+
+from pipeline.config import Offload, Precision, StrategyName, TrainerSettings
+from pipeline.errors import UserError
+from pipeline.training.processes import is_started_by_srun
+from pipeline.training.strategies.fragments import trained_parameters
+from pipeline.training.strategies.portable import PlainStrategy, PortableStrategy, ReplicatedStrategy
+
+SHARE_FOR_STATE = 0.6
+"""Of a device's memory; the rest is for activations, of which nothing is known before the first step."""
+
+_WEIGHT, _GRADIENT, _MOMENTS, _AVERAGE = 4, 4, 8, 4
+"""Bytes per parameter, all in float32."""
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a process trains on. `memory_bytes` is its own: of host memory its share."""
+
+    name: str
+    memory_bytes: int
+    is_cuda: bool
+
+
+@dataclass(frozen=True)
+class StrategyChoice:
+    """A strategy and the reason for it, in half a sentence."""
+
+    strategy: StrategyName
+    offload: Offload
+    reason: str
+
+    @property
+    def title(self) -> str:
+        """As the config names it, such as `zero2` or `zero3, offload parameters`."""
+        return self.strategy.value + (f", offload {self.offload.value}" if self.offload is not Offload.NONE else "")
+
+
+def find_device(settings: TrainerSettings) -> Device:
+    """The device of this process. Raises `UserError` where there are fewer than `trainer.devices`."""
+    is_cuda = settings.accelerator != "cpu" and torch.cuda.is_available()
+    if settings.accelerator == "gpu" and not is_cuda:
+        raise UserError("trainer.accelerator=gpu and this machine has no CUDA GPU; use trainer.accelerator=cpu or auto")
+    there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
+    if settings.devices > there:
+        kind = "GPU" if is_cuda else "CPU core"
+        raise UserError(
+            f"trainer.devices={settings.devices} and this machine has {there} {kind}{'s' if there > 1 else ''}; "
+            f"use at most {there}"
+        )
+    started = int(os.environ.get("SLURM_NTASKS", "1"))
+    if is_started_by_srun() and started != settings.world_size:
+        raise UserError(
+            f"trainer.devices={settings.devices} x trainer.num_nodes={settings.num_nodes} is {settings.world_size} "
+            f"processes and Slurm started {started}; `unclip submit` asks for the right number"
+        )
+    if is_cuda:
+        properties = torch.cuda.get_device_properties(0)
+        return Device(properties.name, properties.total_memory, is_cuda=True)
+    return Device("CPU", psutil.virtual_memory().total // settings.devices, is_cuda=False)
+
+
+def choose_strategy(settings: TrainerSettings, parameters: int, device: Device) -> StrategyChoice:
+    """The configured strategy, or the least sharded one whose state fits the device."""
+    if settings.strategy is not StrategyName.AUTO:
+        return StrategyChoice(settings.strategy, settings.offload, "as configured")
+    if not device.is_cuda:
+        return StrategyChoice(StrategyName.DDP, Offload.NONE, "on CPUs sharding saves no memory")
+    room = SHARE_FOR_STATE * device.memory_bytes
+    shards = settings.world_size
+    optimizer = _MOMENTS + _AVERAGE
+    needs = {
+        StrategyName.DDP: _WEIGHT + _GRADIENT + optimizer,
+        # Of ZeRO-2 the optimiser's float32 weights are a copy, sharded too.
+        StrategyName.ZERO2: _WEIGHT + (_WEIGHT + _GRADIENT + optimizer) / shards,
+        StrategyName.ZERO3: (_WEIGHT + _GRADIENT + optimizer) / shards,
+    }
+    for strategy, bytes_per_parameter in needs.items():
+        if shards == 1 and strategy is not StrategyName.DDP:
+            continue
+        if bytes_per_parameter * parameters <= room:
+            return StrategyChoice(strategy, Offload.NONE, _reason(parameters, bytes_per_parameter, device))
+    on_device = (_WEIGHT + _GRADIENT) / shards
+    if on_device * parameters <= room:
+        return StrategyChoice(StrategyName.ZERO3, Offload.OPTIMIZER, _reason(parameters, on_device, device))
+    return StrategyChoice(
+        StrategyName.ZERO3, Offload.PARAMETERS, f"{_reason(parameters, on_device, device)} are too many"
+    )
+
+
+def _reason(parameters: int, bytes_per_parameter: float, device: Device) -> str:
+    need, have = parameters * bytes_per_parameter / _GIB, device.memory_bytes / _GIB
+    return f"{parameters / 1e6:,.0f} M parameters need {need:.1f} GiB of {device.name}'s {have:.0f} GiB for their state"
+
+
+def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[PortableStrategy, StrategyChoice]:
+    """The strategy of a stage that trains `network`.
+
+    Raises `UserError` for what the machine, or the strategy, cannot do.
+    """
+    device = find_device(settings)
+    parameters = sum(each.numel() for each in trained_parameters(network).values())
+    choice = choose_strategy(settings, parameters, device)
+    if choice.strategy is StrategyName.DDP:
+        timeout = timedelta(seconds=settings.collective_timeout_s)
+        root = torch.device("cuda", 0) if device.is_cuda else torch.device("cpu")
+        return (PlainStrategy(root) if settings.world_size == 1 else ReplicatedStrategy(timeout=timeout)), choice
+    if settings.precision is Precision.FLOAT16_MIXED:
+        raise UserError(f"trainer.precision=16-mixed works with trainer=ddp alone; for {choice.title} use bf16-mixed")
+    # Importing DeepSpeed takes seconds, which stages without it are spared.
+    from pipeline.training.strategies.zero import ZeroStrategy
+
+    stages = {StrategyName.ZERO1: 1, StrategyName.ZERO2: 2, StrategyName.ZERO3: 3}
+    strategy = ZeroStrategy(
+        stage=stages[choice.strategy],
+        offload=choice.offload,
+        settings=settings.deepspeed,
+        precision=settings.precision,
+        collective_timeout_s=settings.collective_timeout_s,
+        on_cuda=device.is_cuda,
+    )
+    return strategy, choice

@@ -1,0 +1,225 @@
+"""What all strategies share: checkpoints that any other strategy, on any number of processes, resumes from."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from pipeline.errors import UserError
+from pipeline.training.optimizer import AdamWithEma
+from pipeline.training.ranks import gather_objects
+from pipeline.training.strategies.fragments import (
+    Fragment,
+    read_fragments,
+    trained_parameters,
+    write_fragments,
+)
+
+TRAINER_FILE = "trainer.pt"
+CONSTANTS_FILE = "constants.safetensors"
+DESCRIPTION_FILE = "description.json"
+
+
+class PortableStrategy(Strategy):
+    """A strategy of Lightning's whose checkpoints are directories of plain tensors.
+
+    `fragments-R-of-N.safetensors` is what process R of N updates: weights, moments, averages. `constants.safetensors`
+    holds buffers and frozen parameters, `trainer.pt` loops and schedules, `description.json` the parameters' shapes.
+    Nothing in them knows of a strategy, so nothing has to be converted, and reading them executes nothing.
+    """
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that trains."""
+        return cast(nn.Module, self.lightning_module.network)  # pyright: ignore[reportOptionalMemberAccess]
+
+    @property
+    @abstractmethod
+    def adamw(self) -> AdamWithEma:
+        """The optimiser itself."""
+
+    @abstractmethod
+    def fragments(self) -> list[Fragment]:
+        """What this process updates of the network's parameters."""
+
+    @abstractmethod
+    def fragments_to_save(self) -> list[Fragment]:
+        """What this process writes to a checkpoint: of every element one process has it."""
+
+    @abstractmethod
+    def averaged_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The averaged weights, parameter by parameter, float32 on this device; all processes go through them."""
+
+    @abstractmethod
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient of a step, float []; not finite where the gradient is not."""
+
+    @abstractmethod
+    def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
+        """Scale the gradient, whose norm was measured, to at most `max_norm`."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter that trains."""
+        return {name: each.shape for name, each in trained_parameters(self.network).items()}
+
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters by name; all processes call this."""
+        trained = trained_parameters(self.network)
+        return {name: each.detach() for name, each in self.network.state_dict().items() if name not in trained}
+
+    def set_constants(self, constants: Mapping[str, Tensor]) -> None:
+        """Put buffers and frozen parameters back."""
+        own = self.network.state_dict(keep_vars=True)
+        for name, tensor in constants.items():
+            own[name].detach().copy_(tensor)
+
+    def adopt_weights(self) -> None:
+        """Have the weights with which the network computes follow those that the optimiser holds."""
+
+    def leave_averaged_weights(self) -> None:
+        """End training: the first process's network holds the averaged weights, whole and on plain tensors.
+
+        All processes call this. At most one parameter at a time is held besides them.
+        """
+        trained = trained_parameters(self.network)
+        for name, averaged in self.averaged_parameters():
+            trained[name].data.copy_(averaged)
+
+    # Of the state that Lightning would gather, save and restore by itself, nothing is left to it.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Lightning's hook."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Lightning's hook."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Lightning's hook."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Lightning's hook: the optimiser is there by then."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning's hook."""
+        return False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Lightning's hook, called on all processes: each writes its part of the directory `filepath`.
+
+        Raises `OSError` on the process that could not, and `RuntimeError` on the others.
+        """
+        directory = Path(self.broadcast(str(filepath)))
+        constants = self.constants()
+        with _FailingTogether(directory):
+            if self.is_global_zero:
+                directory.mkdir()
+                self._write_common(directory, checkpoint, constants)
+        with _FailingTogether(directory):
+            name = f"fragments-{self.global_rank:05}-of-{self.world_size:05}.safetensors"
+            write_fragments(directory / name, self.fragments_to_save(), self.adamw)
+
+    def _write_common(self, directory: Path, checkpoint: dict[str, Any], constants: Mapping[str, Tensor]) -> None:
+        kept = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        torch.save(kept, directory / TRAINER_FILE)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_FILE)
+        shapes = {name: list(shape) for name, shape in self.shapes().items()}
+        (directory / DESCRIPTION_FILE).write_text(json.dumps({"shapes": shapes}), encoding="utf-8")
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Lightning's hook, called on all processes: each reads what it holds, whoever wrote it.
+
+        Raises `UserError` for the checkpoint of another model.
+        """
+        directory = Path(checkpoint_path)
+        self._require_same_network(directory)
+        checkpoint = torch.load(directory / TRAINER_FILE, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            read_fragments(sorted(directory.glob("fragments-*.safetensors")), self.fragments(), self.adamw)
+            self.set_constants(load_file(directory / CONSTANTS_FILE))
+            self.adopt_weights()
+        (schedule,) = checkpoint["lr_schedulers"]
+        for group, learning_rate in zip(self.adamw.param_groups, schedule["_last_lr"], strict=True):
+            group["lr"] = learning_rate
+        return {**checkpoint, "state_dict": {}, "optimizer_states": []}
+
+    def _require_same_network(self, directory: Path) -> None:
+        description = json.loads((directory / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        saved = {name: torch.Size(shape) for name, shape in description["shapes"].items()}
+        own = self.shapes()
+        if saved == own:
+            return
+        name = next(name for name in {**own, **saved} if saved.get(name) != own.get(name))
+        raise UserError(
+            f"{directory} is a checkpoint of another model: {name} has shape {_shown(saved.get(name))} there and "
+            f"{_shown(own.get(name))} here; remove the checkpoint to train from the beginning"
+        )
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "no" if shape is None else str(list(shape))
+
+
+class _FailingTogether(AbstractContextManager[None]):
+    """Ends on all processes at once, with an error on each where one of them could not write."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and not isinstance(error, OSError | SafetensorError):
+            return
+        failures = gather_objects(None if error is None else str(error))
+        if error is None and any(failures):
+            number = next(number for number, failure in enumerate(failures) if failure)
+            raise RuntimeError(f"process {number} could not write its part of {self._directory}: {failures[number]}")
+
+
+class _ReplicatedStrategy(PortableStrategy):
+    """Every process holds all of the state."""
+
+    @property
+    def adamw(self) -> AdamWithEma:
+        (optimizer,) = self.optimizers
+        assert isinstance(optimizer, AdamWithEma)
+        return optimizer
+
+    def fragments(self) -> list[Fragment]:
+        trained = trained_parameters(self.network)
+        return [Fragment(name, 0, each.numel(), each, 0) for name, each in trained.items()]
+
+    def fragments_to_save(self) -> list[Fragment]:
+        return self.fragments()[self.global_rank :: self.world_size]
+
+    def averaged_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        trained = trained_parameters(self.network)
+        for fragment in self.fragments():
+            yield fragment.name, fragment.averaged(self.adamw).view(trained[fragment.name].shape)
+
+    def gradient_norm(self) -> Tensor:
+        gradients = [each.grad for each in trained_parameters(self.network).values() if each.grad is not None]
+        return get_total_norm(gradients)
+
+    def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
+        clip_grads_with_norm_(trained_parameters(self.network).values(), max_norm, norm)
+
+
+class PlainStrategy(_ReplicatedStrategy, SingleDeviceStrategy):
+    """One process on one device."""
+
+
+class ReplicatedStrategy(_ReplicatedStrategy, DDPStrategy):
+    """Distributed data parallel: the state on every device, gradients averaged."""

@@ -1,0 +1,218 @@
+"""The one door to DeepSpeed: a Lightning strategy that shards optimiser, gradients and weights (ZeRO, 1910.02054)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from pytorch_lightning import LightningModule
+from pytorch_lightning.accelerators import CUDAAccelerator
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipeline.config import DeepSpeedSettings, Offload, Precision
+from pipeline.training.optimizer import AdamWithEma
+from pipeline.training.strategies.fragments import Fragment, gathered
+from pipeline.training.strategies.portable import PortableStrategy
+
+_MIB = 2**20
+_FLOAT32_BYTES = 4
+
+
+class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
+    """DeepSpeed's ZeRO in float32, or autocast from float32 weights: what DDP computes, with the state in shards.
+
+    DeepSpeed's own bf16 would keep no float32 weights outside the optimiser and round what DDP does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: int,
+        offload: Offload,
+        settings: DeepSpeedSettings,
+        precision: Precision,
+        collective_timeout_s: float,
+        on_cuda: bool,
+    ) -> None:
+        super().__init__(
+            config=_deepspeed_config(stage, offload, settings, precision, on_cuda),
+            precision_plugin=ZeroPrecision("32-true"),
+            timeout=timedelta(seconds=collective_timeout_s),
+        )
+        self._stage = stage
+        self._frozen_shapes: dict[str, torch.Size] = {}
+
+    def setup_environment(self) -> None:
+        """Lightning's hook, which refuses what has no CUDA."""
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_environment()
+            return
+        # Or DeepSpeed builds an operator for shared memory, for a minute, that training does not use.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        assert self.parallel_devices is not None
+        self.parallel_devices = [torch.device("cpu", number) for number in range(len(self.parallel_devices))]
+        DDPStrategy.setup_environment(self)
+
+    def setup(self, trainer: Any) -> None:
+        """Lightning's hook: the network is whole for the last time before it."""
+        self._shapes = super().shapes()
+        super().setup(trainer)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter that trains, as it was before ZeRO-3 left this process a part of it."""
+        return self._shapes
+
+    @property
+    def adamw(self) -> AdamWithEma:
+        """The optimiser inside of DeepSpeed's."""
+        optimizer = self._zero.optimizer
+        assert isinstance(optimizer, AdamWithEma)
+        return optimizer
+
+    @property
+    def _zero(self) -> DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3:
+        (optimizer,) = self.optimizers
+        return cast("DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3", optimizer)
+
+    def fragments(self) -> list[Fragment]:
+        """What this process updates: consecutive elements of each parameter that is in its partition."""
+        named = {name: dict(self.network.named_parameters())[name] for name in self._shapes}
+        find = self._fragment_of_stage_3 if self._stage == 3 else self._fragment_of_stages_1_and_2
+        found = [find(name, parameter) for name, parameter in named.items()]
+        return [fragment for fragment in found if fragment is not None]
+
+    def _fragment_of_stages_1_and_2(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        mapping = cast(Any, parameter)._hp_mapping
+        if mapping is None:
+            return None
+        in_parameter, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
+        partitions = cast(DeepSpeedZeroOptimizer, self._zero).single_partition_of_fp32_groups
+        holder = partitions[mapping.param_group_index]
+        return Fragment(name, in_parameter.start, in_parameter.numel, holder, in_partition.start)
+
+    def _fragment_of_stage_3(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        zero = cast(DeepSpeedZeroOptimizer_Stage3, self._zero)
+        group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
+        start = self.global_rank * numel
+        # The last processes' parts are padded to the length of the others'.
+        own = min(numel, self._shapes[name].numel() - start)
+        return Fragment(name, start, own, zero.fp32_partitioned_groups_flat[group], offset) if own > 0 else None
+
+    def fragments_to_save(self) -> list[Fragment]:
+        """All of this process's, for no other has them."""
+        return self.fragments()
+
+    def averaged_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The averaged weights, gathered parameter by parameter."""
+        parts = ((each.name, each.start, each.averaged(self.adamw)) for each in self.fragments())
+        return gathered(self._shapes, parts, self.root_device)
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, float []; infinite where it is not finite."""
+        zero = self._zero
+        if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+            return deepspeed.runtime.utils.combine_grad_norm_groups(zero._get_norm_groups())
+        return zero.scaled_global_norm()
+
+    def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
+        """Nothing: the engine clips in its step."""
+
+    def adopt_weights(self) -> None:
+        """Copy the optimiser's weights to those that the network computes with."""
+        zero = self._zero
+        if isinstance(zero, DeepSpeedZeroOptimizer):
+            zero.update_lp_params()
+            return
+        for number in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def leave_averaged_weights(self) -> None:
+        """End training: the first process's network holds the averaged weights in host memory; the others' nothing."""
+        parameters = dict(self.network.named_parameters())
+        constants = self.constants()
+        for name, averaged in self.averaged_parameters():
+            parameters[name].data = averaged.cpu() if self.is_global_zero else averaged.new_empty(0)
+        for name, constant in constants.items():
+            if name in parameters:
+                parameters[name].data = constant.cpu()
+
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters by name; all processes call this."""
+        with self._gathered_frozen(modifier_rank=None):
+            return {name: tensor.clone() for name, tensor in super().constants().items()}
+
+    def set_constants(self, constants: Mapping[str, Tensor]) -> None:
+        """Put buffers and frozen parameters back."""
+        with self._gathered_frozen(modifier_rank=0):
+            super().set_constants(constants)
+
+    @contextmanager
+    def _gathered_frozen(self, modifier_rank: int | None) -> Iterator[None]:
+        frozen = [each for each in self.network.parameters() if not each.requires_grad]
+        is_sharded = self._stage == 3 and frozen
+        with deepspeed.zero.GatheredParameters(frozen, modifier_rank=modifier_rank, enabled=bool(is_sharded)):
+            yield
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning's hook. Lightning has divided the loss by the accumulation already, and the engine would again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """Float32 as far as Lightning knows; autocast is the engine's. Has hooks see each step once, at its end."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Lightning's hook: batches are of the right types already."""
+        return data
+
+    def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Any, **kwargs: Any) -> Any:
+        """Lightning's hook, called for every micro-batch, as the engine counts them itself."""
+        closure()
+        engine = cast(deepspeed.DeepSpeedEngine, model.trainer.model)
+        if engine.is_gradient_accumulation_boundary():
+            self._after_closure(model, optimizer)
+        return engine.step()
+
+
+def _deepspeed_config(
+    stage: int, offload: Offload, settings: DeepSpeedSettings, precision: Precision, on_cuda: bool
+) -> dict[str, Any]:
+    bucket = int(settings.bucket_mib * _MIB / _FLOAT32_BYTES)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": settings.overlap_communication and on_cuda,
+        "reduce_scatter": on_cuda,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "sub_group_size": int(settings.sub_group_mib * _MIB / _FLOAT32_BYTES),
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": settings.gathered_below_elements,
+        "stage3_max_live_parameters": int(settings.max_gathered_mib * _MIB / _FLOAT32_BYTES),
+    }
+    on_host = {"device": "cpu", "pin_memory": on_cuda}
+    if offload is not Offload.NONE:
+        zero["offload_optimizer"] = on_host
+    if offload is Offload.PARAMETERS:
+        zero["offload_param"] = on_host
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # for its own throughput display, which is off
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # Its own Adam for the CPU keeps no average, and has to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if precision is Precision.BFLOAT16_MIXED:
+        # No module's gradients are communicated in bf16: DDP's are not.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config

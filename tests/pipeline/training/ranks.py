@@ -1,0 +1,44 @@
+"""Runs stages on several processes that live as long as all of them: imports, which dominate, are paid once."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tiny
+
+from pipeline.workflow.frozen import FrozenStage, write_frozen
+
+
+def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s: float = 240) -> list[int]:
+    """Run the stages one after the other, each on all processes; their exit statuses."""
+    paths = [str(write_frozen(stage).path) for stage in stages]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([str(Path(tiny.__file__).parent), str(Path.cwd())]),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline.training.worker", *paths],
+            env={**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0"},
+        )
+        for rank in range(processes)
+    ]
+    try:
+        return [process.wait(timeout=timeout_s) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def log_of(stage: FrozenStage) -> str:
+    log = stage.work / "log.txt"
+    return log.read_text() if log.exists() else "no log"
