@@ -115,7 +115,10 @@ class StageModule(pl.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with averaged weights, and the learning rate on the axis of samples."""
         settings = self.stage_settings
-        optimizer = build_optimizer(self.network, settings.optimizer, self.parameter_ranges)
+        # The fused kernel for CPUs rounds the last few elements of a tensor otherwise than the rest, so that a weight
+        # would depend on how a tensor is cut into shards.
+        is_fused = self.strategy.root_device.type == "cuda" or self.trainer.world_size == 1
+        optimizer = build_optimizer(self.network, settings.optimizer, self.parameter_ranges, fused=is_fused)
 
         def factor(step: int) -> float:
             return learning_rate_factor(settings.optimizer, step * settings.global_batch_size, settings.max_samples)

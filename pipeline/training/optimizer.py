@@ -23,7 +23,7 @@ class AdamWithEma(AdamW):
     """
 
     def __init__(self, parameters: Iterable[Any], *, ema_decay: float, **options: Any) -> None:
-        super().__init__(parameters, fused=True, **options)
+        super().__init__(parameters, **options)
         # Gradients are measured and clipped before the step, so they are unscaled by then: not in the fused kernel.
         self._step_supports_amp_scaling = False
         self.ema_decay = ema_decay
@@ -42,8 +42,8 @@ class AdamWithEma(AdamW):
         super().step()
         for group in self.param_groups:
             if group.get(RANGE) is not None:
-                torch._foreach_clamp_min_(group["params"], group[RANGE][0])
-                torch._foreach_clamp_max_(group["params"], group[RANGE][1])
+                for parameter in group["params"]:
+                    parameter.clamp_(*group[RANGE])
         if self.ema_decay == 0:
             return loss
         averages, weights = [], []
@@ -67,7 +67,7 @@ class AdamWithEma(AdamW):
 
 
 def build_optimizer(
-    network: nn.Module, settings: OptimizerSettings, ranges: Mapping[str, tuple[float, float]]
+    network: nn.Module, settings: OptimizerSettings, ranges: Mapping[str, tuple[float, float]], *, fused: bool
 ) -> AdamWithEma:
     """AdamW over the parameters that train; vectors (norms, biases, learned embeddings) are not decayed.
 
@@ -83,6 +83,7 @@ def build_optimizer(
     return AdamWithEma(
         [group for group in groups if group["params"]],
         ema_decay=settings.ema_decay,
+        fused=fused,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,

@@ -30,12 +30,14 @@ _BSR_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 def degrade(kind: Degradation, low: Tensor, draws: SampleDraws) -> Tensor:
-    """Low-resolution pictures float32 [B, 3, s, s] in [-1, 1], degraded; same shape and range."""
-    match kind:
-        case Degradation.BLUR:
-            return blur(low)
-        case Degradation.BSR:
-            return bsr(low, draws)
+    """Low-resolution pictures float32 [B, 3, s, s] in [-1, 1], degraded; same shape and range, whatever the precision."""
+    # Autocast is for networks: it would have the blur of the pictures round them to 8 bits.
+    with torch.autocast(low.device.type, enabled=False):
+        match kind:
+            case Degradation.BLUR:
+                return blur(low)
+            case Degradation.BSR:
+                return bsr(low, draws)
 
 
 def blur(low: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def build_upsampler(network: UNetSettings, high_size: int) -> UNet2DModel:
 
 
 def upsample_condition(low: Tensor, size: int) -> Tensor:
-    """Low-resolution pictures float [B, 3, s, s] enlarged to [B, 3, size, size] as the stock pipeline does it."""
-    return F.interpolate(low, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+    """Small pictures float [B, 3, s, s] enlarged to float32 [B, 3, size, size] as the stock pipeline does it."""
+    return F.interpolate(low.float(), size=(size, size), mode="bicubic", align_corners=False, antialias=True)
 
 
 def denoise_upsampler(upsampler: UNet2DModel, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
