@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 
-from pipeline.config import TrainerSettings
+from pipeline.config import TrainerSettings, largest_piece
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
@@ -41,8 +41,7 @@ class BatchShape:
 def shape_of_batch(global_batch_size: int, settings: TrainerSettings) -> BatchShape:
     """The largest micro-batch that divides a device's share and does not exceed the allowed size."""
     share = global_batch_size // settings.world_size
-    limit = min(share, settings.micro_batch_size or share)
-    micro_batch_size = next(size for size in range(limit, 0, -1) if share % size == 0)
+    micro_batch_size = largest_piece(share, settings.micro_batch_size)
     return BatchShape(micro_batch_size, share // micro_batch_size)
 
 
@@ -51,6 +50,8 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
 
     Raises `StageInterrupted` after a requested stop.
     """
+    strategy, choice = build_strategy(context.frozen.trainer, module.network)
+    print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
     checkpoint = latest_checkpoint(context.work)
     samples_seen = checkpoint.samples_seen if checkpoint else 0
     stage_settings = module.stage_settings
@@ -77,8 +78,6 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         workers=context.frozen.trainer.loader_workers,
     )
     validation = Validation(context, images)
-    strategy, choice = build_strategy(context.frozen.trainer, module.network)
-    print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
     trainer = _assemble(context, module, images, shape, validation, checkpoint, strategy)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)

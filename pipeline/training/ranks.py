@@ -9,6 +9,13 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 
+def rank_of_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
 def of_all_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:
     """Every rank's tensor [...] as one [world_size, ...]; all ranks call this."""
     gathered = trainer.strategy.all_gather(value)

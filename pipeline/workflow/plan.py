@@ -126,7 +126,7 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
             "submit it to Slurm: unclip submit"
         )
     if isinstance(settings, TrainingStageSettings):
-        check_batch(settings.global_batch_size, trainer.world_size, f"stage.{name}")
+        check_batch(settings.global_batch_size, trainer, f"stage.{name}")
     return _ValidStage(StageSettings(kind, settings), trainer)
 
 

@@ -30,7 +30,7 @@ _BSR_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 def degrade(kind: Degradation, low: Tensor, draws: SampleDraws) -> Tensor:
-    """Low-resolution pictures float32 [B, 3, s, s] in [-1, 1], degraded; same shape and range, whatever the precision."""
+    """Low-resolution pictures float32 [B, 3, s, s] in [-1, 1], degraded; same shape, type and range."""
     # Autocast is for networks: it would have the blur of the pictures round them to 8 bits.
     with torch.autocast(low.device.type, enabled=False):
         match kind:

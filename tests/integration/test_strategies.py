@@ -17,8 +17,8 @@ from pipeline.workflow.frozen import FrozenStage
 STAGES = ("clip", "prior", "decoder", "upsampler", "judge")
 ZERO = ("zero1", "zero2", "zero3")
 BITS = {("zero1", stage) for stage in STAGES} | {("zero2", stage) for stage in STAGES} | {("zero3", "judge")}
-"""Where the weights are those of DDP bit for bit. DeepSpeed's hooks for ZeRO-3 add nodes to autograd's graph, which then
-adds the gradients of what is used twice in another order: identities in their place have the same effect."""
+"""Where the weights are those of DDP bit for bit. DeepSpeed's hooks for ZeRO-3 add nodes to autograd's graph, which
+adds the gradients of what is used twice in another order then: identities in their place have the same effect."""
 
 COMMON = [
     "trainer.devices=2",

@@ -61,6 +61,24 @@ def tar(path: Path, names: list[str]) -> Path:
             "use 126 or 129",
         ),
         (
+            "trainer.devices=2 trainer.micro_batch_size=6 stage.clip.global_batch_size=14",
+            "stage.clip.global_batch_size=14 on 2 devices is 7 samples each",
+            "micro_batch_size=6 makes pieces of 1",
+            "use micro_batch_size=7, or a global_batch_size of 12 or 24",
+        ),
+        (
+            "trainer.deepspeed.bucket=3",
+            "trainer.deepspeed.bucket is an unknown key",
+            "did you mean 'bucket_mib'?",
+            "valid keys here: bucket_mib, gathered_below_elements",
+        ),
+        (
+            "trainer=zero2 trainer.offload=parameters",
+            "offload=parameters",
+            "does not work with strategy=zero2",
+            "use zero3, or trainer=auto",
+        ),
+        (
             "stage.clip.network.embed_dim=48 stage.clip.network.text_width=64",
             "text_width 64",
             "must equal embed_dim 48",

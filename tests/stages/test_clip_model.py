@@ -183,16 +183,6 @@ def test_the_siglip_loss_is_a_sigmoid_on_every_pair():
     torch.testing.assert_close(contrastive_loss(ContrastiveLoss.SIGLIP, 0, 1)(image, text, scale, bias), expected)
 
 
-def test_the_logit_scale_stays_below_one_hundred():
-    model = ClipModel(make_settings())
-    with torch.no_grad():
-        model.network.logit_scale.fill_(9.0)
-
-    model.clamp_logit_scale()
-
-    assert model.logit_scale.item() == pytest.approx(100.0)
-
-
 @pytest.mark.parametrize("kind", list(ContrastiveLoss))
 def test_a_saved_model_is_read_back_as_it_was(tmp_path, kind):
     model = ClipModel(make_settings(), kind).eval()

@@ -1,6 +1,8 @@
 """What all strategies share: checkpoints that any other strategy, on any number of processes, resumes from."""
 
+import errno
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeline.errors import UserError
 from pipeline.training.optimizer import AdamWithEma
-from pipeline.training.ranks import gather_objects
+from pipeline.training.ranks import gather_objects, rank_of_world
 from pipeline.training.strategies.fragments import (
     Fragment,
     read_fragments,
@@ -129,7 +131,8 @@ class PortableStrategy(Strategy):
                 directory.mkdir()
                 self._write_common(directory, checkpoint, constants)
         with _FailingTogether(directory):
-            name = f"fragments-{self.global_rank:05}-of-{self.world_size:05}.safetensors"
+            rank, world_size = rank_of_world()
+            name = f"fragments-{rank:05}-of-{world_size:05}.safetensors"
             write_fragments(directory / name, self.fragments_to_save(), self.adamw)
 
     def _write_common(self, directory: Path, checkpoint: dict[str, Any], constants: Mapping[str, Tensor]) -> None:
@@ -183,9 +186,12 @@ class _FailingTogether(AbstractContextManager[None]):
         if error is not None and not isinstance(error, OSError | SafetensorError):
             return
         failures = gather_objects(None if error is None else str(error))
+        if isinstance(error, SafetensorError):
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         if error is None and any(failures):
-            number = next(number for number, failure in enumerate(failures) if failure)
-            raise RuntimeError(f"process {number} could not write its part of {self._directory}: {failures[number]}")
+            rank = next(rank for rank, failure in enumerate(failures) if failure)
+            raise RuntimeError(f"process {rank} could not write its part of {self._directory}: {failures[rank]}")
 
 
 class _ReplicatedStrategy(PortableStrategy):
@@ -202,7 +208,8 @@ class _ReplicatedStrategy(PortableStrategy):
         return [Fragment(name, 0, each.numel(), each, 0) for name, each in trained.items()]
 
     def fragments_to_save(self) -> list[Fragment]:
-        return self.fragments()[self.global_rank :: self.world_size]
+        rank, world_size = rank_of_world()
+        return self.fragments()[rank::world_size]
 
     def averaged_parameters(self) -> Iterator[tuple[str, Tensor]]:
         trained = trained_parameters(self.network)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pytorch_lightning import LightningModule
@@ -55,7 +56,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             super().setup_environment()
             return
         # Or DeepSpeed builds an operator for shared memory, for a minute, that training does not use.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - a plain name would be mangled
         assert self.parallel_devices is not None
         self.parallel_devices = [torch.device("cpu", number) for number in range(len(self.parallel_devices))]
         DDPStrategy.setup_environment(self)
@@ -118,7 +119,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """The norm of the whole gradient, float []; infinite where it is not finite."""
         zero = self._zero
         if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-            return deepspeed.runtime.utils.combine_grad_norm_groups(zero._get_norm_groups())
+            return combine_grad_norm_groups(zero._get_norm_groups())
         return zero.scaled_global_norm()
 
     def clip_gradient(self, norm: Tensor, max_norm: float) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,18 @@ import pytest
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.workflow.progress import latest_checkpoint_samples
 
+PART = "fragments-00000-of-00001.safetensors"
+
 
 def checkpoint(work: Path, samples: int) -> Path:
     directory = work / "checkpoints"
     directory.mkdir(exist_ok=True)
     path = directory / f"samples-{samples:012}.ckpt"
-    path.write_bytes(b"state at %d" % samples)
-    record = {
-        "samples_seen": samples,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "elapsed_s": samples / 10,
-    }
+    path.mkdir()
+    (path / "trainer.pt").write_bytes(b"loops")
+    (path / PART).write_bytes(b"state at %d" % samples)
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+    record = {"samples_seen": samples, "files": files, "elapsed_s": samples / 10}
     path.with_suffix(".json").write_text(json.dumps(record))
     return path
 
@@ -32,11 +34,11 @@ def test_the_newest_is_the_one_with_most_samples_whatever_the_file_times(tmp_pat
     checkpoint(tmp_path, 900)
     found = latest_checkpoint(tmp_path)
     assert found is not None
-    assert (found.samples_seen, found.elapsed_s) == (1_000, 100.0)
+    assert (found.samples_seen, found.elapsed_s, found.writers) == (1_000, 100.0, 1)
     assert latest_checkpoint_samples(tmp_path) == 1_000
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "torn record", "record of another kind"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "part missing", "missing", "torn record", "another record"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -44,14 +46,16 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     newest = checkpoint(tmp_path, 200)
     match damage:
         case "cut":
-            newest.write_bytes(newest.read_bytes()[:-1])
+            (newest / PART).write_bytes((newest / PART).read_bytes()[:-1])
         case "changed":
-            newest.write_bytes(newest.read_bytes().replace(b"2", b"3"))
+            (newest / PART).write_bytes((newest / PART).read_bytes().replace(b"2", b"3"))
+        case "part missing":
+            (newest / PART).unlink()
         case "missing":
-            newest.unlink()
+            shutil.rmtree(newest)
         case "torn record":
             newest.with_suffix(".json").write_text('{"samples_seen": 2')
-        case "record of another kind":
+        case "another record":
             newest.with_suffix(".json").write_text('{"samples": 200}')
     found = latest_checkpoint(tmp_path)
     assert found is not None
@@ -68,5 +72,5 @@ def test_a_checkpoint_without_its_record_is_not_used(tmp_path: Path):
 
 
 def test_when_all_are_damaged_training_begins_anew(tmp_path: Path):
-    checkpoint(tmp_path, 100).write_bytes(b"")
+    (checkpoint(tmp_path, 100) / PART).write_bytes(b"")
     assert latest_checkpoint(tmp_path) is None

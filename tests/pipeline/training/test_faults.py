@@ -26,6 +26,7 @@ from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.non_finite import MAX_SKIPPED_IN_A_ROW, RECORD, NonFiniteGuard
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.stage import run_stage
+from pipeline.training.strategies.portable import PlainStrategy
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import Failure, Outcome, Phase, read_failure, read_progress
 
@@ -171,11 +172,16 @@ def test_an_overflow_under_a_gradient_scaler_is_routine_and_a_broken_loss_is_not
     stage = frozen(tmp_path)
     run(stage)
     module = tiny.learner_module()
+    strategy = PlainStrategy(torch.device("cpu"))
+    strategy.connect(module)
     context = SimpleNamespace(frozen=stage, work=stage.work, is_first_process=True, is_lost=False)
     images = CaptionedImages(tmp_path / "artifacts" / "data" / tiny.DATA, tiny.SIZE)
     guard = NonFiniteGuard(cast(Any, context), images, NonFinite.STOP)
-    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()), world_size=1)
-    optimizer = build_optimizer(module.network, tiny.OPTIMIZER)
+    plugin = SimpleNamespace(scaler=object())
+    trainer: Any = SimpleNamespace(precision_plugin=plugin, world_size=1, strategy=strategy, global_step=0)
+    module._trainer = trainer
+    optimizer = build_optimizer(module.network, tiny.OPTIMIZER, {}, fused=True)
+    strategy.optimizers = [optimizer]
     for parameter in module.network.parameters():
         parameter.grad = torch.full_like(parameter, float("inf"))
     for _ in range(MAX_SKIPPED_IN_A_ROW):

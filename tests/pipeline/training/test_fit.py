@@ -7,11 +7,12 @@ import tiny
 import torch
 from tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
-from pipeline.config import Precision
+from pipeline.config import Precision, StrategyName
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.fit import BatchShape, shape_of_batch
 from pipeline.training.optimizer import learning_rate_factor
 from pipeline.training.stage import run_stage
+from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.progress import Outcome, Phase, read_failure, read_progress
 
 
@@ -159,7 +160,7 @@ def test_a_torn_checkpoint_costs_only_the_steps_since_the_one_before_it(
     stage = frozen(tmp_path, dropout=0.3)
     SCRIPT.at_samples, SCRIPT.happens = 56, crash
     run(stage)
-    newest = stage.work / "checkpoints" / "samples-000000000048.ckpt"
+    newest = stage.work / "checkpoints" / "samples-000000000048.ckpt" / "fragments-00000-of-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     before = len(SCRIPT.seen)
     SCRIPT.at_samples = None
@@ -245,3 +246,73 @@ def test_a_batch_is_cut_into_equal_micro_batches_of_at_most_the_allowed_size(
 ):
     settings = tiny.TRAINER.model_copy(update={"devices": devices, "micro_batch_size": limit})
     assert shape_of_batch(batch, settings) == shape
+
+
+def test_inside_averaged_the_network_holds_the_averages_and_afterwards_training_goes_on_with_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = []
+
+    def look(module: tiny.LearnerModule, _batches: object) -> dict[str, float]:
+        inside = [each.clone() for each in module.network.parameters()]
+        averages = [tensor.clone() for _, tensor in module.strategy.averaged_parameters()]
+        seen.append((inside, averages, [each.clone() for each in trained[0].parameters()]))
+        return {}
+
+    def remember(module: tiny.LearnerModule) -> None:
+        trained.append(module.network)
+
+    trained: list[torch.nn.Module] = []
+    monkeypatch.setattr(tiny.LearnerModule, "validation_metrics", look)
+    monkeypatch.setattr(tiny.LearnerModule, "on_train_start", remember)
+    stage = frozen(tmp_path, validate_every_samples=40)
+    assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
+    assert len(seen) == 2
+    for inside, averages, weights_of_training in seen:
+        assert all(map(torch.equal, inside, averages))
+        assert not any(map(torch.equal, inside, weights_of_training))
+    assert all(map(torch.equal, weights(stage).values(), seen[-1][1]))
+
+
+def test_the_checkpoint_of_another_model_is_refused_in_one_line(tmp_path: Path):
+    stage = frozen(tmp_path)
+    SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
+    assert run(stage) is Outcome.INTERRUPTED
+    checkpoint = latest_checkpoint(stage.work)
+    assert checkpoint is not None
+    description = checkpoint.path / "description.json"
+    description.write_text(description.read_text().replace("[16, 192]", "[16, 48]"))
+    record = checkpoint.path.with_suffix(".json")
+    digest = file_sha256(description)
+    record.write_text(record.read_text().replace(checkpoint.files["description.json"], digest))
+    assert run(stage) is Outcome.FAILED
+    failure = read_failure(stage.work)
+    assert failure is not None
+    assert failure.is_user_error
+    assert "is a checkpoint of another model: 1.weight has shape [16, 48] there and [16, 192] here" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"accelerator": "gpu", "devices": 99}, "trainer.accelerator=gpu and this machine has no CUDA GPU"),
+        ({"devices": 99}, "trainer.devices=99 and this machine has"),
+        (
+            {"strategy": StrategyName.ZERO2, "precision": Precision.FLOAT16_MIXED},
+            "trainer.precision=16-mixed works with trainer=ddp alone; for zero2 use bf16-mixed",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_machine_or_the_strategy_cannot_do_is_refused_in_one_line_before_training(
+    tmp_path: Path, trainer: dict[str, Any], message: str
+):
+    if trainer.get("accelerator") == "gpu" and torch.cuda.is_available():
+        trainer, message = {"accelerator": "gpu", "devices": 99}, "trainer.devices=99 and this machine has"
+    stage = frozen(tmp_path, **trainer)
+    assert run(stage) is Outcome.FAILED
+    failure = read_failure(stage.work)
+    assert failure is not None
+    assert failure.is_user_error
+    assert message in failure.message
+    assert SCRIPT.seen == []

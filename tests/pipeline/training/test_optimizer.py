@@ -26,6 +26,14 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)).double()
 
 
+def build(trained: nn.Module, settings: OptimizerSettings = SETTINGS) -> AdamWithEma:
+    return build_optimizer(trained, settings, {}, fused=True)
+
+
+def averages(optimizer: AdamWithEma, trained: nn.Module) -> list[torch.Tensor]:
+    return [optimizer.state[parameter]["ema"] for parameter in trained.parameters()]
+
+
 def train(trained: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     batch = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
     optimizer.zero_grad()
@@ -37,7 +45,7 @@ def train(trained: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> No
 def test_weights_follow_torch_s_adamw_and_the_average_a_hand_kept_one(ema_decay: float):
     trained, reference = network(), network()
     reference.load_state_dict(trained.state_dict())
-    ours = build_optimizer(trained, SETTINGS.model_copy(update={"ema_decay": ema_decay}))
+    ours = build(trained, SETTINGS.model_copy(update={"ema_decay": ema_decay}))
     matrices = [each for each in reference.parameters() if each.ndim >= 2]
     vectors = [each for each in reference.parameters() if each.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -56,66 +64,59 @@ def test_weights_follow_torch_s_adamw_and_the_average_a_hand_kept_one(ema_decay:
     assert average is not None
     for own, expected in zip(trained.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(own, expected, rtol=0, atol=1e-14)
-    with ours.averaged_weights():
-        for own, expected in zip(trained.parameters(), average, strict=True):
-            torch.testing.assert_close(own.detach(), expected, rtol=0, atol=1e-14)
+    for own, expected in zip(averages(ours, trained), average, strict=True):
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-14)
 
 
-def test_averaged_weights_are_lent_and_given_back_even_after_an_error():
+def test_a_parameter_with_a_range_is_kept_in_it_and_so_is_its_average():
     trained = network()
-    optimizer = build_optimizer(trained, SETTINGS)
-    for step in range(3):
+    optimizer = build_optimizer(trained, SETTINGS, {"0.bias": (-0.01, 0.02)}, fused=True)
+    free = network()
+    reference = build(free)
+    for step in range(20):
         train(trained, optimizer, step)
-    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-
-    def evaluate_and_fail() -> None:
-        with optimizer.averaged_weights():
-            assert any(not torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
-            raise RuntimeError("evaluation failed")
-
-    with pytest.raises(RuntimeError, match="evaluation failed"):
-        evaluate_and_fail()
-    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
+        train(free, reference, step)
+    bias, average = trained.get_parameter("0.bias").detach(), optimizer.state[trained.get_parameter("0.bias")]["ema"]
+    assert float(free.get_parameter("0.bias").abs().max()) > 0.02
+    for tensor in (bias, average):
+        assert -0.01 <= float(tensor.min()) <= float(tensor.max()) <= 0.02
+    assert float(bias.max()) == 0.02 or float(bias.min()) == -0.01
 
 
-def test_adopting_the_average_makes_it_the_weights():
+def test_a_skipped_step_leaves_weights_moments_and_average_as_they_are():
     trained = network()
-    optimizer = build_optimizer(trained, SETTINGS)
-    for step in range(3):
-        train(trained, optimizer, step)
-    with optimizer.averaged_weights():
-        average = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    optimizer.adopt_averaged_weights()
-    assert all(torch.equal(average[name], tensor) for name, tensor in trained.state_dict().items())
+    optimizer = build(trained)
+    train(trained, optimizer, 0)
+    before = [each.detach().clone() for each in [*trained.parameters(), *averages(optimizer, trained)]]
+    optimizer.skips_steps = True
+    train(trained, optimizer, 1)
+    assert all(map(torch.equal, before, [*trained.parameters(), *averages(optimizer, trained)]))
+    optimizer.skips_steps = False
+    train(trained, optimizer, 2)
+    assert not any(map(torch.equal, before, [*trained.parameters(), *averages(optimizer, trained)]))
 
 
 def test_the_average_is_part_of_the_optimizer_s_state():
     trained = network()
-    optimizer = build_optimizer(trained, SETTINGS)
+    optimizer = build(trained)
     train(trained, optimizer, 0)
-    restored = build_optimizer(trained, SETTINGS)
+    restored = build(trained)
     restored.load_state_dict(optimizer.state_dict())
-    with optimizer.averaged_weights():
-        expected = [each.detach().clone() for each in trained.parameters()]
-    with restored.averaged_weights():
-        assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), expected, strict=True))
+    assert all(map(torch.equal, averages(restored, trained), averages(optimizer, trained)))
 
 
 def test_a_decay_of_zero_keeps_no_average():
     trained = network()
-    optimizer = build_optimizer(trained, SETTINGS.model_copy(update={"ema_decay": 0.0}))
+    optimizer = build(trained, SETTINGS.model_copy(update={"ema_decay": 0.0}))
     train(trained, optimizer, 0)
-    before = [each.detach().clone() for each in trained.parameters()]
     assert all("ema" not in state for state in optimizer.state.values())
-    with optimizer.averaged_weights():
-        assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), before, strict=True))
 
 
 def test_vectors_are_not_decayed_and_frozen_parameters_are_left_out():
     trained = network()
     frozen = next(trained.parameters())
     frozen.requires_grad_(False)
-    optimizer = build_optimizer(trained, SETTINGS)
+    optimizer = build(trained)
     assert isinstance(optimizer, AdamWithEma)
     decay_of = {
         id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]

@@ -4,18 +4,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from omegaconf import OmegaConf
+
+from pipeline.compose import CONFIG_DIRECTORY
 from pipeline.config import (
     RUNTIME,
     LocalLaunch,
     PathSettings,
     Positive,
-    Precision,
     RunConfig,
     RunSettings,
     Settings,
     TrackingMode,
     TrackingSettings,
     TrainerSettings,
+    validate,
 )
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, describe_files
 from pipeline.workflow.declaration import Arity, Blocked, Catalog, Input, StageDeclaration
@@ -96,6 +99,14 @@ STAGES = {
 
 CATALOG = Catalog(STAGES, no_check)
 
+
+def default_trainer() -> dict[str, Any]:
+    """What conf/ says of every stage's trainer."""
+    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIRECTORY / "trainer" / "auto.yaml"))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 WORKFLOW: dict[str, dict[str, Any]] = {
     "prepare": {"kind": "source", "pictures": 10},
     "clip": {"kind": "encoder", "width": 4},
@@ -105,25 +116,9 @@ WORKFLOW: dict[str, dict[str, Any]] = {
     "evaluate": {"kind": "judge", "samples": 3},
 }
 
-TRAINER = TrainerSettings(
-    accelerator="cpu",
-    devices=1,
-    num_nodes=1,
-    precision=Precision.FLOAT32,
-    micro_batch_size=None,
-    loader_workers=0,
-    cpu_threads=1,
-    cache_mib=64,
-    log_every_steps=1,
-    validate_every_samples=None,
-    validation_samples=64,
-    sample_every_samples=None,
-    checkpoint_every_samples=None,
-    checkpoint_every_min=60.0,
-    keep_checkpoints=2,
-    max_faulty_share=0.05,
-    lease_s=60.0,
-    collective_timeout_s=120.0,
+TRAINER = validate(
+    TrainerSettings,
+    {**default_trainer(), "accelerator": "cpu", "cpu_threads": 1, "cache_mib": 64, "log_every_steps": 1},
 )
 
 
