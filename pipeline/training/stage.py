@@ -15,13 +15,15 @@ from pipeline.data.mixing import named_seed
 from pipeline.errors import StageInterrupted, UserError
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import ProgressWriter, StageContext, StageResult
+from pipeline.training.hardware import describe_hardware
 from pipeline.training.processes import is_started_by_srun, process_rank
-from pipeline.training.tracking import METRICS, Tracker
-from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
+from pipeline.training.tracking import Tracker
+from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files, write_json_atomically
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.metrics import METRICS
 from pipeline.workflow.ownership import Ownership, acquire, wait_for_first_process
-from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, write_failure
+from pipeline.workflow.progress import FAILURE, HARDWARE, Failure, Outcome, Phase, read_failure, write_failure
 
 _MIN_FREE_BYTES = 2**20
 
@@ -150,6 +152,7 @@ def _run_and_publish(
     if ownership is not None:
         ownership.require()
         output = frozen.store.start_building(frozen.stage, frozen.fingerprint, ownership.attempt)
+        write_json_atomically(frozen.work / HARDWARE, describe_hardware(frozen))
     with Tracker(frozen, ownership) as tracker:
         tracker.forget_after(checkpoint.samples_seen if checkpoint else -1)
         context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption, ownership)
@@ -179,6 +182,7 @@ def _publish(frozen: FrozenStage, output: Path, result: StageResult, duration_s:
         samples_seen=result.samples_seen,
         numbers=result.numbers,
         metrics=result.metrics,
+        hardware=describe_hardware(frozen),
         files=describe_files(output),
     )
     frozen.store.publish(output, manifest, before_rename=ownership.require)

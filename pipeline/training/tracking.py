@@ -11,10 +11,8 @@ from PIL import Image
 
 from pipeline.config import TrackingMode
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.metrics import AXIS, METRICS
 from pipeline.workflow.ownership import Ownership
-
-METRICS = "metrics.jsonl"
-AXIS = "samples_seen"
 
 
 class Tracker(AbstractContextManager["Tracker"]):
