@@ -46,6 +46,7 @@ class Manifest(Settings):
     numbers: dict[str, Any]
     metrics: dict[str, Any]
     hardware: dict[str, Any] = Field(default_factory=dict)
+    tracking: dict[str, Any] = Field(default_factory=dict)
     files: list[FileRecord]
 
 

@@ -21,6 +21,7 @@ from pipeline.config import (
     OptimizerSettings,
     Precision,
     Settings,
+    TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
     TrainerSettings,
@@ -223,7 +224,9 @@ def _frozen(
         seed=3,
         outputs=outputs,
         trainer=trainer,
-        tracking=TrackingSettings(mode=TrackingMode.NONE, project="test", entity=None),
+        tracking=TrackingSettings(
+            mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
+        ),
         overrides=[],
     )
 

@@ -13,6 +13,7 @@ from pipeline.config import (
     RunConfig,
     RunSettings,
     Settings,
+    TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
     TrainerSettings,
@@ -137,7 +138,9 @@ def run_config(outputs: Path, stages: dict[str, dict[str, Any]] | None = None, *
         stage=WORKFLOW if stages is None else stages,
         trainer=TRAINER,
         launch=LocalLaunch(kind="local"),
-        tracking=TrackingSettings(mode=TrackingMode.NONE, project="test", entity=None),
+        tracking=TrackingSettings(
+            mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
+        ),
     )
     return config.model_copy(update=changes)
 
