@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 METRICS = "metrics.jsonl"
+PICTURES = "pictures.jsonl"
+"""In the work directory: the pictures that a stage logged, each with `samples_seen`, `name`, `file` and `captions`."""
 AXIS = "samples_seen"
 MEASURED = "system/"
 """The prefix of what was measured of the machine. All else in a row is the same on every run of the same stage."""

@@ -13,7 +13,7 @@ from pipeline.training.tracking.wandb_record import WandbRecord, read_record
 from pipeline.training.tracking.wandb_run import Ending, WandbRun
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.metrics import AXIS, METRICS
+from pipeline.workflow.metrics import AXIS, METRICS, PICTURES
 from pipeline.workflow.ownership import Ownership
 
 
@@ -26,7 +26,6 @@ class Tracker(AbstractContextManager["Tracker"]):
 
     def __init__(self, frozen: FrozenStage, ownership: Ownership | None, resumes_at: int) -> None:
         self._frozen = frozen
-        self._path = frozen.work / METRICS
         self._ownership = ownership
         self._resumes_at = resumes_at
         self._wandb: WandbRun | None = None
@@ -34,13 +33,13 @@ class Tracker(AbstractContextManager["Tracker"]):
 
     def __enter__(self) -> "Tracker":
         if self._is_owner:
-            rows = self._forget_what_comes_again()
+            rows = self._forget_what_comes_again(METRICS)
+            pictures = self._forget_what_comes_again(PICTURES)
             if self._frozen.tracking.tensorboard:
                 self._tensorboard = TensorBoard(self._frozen.work, first_samples=self._resumes_at + 1)
             if self._frozen.tracking.mode is not TrackingMode.NONE:
                 self._wandb = WandbRun(self._frozen)
-                for row in rows:
-                    self._wandb.log(row)
+                self._send_what_it_lacks(self._wandb, rows, pictures)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -63,8 +62,7 @@ class Tracker(AbstractContextManager["Tracker"]):
         if not self._is_owner:
             return
         row = {AXIS: samples_seen, **metrics}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._record(METRICS, row)
         if self._wandb is not None:
             self._wandb.log(row)
         if self._tensorboard is not None:
@@ -74,6 +72,8 @@ class Tracker(AbstractContextManager["Tracker"]):
         """Add a picture that is on disk, captioned."""
         if not self._is_owner:
             return
+        entry = {AXIS: samples_seen, "name": name, "file": str(picture.absolute()), "captions": list(captions)}
+        self._record(PICTURES, entry)
         if self._wandb is not None:
             self._wandb.log_picture(samples_seen, name, picture, captions)
         if self._tensorboard is not None:
@@ -89,16 +89,30 @@ class Tracker(AbstractContextManager["Tracker"]):
         if self._wandb is not None:
             self._wandb.log_artifact(artifact)
 
-    def _forget_what_comes_again(self) -> list[dict[str, Any]]:
-        """Cut the own record back to the checkpoint that training resumes from; the rows that stay."""
-        if not self._path.exists():
+    def _record(self, name: str, entry: Mapping[str, Any]) -> None:
+        with (self._frozen.work / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _forget_what_comes_again(self, name: str) -> list[dict[str, Any]]:
+        """Cut an own record back to the checkpoint that training resumes from; the entries that stay."""
+        path = self._frozen.work / name
+        if not path.exists():
             return []
-        rows = [row for line in self._path.read_text(encoding="utf-8").splitlines() if (row := _read_row(line))]
-        kept = [row for row in rows if row[AXIS] <= self._resumes_at]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        entries = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := _read_row(line))]
+        kept = [entry for entry in entries if entry[AXIS] <= self._resumes_at]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
+        temporary.replace(path)
         return kept
+
+    @staticmethod
+    def _send_what_it_lacks(run: WandbRun, rows: list[dict[str, Any]], pictures: list[dict[str, Any]]) -> None:
+        """What a kill took before it was on disk, or was logged before W&B was on; in the order of the axis."""
+        for entry in sorted([*rows, *pictures], key=lambda entry: entry[AXIS]):
+            if "captions" not in entry:
+                run.log(entry)
+            elif Path(entry["file"]).exists():
+                run.log_picture(entry[AXIS], entry["name"], Path(entry["file"]), entry["captions"])
 
 
 def _read_row(line: str) -> dict[str, Any] | None:

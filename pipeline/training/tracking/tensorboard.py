@@ -38,6 +38,7 @@ class TensorBoard:
             pixels = np.asarray(image.convert("RGB"))
         self._writer.add_image(name, pixels, samples_seen, dataformats="HWC")
         self._writer.add_text(f"{name}/captions", "\n".join(f"- {caption}" for caption in captions), samples_seen)
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush what is not on disk yet."""

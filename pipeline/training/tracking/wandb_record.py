@@ -12,6 +12,7 @@ from pipeline.workflow.artifacts import write_json_atomically
 from pipeline.workflow.metrics import AXIS, without_measured
 
 RECORD = "wandb.json"
+_HEAD_BYTES = 7
 WANDB_PROGRAM = (sys.executable, "-m", "wandb")
 
 RowKey = tuple[int, frozenset[str]]
@@ -51,8 +52,12 @@ def write_record(work: Path, record: WandbRecord) -> None:
 
 
 def fragments(work: Path) -> list[Path]:
-    """The logs (`*.wandb`) of all starts of the stage's W&B run, the first start first."""
-    return sorted((work / "wandb").glob("*run-*/*.wandb"), key=started)
+    """The logs (`*.wandb`) of all starts of the stage's W&B run, the first start first.
+
+    Of a start that was killed before WW&B writes them in blocks: of a start that was killed early there is butB wrote anything there is but the file's head.
+    """
+    logs = [log for log in (work / "wandb").glob("*run-*/*.wandb") if log.stat().st_size > _HEAD_BYTES]
+    return sorted(logs, key=started)
 
 
 def started(log: Path) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.config import TrackedArtifacts, TrackingMode
 from pipeline.errors import UserError
-from pipeline.training.tracking.wandb_record import WandbRecord, key_of, read_record, rows_in, write_record
+from pipeline.training.tracking.wandb_record import RowKey, WandbRecord, key_of, read_record, rows_in, write_record
 from pipeline.workflow.artifacts import MANIFEST, Artifact, file_sha256
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.metrics import AXIS
@@ -36,13 +36,17 @@ class WandbRun:
     """Sends rows, pictures and lineage to W&B: online, or to files below the work directory that `unclip sync` uploads.
 
     Nothing that W&B does or fails to do stops training: a fault is a warning in the stage's log. Online, the run of a
-    server that is not reached goes to files. Every row is sent once, however often the stage starts: what W&B has is
-    read from its own logs on disk.
+    server that is not reached goes to files.
+
+    No row is sent twice, however often the stage starts: what W&B has is read from its logs on disk, and online is what
+    the server says as well. Rows that a kill took from W&B's memory are sent again, as the stage's own record has them;
+    only where the server had another row of the same `samples_seen` are they not.
     """
 
     def __init__(self, frozen: FrozenStage) -> None:
         self._frozen = frozen
-        self._has: set[tuple[int, frozenset[str]]] = set()
+        self._has: set[RowKey] = set()
+        self._server_has_until = -1
         self._run: Any = None
         self._record: WandbRecord | None = None
         self._guarded(self._start, "not started")
@@ -88,7 +92,7 @@ class WandbRun:
             write_record(self._frozen.work, replace(self._record, open_fragment=None))
 
     def _send(self, row: Mapping[str, Any], content: Callable[[], dict[str, Any]]) -> None:
-        if self._run is None or key_of(row) in self._has:
+        if self._run is None or row[AXIS] <= self._server_has_until or key_of(row) in self._has:
             return
         self._guarded(lambda: self._run.log(content()), "row not sent")
 
@@ -126,6 +130,8 @@ class WandbRun:
         self._run.define_metric(AXIS)
         self._run.define_metric("*", step_metric=AXIS)
         if not self._run.offline:
+            if self._run.resumed:
+                self._server_has_until = int(self._run.summary.get(AXIS, -1))
             self._use_inputs()
 
     def _init(self, record: WandbRecord, config: dict[str, Any], mode: TrackingMode) -> Any:
