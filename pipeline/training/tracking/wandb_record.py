@@ -54,7 +54,7 @@ def write_record(work: Path, record: WandbRecord) -> None:
 def fragments(work: Path) -> list[Path]:
     """The logs (`*.wandb`) of all starts of the stage's W&B run, the first start first.
 
-    Of a start that was killed before WW&B writes them in blocks: of a start that was killed early there is butB wrote anything there is but the file's head.
+    Of a start that was killed before W&B wrote anything there is but the file's head.
     """
     logs = [log for log in (work / "wandb").glob("*run-*/*.wandb") if log.stat().st_size > _HEAD_BYTES]
     return sorted(logs, key=started)
