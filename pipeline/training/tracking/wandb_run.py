@@ -47,6 +47,7 @@ class WandbRun:
         self._frozen = frozen
         self._has: set[RowKey] = set()
         self._server_has_until = -1
+        self._warned_of: set[str] = set()
         self._run: Any = None
         self._record: WandbRecord | None = None
         self._guarded(self._start, "not started")
@@ -100,8 +101,11 @@ class WandbRun:
         try:
             act()
         except Exception as error:  # whatever W&B raises, the stage goes on
-            said = (str(error).splitlines() or [""])[0]
-            print(f"warning: W&B: {what} ({type(error).__name__}: {said}); training goes on", flush=True)
+            if what not in self._warned_of:
+                self._warned_of.add(what)
+                print(
+                    f"warning: W&B: {what} ({type(error).__name__}: {_first_line(error)}); training goes on", flush=True
+                )
 
     def _start(self) -> None:
         import wandb
@@ -121,7 +125,7 @@ class WandbRun:
         except Exception as error:
             if tracking.mode is TrackingMode.OFFLINE:
                 raise
-            said = (str(error).splitlines() or [""])[0]
+            said = _first_line(error)
             print(f"warning: W&B is not reached ({said}); offline now, `unclip sync` uploads it later", flush=True)
             wandb.teardown()  # it holds the id of the run that it could not start
             self._run = self._init(record, config, TrackingMode.OFFLINE)
@@ -219,6 +223,10 @@ class WandbRun:
             # The manifest has the digests of the files; W&B's own would have it read all of them.
             described.add_reference(artifact.path.absolute().as_uri(), checksum=False)
         return described
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _artifact_name(artifact: Artifact) -> str:

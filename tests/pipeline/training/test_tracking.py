@@ -160,6 +160,7 @@ def test_a_stopped_run_is_preempted_and_goes_on_under_its_id(tmp_path: Path):
     SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
     assert run(stage) is Outcome.INTERRUPTED
     SCRIPT.at_samples = None
+    time.sleep(1.0)  # W&B names a start by its second
     # Another member of another sweep goes on with it.
     assert run(stage.model_copy(update={"run": "other.0", "group": "other"})) is Outcome.FINISHED
     first, second = fragments(stage.work)
@@ -179,6 +180,7 @@ def test_a_failed_run_is_failed_and_its_rows_are_not_sent_twice(tmp_path: Path):
     (log,) = fragments(stage.work)
     assert [each["exit_code"] for each in records(log, "exit")] == [1]
     SCRIPT.at_samples = None
+    time.sleep(1.0)  # W&B names a start by its second
     assert run(stage) is Outcome.FINISHED
     assert axis(stage, "train/loss") == list(range(8, 81, 8))
     assert axis(stage, "samples._type") == list(range(16, 81, 16))
@@ -191,6 +193,7 @@ def test_rows_from_before_tracking_was_on_are_sent_as_well(tmp_path: Path):
     run(stage)
     assert not (stage.work / "wandb").exists()
     SCRIPT.at_samples = None
+    time.sleep(1.0)  # W&B names a start by its second
     assert run(tracked(tmp_path)) is Outcome.FINISHED
     assert axis(stage, "train/loss") == list(range(8, 81, 8))
 
