@@ -207,13 +207,12 @@ def test_a_killed_run_goes_on_under_its_id_with_every_row_once(tmp_path: Path):
     process.wait()
     record = read_record(stage.work)
     assert record is not None
-    (killed,) = fragments(stage.work)
-    assert record.open_fragment == killed.parent.name
+    assert record.open_fragment is not None
     assert _start(stage).wait(timeout=60) == 0, (stage.work / "log.txt").read_text()
-    first, second = fragments(stage.work)
-    assert records(first, "run")[0]["run_id"] == records(second, "run")[0]["run_id"] == record.id
-    assert records(first, "exit") == []
-    assert records(first, "history") != []
+    *killed, last = fragments(stage.work)  # how much of the killed one W&B had written is a matter of chance
+    assert last.parent.name != record.open_fragment
+    assert all(records(log, "exit") == [] for log in killed)
+    assert {records(log, "run")[0]["run_id"] for log in (*killed, last)} == {record.id}
     assert axis(stage, "train/loss") == list(range(8, 961, 8))
     assert axis(stage, "samples._type") == list(range(160, 961, 160))
     seen = [row["samples_seen"] for row in history(stage)]
