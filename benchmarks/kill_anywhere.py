@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.workflow.artifacts import file_sha256
+from pipeline.workflow.metrics import without_measured
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
 NARROW_UNET = (
@@ -157,7 +158,7 @@ def _metrics(artifact: Path) -> dict[str, float]:
 
 def _rows(artifact: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "samples_per_s"} for row in rows]
+    return [without_measured(row) for row in rows]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip status [RUN]                 where the stages of a run or sweep stand
   unclip logs RUN STAGE               a stage's log; -f follows it
   unclip cancel RUN                   cancel a run's jobs, but for those that other runs count on
+  unclip sync [RUN]                   upload W&B runs that were tracked offline, once
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
 {registered}
@@ -74,6 +75,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "status": _status,
         "logs": _logs,
         "cancel": _cancel,
+        "sync": _sync,
         "shards": _shards,
     }
 
@@ -238,6 +240,11 @@ def _cancel(arguments: list[str]) -> int:
     if not result.cancelled and not result.kept:
         print(f"{options.run} has no job in the queue")
     return 0
+
+
+def _sync(arguments: list[str]) -> int:
+    # By name: the command line imports nothing of the training, where W&B has its one door.
+    return resolve("pipeline.training.tracking.sync:main")(arguments)
 
 
 def _shards(arguments: list[str]) -> int:

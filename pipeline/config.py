@@ -176,12 +176,21 @@ class TrackingMode(StrEnum):
     NONE = "none"
 
 
+class TrackedArtifacts(StrEnum):
+    """What W&B is given of an artifact: where it is, or a copy of its files."""
+
+    REFERENCE = "reference"
+    COPY = "copy"
+
+
 class TrackingSettings(Settings):
-    """Weights & Biases; `offline` needs no account and no network."""
+    """Weights & Biases; `offline` needs no account and no network. `tensorboard` writes its event files as well."""
 
     mode: TrackingMode
     project: str
     entity: str | None
+    artifacts: TrackedArtifacts
+    tensorboard: bool
 
 
 class RunSettings(Settings):

@@ -17,8 +17,10 @@ from pipeline.data.splits import Split
 from pipeline.errors import StageInterrupted
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.context import StageContext
+from pipeline.training.measurements import TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.ranks import any_of_all_ranks, gather_objects
+from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.ownership import StageLost
 
 SAMPLES = "samples"
@@ -67,9 +69,10 @@ class Validation(StepBoundary):
     Every process goes over the same samples, so that nothing has to be reduced and no figure depends on their number.
     """
 
-    def __init__(self, context: StageContext, images: CaptionedImages) -> None:
+    def __init__(self, context: StageContext, images: CaptionedImages, clock: TrainingClock) -> None:
         self._context = context
         self._images = images
+        self._clock = clock
         self.latest: dict[str, float] = {}
 
     def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
@@ -86,6 +89,7 @@ class Validation(StepBoundary):
         with module.averaged(), trainer.precision_plugin.val_step_context():
             self.latest = module.validation_metrics(each.to(module.device) for each in loader)
         row = {f"validation/{name}": value for name, value in self.latest.items()}
+        row[f"{MEASURED}elapsed_s"] = self._clock.elapsed_s
         self._context.tracker.log(module.samples_seen, row)
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,12 +128,11 @@ class Pictures(StepBoundary):
 class Checkpoints(StepBoundary):
     """Saves by samples, by minutes, and when asked to stop; then it stops, on all processes at the same step."""
 
-    def __init__(self, context: StageContext, settings: TrainerSettings, elapsed_before_s: float) -> None:
+    def __init__(self, context: StageContext, settings: TrainerSettings, clock: TrainingClock) -> None:
         self._context = context
         self._settings = settings
-        self._started = time.monotonic()
-        self._elapsed_before_s = elapsed_before_s
-        self._last_save = self._started
+        self._clock = clock
+        self._last_save = time.monotonic()
 
     def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
         """Save when it is due, and stop when asked to."""
@@ -153,9 +156,8 @@ class Checkpoints(StepBoundary):
             raise StageInterrupted(f"stage {self._context.frozen.stage} stopped at {module.samples_seen} samples")
 
     def _save(self, trainer: pl.Trainer, module: StageModule) -> None:
-        elapsed_s = self._elapsed_before_s + time.monotonic() - self._started
         keep = self._settings.keep_checkpoints
-        save_checkpoint(trainer, self._context, module.samples_seen, elapsed_s, keep)
+        save_checkpoint(trainer, self._context, module.samples_seen, self._clock.elapsed_s, keep)
         self._last_save = time.monotonic()
 
 

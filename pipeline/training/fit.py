@@ -13,6 +13,8 @@ from pipeline.data.splits import Split
 from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.context import StageContext
+from pipeline.training.hardware import record_hardware
+from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
 from pipeline.training.processes import process_environment, process_rank
@@ -52,6 +54,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
     """
     strategy, choice = build_strategy(context.frozen.trainer, module.network)
     print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
+    record_hardware(context.frozen, context.ownership, choice.title)
     checkpoint = latest_checkpoint(context.work)
     samples_seen = checkpoint.samples_seen if checkpoint else 0
     stage_settings = module.stage_settings
@@ -77,8 +80,9 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         batches=stage_settings.max_steps,
         workers=context.frozen.trainer.loader_workers,
     )
-    validation = Validation(context, images)
-    trainer = _assemble(context, module, images, shape, validation, checkpoint, strategy)
+    clock = TrainingClock(checkpoint.elapsed_s if checkpoint else 0.0)
+    validation = Validation(context, images, clock)
+    trainer = _assemble(context, module, images, shape, validation, clock, checkpoint, strategy)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
@@ -94,11 +98,13 @@ def _assemble(
     images: CaptionedImages,
     shape: BatchShape,
     validation: Validation,
+    clock: TrainingClock,
     checkpoint: Checkpoint | None,
     strategy: PortableStrategy,
 ) -> pl.Trainer:
     settings = context.frozen.trainer
     steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
+    measurements = Measurements(clock, settings.precision)
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -115,11 +121,13 @@ def _assemble(
             SeedEveryStep(context.frozen.seed),
             ResumeAtSamples(steps_done, shape.accumulation),
             NonFiniteGuard(context, images, module.stage_settings.optimizer.non_finite),
-            Rows(context, settings, images),
+            measurements,
+            Rows(context, settings, images, measurements),
             validation,
             Pictures(context, settings.sample_every_samples),
-            Checkpoints(context, settings, checkpoint.elapsed_s if checkpoint else 0.0),
+            Checkpoints(context, settings, clock),
         ],
+        profiler=measurements.loader_wait,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

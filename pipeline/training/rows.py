@@ -1,7 +1,6 @@
 """The rows of a training stage: mean losses, learning rate, gradient norm, speed, and samples that cannot be used."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +17,10 @@ from pipeline.data.faults import FaultTally, too_many_faults
 from pipeline.errors import UserError
 from pipeline.training.callbacks import StepBoundary
 from pipeline.training.context import StageContext
+from pipeline.training.measurements import Measurements
 from pipeline.training.module import LOSS, StageModule
 from pipeline.training.ranks import gather_objects, of_all_ranks
+from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.progress import Phase
 
 RATE_SMOOTHING = 0.9
@@ -32,10 +33,13 @@ class Rows(StepBoundary):
     What has been added up since the last row is part of every checkpoint.
     """
 
-    def __init__(self, context: StageContext, settings: TrainerSettings, images: CaptionedImages) -> None:
+    def __init__(
+        self, context: StageContext, settings: TrainerSettings, images: CaptionedImages, measurements: Measurements
+    ) -> None:
         self._context = context
         self._settings = settings
         self._images = images
+        self._measurements = measurements
         self._step_sums: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
@@ -43,7 +47,7 @@ class Rows(StepBoundary):
         self._tally = FaultTally()
         self._own_tally = FaultTally()
         self._samples_per_s = 0.0
-        self._last: tuple[float, int] | None = None
+        self._is_warm = False
 
     def on_micro_batch(self, outputs: Mapping[str, Tensor], batch: ImageBatch) -> None:
         """Add up the losses of the step, and the samples that were replaced."""
@@ -70,13 +74,14 @@ class Rows(StepBoundary):
                 f"lower stage.{stage}.optimizer.learning_rate or set gradient_clip_norm"
             )
         tally = self._tally_of_all_ranks(trainer)
-        self._measure_speed(module.samples_seen)
+        system = self._measurements.take(trainer, module.samples_seen)
         row = {f"train/{name}": value for name, value in means.items()}
-        row |= {"learning_rate": trainer.optimizers[0].param_groups[0]["lr"], "samples_per_s": self._samples_per_s}
+        row["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         if self._steps_skipped:
             row["train/steps_skipped"] = self._steps_skipped
-        self._context.tracker.log(module.samples_seen, row | tally.metrics())
-        self._context.progress.update(loss=means.get(LOSS), samples_per_s=self._samples_per_s)
+        self._context.tracker.log(module.samples_seen, row | tally.metrics() | system)
+        samples_per_s = self._smoothed(system[f"{MEASURED}samples_per_s"])
+        self._context.progress.update(loss=means.get(LOSS), samples_per_s=samples_per_s)
         if tally.is_over(self._settings.max_faulty_share):
             by_shard: Counter[str] = Counter()
             for found in gather_objects(self._images.faulty_by_shard()):
@@ -127,10 +132,10 @@ class Rows(StepBoundary):
         found = {fault.value: count for fault, count in zip(DecodeFault, faults, strict=True) if count}
         return FaultTally(self._tally.read + read, self._tally.by_reason + Counter(found))
 
-    def _measure_speed(self, samples_seen: int) -> None:
-        now = time.monotonic()
-        if self._last is not None:
-            rate = (samples_seen - self._last[1]) / max(1e-9, now - self._last[0])
+    def _smoothed(self, rate: float) -> float:
+        """The rate for whoever asks how long it will take; the first row's is left out, since it has the warm-up."""
+        if self._is_warm:
             smoothed = RATE_SMOOTHING * self._samples_per_s + (1 - RATE_SMOOTHING) * rate
             self._samples_per_s = smoothed if self._samples_per_s else rate
-        self._last = (now, samples_seen)
+        self._is_warm = True
+        return self._samples_per_s

@@ -15,13 +15,16 @@ from pipeline.data.mixing import named_seed
 from pipeline.errors import StageInterrupted, UserError
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import ProgressWriter, StageContext, StageResult
+from pipeline.training.hardware import record_hardware
 from pipeline.training.processes import is_started_by_srun, process_rank
-from pipeline.training.tracking import METRICS, Tracker
-from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
+from pipeline.training.tracking import Tracker
+from pipeline.training.tracking.wandb_record import WandbRecord
+from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.metrics import METRICS
 from pipeline.workflow.ownership import Ownership, acquire, wait_for_first_process
-from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, write_failure
+from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, read_hardware, write_failure
 
 _MIN_FREE_BYTES = 2**20
 
@@ -150,17 +153,25 @@ def _run_and_publish(
     if ownership is not None:
         ownership.require()
         output = frozen.store.start_building(frozen.stage, frozen.fingerprint, ownership.attempt)
-    with Tracker(frozen, ownership) as tracker:
-        tracker.forget_after(checkpoint.samples_seen if checkpoint else -1)
+    record_hardware(frozen, ownership)
+    with Tracker(frozen, ownership, checkpoint.samples_seen if checkpoint else -1) as tracker:
         context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption, ownership)
         result: StageResult = resolve(declaration.run)(context)
         tracker.summarise(result.metrics)
-    if ownership is not None:
-        progress.update(phase=Phase.PUBLISHING, activity="publishing")
-        _publish(frozen, output, result, elapsed_before_s + time.monotonic() - started, ownership)
+        if ownership is not None:
+            progress.update(phase=Phase.PUBLISHING, activity="publishing")
+            duration_s = elapsed_before_s + time.monotonic() - started
+            tracker.log_artifact(_publish(frozen, output, result, duration_s, tracker.wandb_record, ownership))
 
 
-def _publish(frozen: FrozenStage, output: Path, result: StageResult, duration_s: float, ownership: Ownership) -> None:
+def _publish(
+    frozen: FrozenStage,
+    output: Path,
+    result: StageResult,
+    duration_s: float,
+    wandb_run: WandbRecord | None,
+    ownership: Ownership,
+) -> Artifact:
     rows = frozen.work / METRICS
     if rows.exists():
         (output / METRICS).write_bytes(rows.read_bytes())
@@ -179,9 +190,11 @@ def _publish(frozen: FrozenStage, output: Path, result: StageResult, duration_s:
         samples_seen=result.samples_seen,
         numbers=result.numbers,
         metrics=result.metrics,
+        hardware=read_hardware(frozen.work),
+        tracking=wandb_run.published() if wandb_run else {},
         files=describe_files(output),
     )
-    frozen.store.publish(output, manifest, before_rename=ownership.require)
+    return frozen.store.publish(output, manifest, before_rename=ownership.require)
 
 
 def code_version() -> str:

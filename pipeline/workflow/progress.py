@@ -11,6 +11,7 @@ from pipeline.workflow.artifacts import write_json_atomically
 
 PROGRESS = "progress.json"
 FAILURE = "failure.json"
+HARDWARE = "hardware.json"
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
 SECONDS_UNTIL_SILENT = 60.0
@@ -94,6 +95,11 @@ def read_failure(work: Path) -> Failure | None:
     """Why the last attempt failed, or None."""
     values = _read_json(work / FAILURE)
     return None if values is None else Failure(**values)
+
+
+def read_hardware(work: Path) -> dict[str, Any]:
+    """What the stage runs on, as its process found it; {} before it started."""
+    return _read_json(work / HARDWARE) or {}
 
 
 def latest_checkpoint_samples(work: Path) -> int | None:

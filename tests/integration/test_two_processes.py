@@ -18,6 +18,7 @@ from tiny_runs import plan_stages
 
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import latest_checkpoint_samples
 
 STEPS = 40
@@ -68,7 +69,7 @@ def _is_rank(each: psutil.Process, of_all: list[psutil.Process]) -> bool:
 
 
 def rows(stage: FrozenStage) -> list[dict[str, float]]:
-    return [{name: value for name, value in row.items() if name != "samples_per_s"} for row in tiny.rows(stage)]
+    return [without_measured(row) for row in tiny.rows(stage)]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from pipeline.config import (
     RunSettings,
     Settings,
     SlurmLaunch,
+    TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
 )
@@ -120,7 +121,9 @@ def plan(
         stage=stages,
         trainer=tiny.TRAINER.model_copy(update={"checkpoint_every_samples": 8, "lease_s": 20.0, **trainer}),
         launch=LocalLaunch(kind="local") if is_local else slurm_launch(**(launch or {})),
-        tracking=TrackingSettings(mode=TrackingMode.NONE, project="test", entity=None),
+        tracking=TrackingSettings(
+            mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
+        ),
     )
     return plan_run(config)
 

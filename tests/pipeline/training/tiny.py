@@ -24,6 +24,7 @@ from pipeline.config import (
     Precision,
     Settings,
     StrategyName,
+    TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
     TrainerSettings,
@@ -231,7 +232,9 @@ def _frozen(
         seed=3,
         outputs=outputs,
         trainer=trainer,
-        tracking=TrackingSettings(mode=TrackingMode.NONE, project="test", entity=None),
+        tracking=TrackingSettings(
+            mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
+        ),
         overrides=[],
     )
 

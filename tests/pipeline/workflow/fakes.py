@@ -15,6 +15,7 @@ from pipeline.config import (
     RunConfig,
     RunSettings,
     Settings,
+    TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
     TrainerSettings,
@@ -132,7 +133,9 @@ def run_config(outputs: Path, stages: dict[str, dict[str, Any]] | None = None, *
         stage=WORKFLOW if stages is None else stages,
         trainer=TRAINER,
         launch=LocalLaunch(kind="local"),
-        tracking=TrackingSettings(mode=TrackingMode.NONE, project="test", entity=None),
+        tracking=TrackingSettings(
+            mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
+        ),
     )
     return config.model_copy(update=changes)
 

@@ -109,6 +109,15 @@ def test_verify_finds_a_damaged_file_and_names_it(store: ArtifactStore, damage: 
         artifact.verify()
 
 
+def test_a_manifest_from_before_hardware_was_recorded_is_read(store: ArtifactStore):
+    path = publish(store).path / MANIFEST
+    values = json.loads(path.read_text())
+    del values["hardware"]
+    path.write_text(json.dumps(values))
+    (artifact,) = store.all_of("clip")
+    assert artifact.manifest.hardware == {}
+
+
 def test_a_manifest_of_another_schema_says_what_to_do(store: ArtifactStore):
     path = publish(store).path / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))

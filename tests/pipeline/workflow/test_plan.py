@@ -4,7 +4,7 @@ import fakes
 import pytest
 from fakes import TRAINER, actions, plan, publish, publish_all, with_settings
 
-from pipeline.config import PathSettings, Precision, TrackingMode, TrackingSettings
+from pipeline.config import PathSettings, Precision, TrackedArtifacts, TrackingMode, TrackingSettings
 from pipeline.errors import UserError
 from pipeline.workflow.plan import PlannedStage, plan_run
 from pipeline.workflow.progress import Failure, write_failure
@@ -87,7 +87,13 @@ def test_devices_workers_paths_logging_and_tracking_change_no_fingerprint(tmp_pa
     elsewhere = plan(
         tmp_path,
         paths=PathSettings(outputs=tmp_path / "elsewhere"),
-        tracking=TrackingSettings(mode=TrackingMode.ONLINE, project="other", entity="me"),
+        tracking=TrackingSettings(
+            mode=TrackingMode.ONLINE,
+            project="other",
+            entity="me",
+            artifacts=TrackedArtifacts.REFERENCE,
+            tensorboard=False,
+        ),
         trainer=TRAINER.model_copy(
             update={
                 "accelerator": "gpu",

@@ -8,7 +8,7 @@ import yaml
 from pipeline.compose import CONFIG_DIRECTORY, compose_members
 from pipeline.config import SlurmLaunch, TrainerSettings
 from pipeline.errors import UserError
-from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.slurm.batch import render
 from pipeline.workflow.slurm.commands import environment_of_jobs
@@ -55,6 +55,13 @@ def test_the_template_is_a_script_that_bash_accepts(tmp_path: Path):
         render(frozen(tmp_path), launch(modules=["cuda/12.4", NASTY.replace("\n", "")], setup_script=NASTY)).script
     )
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_a_key_that_is_exported_stands_in_no_job_and_no_frozen_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    stage = frozen(tmp_path)
+    assert "k" * 40 not in str(render(stage, launch()))
+    assert "k" * 40 not in write_frozen(stage).path.read_text()
 
 
 def test_environment_values_reach_the_stage_as_they_are(tmp_path: Path):

@@ -1,0 +1,164 @@
+"""What is measured while a stage trains: time, waiting for data, memory, and the use of the device's arithmetic."""
+
+import time
+from typing import Any
+
+import psutil
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.profilers import Profiler
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import Precision
+from pipeline.data.batch import ImageBatch
+from pipeline.training.module import StageModule
+from pipeline.training.ranks import of_all_ranks
+from pipeline.workflow.metrics import MEASURED
+
+_LIGHTNING_FETCHES = "train_dataloader_next"
+_MIB = 2**20
+_DECIMALS = 6
+
+# Dense 16-bit peaks in TFLOP/s from NVIDIA's data sheets. The first part that a device's name has counts, so that the
+# more exact ones come first.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
+
+
+def peak_flops(device_name: str, precision: Precision) -> float | None:
+    """A GPU's highest rate in FLOP/s; None where it is not known.
+
+    In float32 torch runs convolutions in TF32 and matrix products without it, so that no one peak holds for a network.
+    """
+    if precision is Precision.FLOAT32:
+        return None
+    return next((1e12 * tflops for part, tflops in _PEAK_TFLOPS.items() if part in device_name), None)
+
+
+def device_peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """The same of a device; None for what is no CUDA device."""
+    return peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+class TrainingClock:
+    """Seconds that a stage has trained, over all its sessions."""
+
+    def __init__(self, before_s: float = 0.0) -> None:
+        self._started = time.monotonic() - before_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Those of this session and of the ones before its checkpoint."""
+        return time.monotonic() - self._started
+
+
+class LoaderWait(Profiler):
+    """Adds up the time in which the training loop waits for its loader; Lightning brackets each fetch for profilers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited_s = 0.0
+        self._started = 0.0
+
+    def start(self, action_name: str) -> None:
+        """A named piece of Lightning's work begins."""
+        if action_name.endswith(_LIGHTNING_FETCHES):
+            self._started = time.monotonic()
+
+    def stop(self, action_name: str) -> None:
+        """It ends."""
+        if action_name.endswith(_LIGHTNING_FETCHES):
+            self.waited_s += time.monotonic() - self._started
+
+
+class Measurements(pl.Callback):
+    """Gives the `system/` columns of a row. Where several processes train, the one that waits or holds most counts.
+
+    The model FLOPs utilisation, `system/mfu`, stands there for GPUs whose peak is known. The FLOPs of a sample are
+    counted once, forward and backward, over the first micro-batch; what is computed a second time to save memory counts
+    twice.
+    """
+
+    def __init__(self, clock: TrainingClock, precision: Precision) -> None:
+        self.loader_wait = LoaderWait()
+        self._clock = clock
+        self._precision = precision
+        self._peak_flops: float | None = None
+        self._counter: FlopCounterMode | None = None
+        self._is_counting = False
+        self._flops_per_sample: float | None = None
+        self._last = (0.0, 0, 0.0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's hook: the first row is measured from here."""
+        assert isinstance(pl_module, StageModule)
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._peak_flops = device_peak_flops(device, self._precision)
+        self._last = (time.monotonic(), pl_module.samples_seen, self.loader_wait.waited_s)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook: begin to count in the first micro-batch."""
+        if self._peak_flops is not None and self._flops_per_sample is None:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+            self._is_counting = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook: what was counted is known."""
+        if self._counter is not None:
+            assert isinstance(batch, ImageBatch)
+            self._flops_per_sample = self._counter.get_total_flops() / len(batch)
+            self._counter = None
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's hook: the optimiser's own work is not counted."""
+        self._stop_counting()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning's hook: leave the process as it was, for the stage that comes next in it."""
+        self._stop_counting()
+
+    def take(self, trainer: pl.Trainer, samples_seen: int) -> dict[str, float]:
+        """The columns of a row, over the time since the last one; all ranks call this."""
+        now, (then, samples_before, waited_before_s) = time.monotonic(), self._last
+        wall_s = max(1e-9, now - then)
+        waited_share = (self.loader_wait.waited_s - waited_before_s) / wall_s
+        self._last = (now, samples_seen, self.loader_wait.waited_s)
+        device = trainer.strategy.root_device
+        own = torch.tensor([waited_share, _memory_mib(device)], device=device)
+        waited_share, memory_mib = of_all_ranks(trainer, own).amax(0).tolist()
+        samples_per_s = (samples_seen - samples_before) / wall_s
+        row = {
+            "elapsed_s": self._clock.elapsed_s,
+            "samples_per_s": samples_per_s,
+            "data_wait_share": min(1.0, waited_share),
+            "memory_mib": memory_mib,
+        }
+        if self._peak_flops is not None and self._flops_per_sample:
+            row["mfu"] = self._flops_per_sample * samples_per_s / (self._peak_flops * trainer.world_size)
+        return {f"{MEASURED}{name}": round(value, _DECIMALS) for name, value in row.items()}
+
+    def _stop_counting(self) -> None:
+        if self._counter is not None and self._is_counting:
+            self._is_counting = False
+            self._counter.__exit__(None, None, None)
+
+
+def _memory_mib(device: torch.device) -> float:
+    """The peak of this process on a CUDA device, else its resident set now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    return psutil.Process().memory_info().rss / _MIB
