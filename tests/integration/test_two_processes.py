@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import plan_stages
 
+from pipeline.config import StrategyName
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.metrics import without_measured
@@ -24,10 +25,11 @@ from pipeline.workflow.progress import latest_checkpoint_samples
 STEPS = 40
 
 
-def learner(outputs: Path, *, devices: int = 2, dropout: float = 0.3) -> FrozenStage:
+def learner(outputs: Path, *, devices: int = 2, dropout: float = 0.3, strategy: str = "ddp") -> FrozenStage:
     """Forty steps of 8 samples in micro-batches, with a loader worker in each process."""
     stage = tiny.frozen(
-        outputs, dropout=dropout, max_samples=8 * STEPS, step_s=0.02, devices=devices, loader_workers=1,
+        outputs, strategy=StrategyName(strategy), dropout=dropout,
+        max_samples=8 * STEPS, step_s=0.02, devices=devices, loader_workers=1,
         log_every_steps=3, micro_batch_size=2, checkpoint_every_samples=24,
     )  # fmt: skip
     run_stage(tiny.data_of(stage), Event())
@@ -72,15 +74,12 @@ def rows(stage: FrozenStage) -> list[dict[str, float]]:
     return [without_measured(row) for row in tiny.rows(stage)]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> FrozenStage:
-    stage = learner(tmp_path_factory.mktemp("undisturbed"))
-    finish(stage)
-    return stage
-
-
-def test_two_killed_processes_resume_to_the_bits_and_rows_of_undisturbed_ones(tmp_path: Path, undisturbed: FrozenStage):
-    stage = learner(tmp_path)
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "zero2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("zero1", "zero3"))]
+)
+def test_two_killed_processes_resume_to_the_bits_and_rows_of_undisturbed_ones(tmp_path: Path, strategy: str):
+    undisturbed, stage = (learner(tmp_path / name, strategy=strategy) for name in ("undisturbed", "killed"))
+    finish(undisturbed)
     process = start(stage)
     wait_for_checkpoint(stage, process, after=24)
     victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]

@@ -12,6 +12,7 @@ import tiny
 import world
 
 from pipeline.cli import main
+from pipeline.config import StrategyName
 from pipeline.errors import UserError
 from pipeline.workflow.runs import read_runs
 from pipeline.workflow.slurm.status import cancel_runs, job_statuses
@@ -185,8 +186,9 @@ def test_the_jobs_ask_for_what_their_profile_says(tmp_path: Path):
     wait_for(*ids.values(), state="CANCELLED")
 
 
-def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp_path: Path):
-    here = world.plan(tmp_path / "here", steps=12, is_local=True, devices=2)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp_path: Path, strategy: str):
+    here = world.plan(tmp_path / "here", steps=12, is_local=True, devices=2, strategy=StrategyName(strategy))
     data, learner = (stage.frozen for stage in here.stages)
     assert data is not None
     assert learner is not None
@@ -194,7 +196,12 @@ def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp
     command = [sys.executable, "-m", "pipeline.training.worker", str(world.write(learner))]
     subprocess.run(command, check=True, env={**os.environ})
     stage, job_id = world.submitted_learner(
-        tmp_path / "there", steps=12, step_s=0.2, num_nodes=2, checkpoint_every_samples=None
+        tmp_path / "there",
+        steps=12,
+        step_s=0.2,
+        num_nodes=2,
+        checkpoint_every_samples=None,
+        strategy=StrategyName(strategy),
     )
     world.wait("training", (stage.work / "in-step").exists)
     nodes = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
@@ -202,7 +209,8 @@ def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp
     world.slurm("scancel", "--signal=USR1", str(job_id))
     world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
     world.wait_for_end(stage, job_id)
-    assert world.log_of(stage).count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2
+    # Two processes, and two starts.
+    assert world.log_of(stage).count(f"training by {strategy} on 2 devices") == 4
     (stopped_at,) = set(re.findall(r"stopped at (\d+) samples", world.log_of(stage)))
     assert f"resuming from samples-{int(stopped_at):012}" in world.log_of(stage)
     assert tiny.are_equal(world.weights_under(tmp_path / "there"), world.weights_under(tmp_path / "here"))
