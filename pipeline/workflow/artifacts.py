@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
@@ -45,6 +45,7 @@ class Manifest(Settings):
     samples_seen: int
     numbers: dict[str, Any]
     metrics: dict[str, Any]
+    hardware: dict[str, Any] = Field(default_factory=dict)
     files: list[FileRecord]
 
 

@@ -11,6 +11,7 @@ from pipeline.workflow.artifacts import write_json_atomically
 
 PROGRESS = "progress.json"
 FAILURE = "failure.json"
+HARDWARE = "hardware.json"
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
 SECONDS_UNTIL_SILENT = 60.0
