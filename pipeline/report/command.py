@@ -2,17 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.errors import UserError
-from pipeline.report.records import Comparison, read_comparison
-from pipeline.report.select import is_sweep, select_runs
-from pipeline.report.sweep import chosen_metric
+from pipeline.report.records import read_comparison
+from pipeline.report.select import select_runs, sweep_members
+from pipeline.report.sweep import SweepView, chosen_metric
 from pipeline.report.table import table_csv, table_json
 from pipeline.report.terminal import print_comparison, print_effects
+from pipeline.workflow.runs import read_run
 
 
 def add_compare_options(parser: argparse.ArgumentParser) -> None:
@@ -32,32 +32,46 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
 
 def compare(options: argparse.Namespace) -> int:
     """Print the table, CSV or JSON, and write the HTML file where one is asked for."""
-    comparison = read_comparison(options.outputs.absolute(), select_runs(options.outputs.absolute(), options.runs))
-    metric = None
-    if any(is_sweep(name) for name in options.runs):
-        metric = chosen_metric(comparison, options.metric[0] if options.metric else None)
+    outputs = options.outputs.absolute()
+    comparison = read_comparison(outputs, select_runs(outputs, options.runs))
+    sweep = comparison.only(sweep_members(outputs, options.runs))
+    metric = chosen_metric(sweep, options.metric[0] if options.metric else None) if sweep.runs else None
     if options.csv:
         sys.stdout.write(table_csv(comparison))
     elif options.json:
         sys.stdout.write(table_json(comparison))
     else:
-        _print(comparison, options.metric, metric)
+        console = Console(highlight=False)
+        print_comparison(console, comparison, options.metric)
+        if metric is not None:
+            print_effects(console, sweep, metric)
     if options.output is not None:
         from pipeline.report.page import write_page
 
         _require_directory(options.output)
-        write_page(comparison, options.output, metric)
+        write_page(comparison, options.output, None if metric is None else SweepView(sweep, metric))
         print(f"report: {options.output}", file=sys.stderr if options.csv or options.json else sys.stdout)
     return 0
-
-
-def _print(comparison: Comparison, columns: Sequence[str], metric: str | None) -> None:
-    console = Console(highlight=False)
-    print_comparison(console, comparison, columns)
-    if metric is not None:
-        print_effects(console, comparison, metric)
 
 
 def _require_directory(file: Path) -> None:
     if not file.absolute().parent.is_dir() or file.is_dir():
         raise UserError(f"--output {file} cannot be written; give a file in a directory that is there")
+
+
+def add_card_options(parser: argparse.ArgumentParser) -> None:
+    """What `unclip card` takes beside `--outputs`."""
+    parser.add_argument("run", help="name of a run")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: runs/RUN/README.md)")
+
+
+def card(options: argparse.Namespace) -> int:
+    """Write the card and say where."""
+    from pipeline.report.card import write_card
+
+    outputs = options.outputs.absolute()
+    if options.output is not None:
+        _require_directory(options.output)
+    written = write_card(read_comparison(outputs, [read_run(outputs, options.run)]), options.output)
+    print(f"card: {written}")
+    return 0

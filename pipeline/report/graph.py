@@ -14,6 +14,7 @@ LINE = 22
 HEAD = 30
 PADDING = 10
 MARGIN = 8
+_Users = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,17 @@ class Graph:
 
 def sharing_graph(comparison: Comparison) -> Graph:
     """Boxes in columns, what is shared by most to the left; each near the rows of its runs."""
-    groups: dict[tuple[str, ...], list[StageReport]] = {}
+    groups: dict[_Users, list[StageReport]] = {}
     for stage in comparison.distinct_stages:
         groups.setdefault(comparison.users[stage.fingerprint], []).append(stage)
-    inputs = {users: _inputs(comparison, users, stages) for users, stages in groups.items()}
+    inputs = _without_shortcuts({users: _inputs(comparison, users, stages) for users, stages in groups.items()})
     columns = _columns(inputs)
     order = {run.name: number for number, run in enumerate(comparison.runs)}
 
-    def row(users: tuple[str, ...]) -> float:
+    def row(users: _Users) -> float:
         return sum(order[name] for name in users) / len(users)
 
-    boxes: dict[tuple[str, ...], Box] = {}
+    boxes: dict[_Users, Box] = {}
     bottoms: dict[int, int] = {}
     for users in sorted(groups, key=lambda each: (columns[each], row(each))):
         column = columns[users]
@@ -71,31 +72,43 @@ def sharing_graph(comparison: Comparison) -> Graph:
         boxes[users] = Box(users, tuple(groups[users]), MARGIN + column * (BOX_WIDTH + COLUMN_GAP), top)
         bottoms[column] = top + boxes[users].height + ROW_GAP
     height = max(bottoms.values(), default=MARGIN) - ROW_GAP
-    centred = {users: _lowered(box, (height - (bottoms[columns[users]] - ROW_GAP)) // 2) for users, box in boxes.items()}
+    centred = {
+        users: _lowered(box, (height - (bottoms[columns[users]] - ROW_GAP)) // 2) for users, box in boxes.items()
+    }
     edges = [(centred[source], centred[users]) for users, sources in inputs.items() for source in sources]
     width = max((box.right for box in boxes.values()), default=0) + MARGIN
     return Graph(tuple(centred.values()), tuple(edges), width, height + MARGIN)
 
 
-def _inputs(
-    comparison: Comparison, users: tuple[str, ...], stages: list[StageReport]
-) -> dict[tuple[str, ...], None]:
+def _inputs(comparison: Comparison, users: _Users, stages: list[StageReport]) -> list[_Users]:
     """The other boxes that a box takes something from."""
     run = next(run for run in comparison.runs if run.name == users[0])
-    found: dict[tuple[str, ...], None] = {}
+    found: dict[_Users, None] = {}
     for stage in stages:
         for name in stage.upstream:
             source = run.stage(name)
             if source is not None and comparison.users[source.fingerprint] != users:
                 found[comparison.users[source.fingerprint]] = None
-    return found
+    return list(found)
 
 
-def _columns(inputs: dict[tuple[str, ...], dict[tuple[str, ...], None]]) -> dict[tuple[str, ...], int]:
+def _without_shortcuts(inputs: dict[_Users, list[_Users]]) -> dict[_Users, list[_Users]]:
+    """Leave out an input that another input was built on: its line says nothing new."""
+
+    def reaches(source: _Users, users: _Users) -> bool:
+        return source in inputs[users] or any(reaches(source, between) for between in inputs[users])
+
+    return {
+        users: [each for each in sources if not any(reaches(each, other) for other in sources if other != each)]
+        for users, sources in inputs.items()
+    }
+
+
+def _columns(inputs: dict[_Users, list[_Users]]) -> dict[_Users, int]:
     """The longest way to each box."""
-    found: dict[tuple[str, ...], int] = {}
+    found: dict[_Users, int] = {}
 
-    def column(users: tuple[str, ...]) -> int:
+    def column(users: _Users) -> int:
         if users not in found:
             found[users] = 1 + max((column(source) for source in inputs[users]), default=-1)
         return found[users]

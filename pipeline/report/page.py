@@ -16,27 +16,29 @@ from pipeline.report.graph import sharing_graph
 from pipeline.report.metrics import directions, format_number
 from pipeline.report.pictures import picture_tables
 from pipeline.report.records import Comparison
-from pipeline.report.sweep import Effect, effects, metric_names, metric_values, parameters, settings
+from pipeline.report.sweep import Effect, SweepView, effects, metric_names, metric_values, settings
 from pipeline.report.table import columns, format_hours, run_cost, totals
 from pipeline.workflow.display import format_duration
 
 _ASSETS = "assets"
 
 
-def write_page(comparison: Comparison, path: Path, metric: str | None = None) -> None:
-    """Write the page; with a metric, it has the effects of a sweep's parameters, first on that one."""
-    path.write_text(page(comparison, metric), encoding="utf-8")
+def write_page(comparison: Comparison, path: Path, sweep: SweepView | None = None) -> None:
+    """Write the page; with a sweep, it has the effects of its parameters."""
+    path.write_text(page(comparison, sweep), encoding="utf-8")
 
 
-def page(comparison: Comparison, metric: str | None = None) -> str:
+def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
     """The page's HTML. All that comes from configs, captions and records is escaped."""
     environment = Environment(
         loader=PackageLoader("pipeline.report", _ASSETS), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     environment.filters |= {"duration": format_duration, "hours": format_hours, "number": format_number}
     records = [run.record for run in comparison.runs]
     found = columns(comparison)
+    most = max(map(comparison.count_distinct, comparison.stage_names))
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         runs=comparison.runs,
@@ -46,11 +48,11 @@ def page(comparison: Comparison, metric: str | None = None) -> str:
         columns=found,
         costs=[run_cost(comparison, run) for run in comparison.runs],
         totals=totals(comparison.distinct_stages, comparison),
-        stages=[(name, comparison.is_common(name)) for name in comparison.stage_names],
+        stages=[(name, comparison.count_distinct(name) == most) for name in comparison.stage_names],
         pictures=picture_tables(comparison),
         graph=sharing_graph(comparison),
-        is_sweep=metric is not None and bool(parameters(comparison)),
-        data=_data(comparison, metric),
+        is_sweep=sweep is not None,
+        data=_data(comparison, sweep),
         asset=_asset,
         nonce=token_urlsafe(16),
     )
@@ -61,7 +63,7 @@ def _asset(name: str) -> Markup:
     return Markup((files("pipeline.report") / _ASSETS / name).read_text(encoding="utf-8"))  # noqa: S704
 
 
-def _data(comparison: Comparison, metric: str | None) -> dict[str, Any]:
+def _data(comparison: Comparison, sweep: SweepView | None) -> dict[str, Any]:
     """What the page's script draws from."""
     numbers = {run.name: number for number, run in enumerate(comparison.runs)}
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -72,7 +74,7 @@ def _data(comparison: Comparison, metric: str | None) -> dict[str, Any]:
         "runs": [run.name for run in comparison.runs],
         "curves": by_stage,
         "common": [name for name in comparison.stage_names if comparison.is_common(name)],
-        "sweep": None if metric is None else _sweep_data(comparison, metric),
+        "sweep": None if sweep is None else _sweep_data(sweep.members, sweep.metric),
     }
 
 
@@ -85,10 +87,9 @@ def _sweep_data(comparison: Comparison, metric: str) -> dict[str, Any]:
     varying = [name for name in metric_names(comparison) if len(set(metric_values(comparison, name))) > 1]
     metrics = {}
     for name in dict.fromkeys([metric, *varying]):
-        found = [_effect_data(effect) for effect in effects(comparison, name)]
-        if len(found) > 1:
-            found.append(_effect_data(settings(comparison, name)))
-        metrics[name] = {"better": better.get(name), "effects": found}
+        found = [*effects(comparison, name), settings(comparison, name)]
+        shown = [_effect_data(effect) for effect in found if effect is not None]
+        metrics[name] = {"better": better.get(name), "effects": shown}
     return {"metric": metric, "metrics": metrics}
 
 

@@ -65,7 +65,8 @@ def picture_tables(comparison: Comparison) -> list[PictureTable]:
     sources = {name: _grids_of(comparison, name) for name in reversed(comparison.stage_names)}
     count = sum(len(found) for found in sources.values())
     per_grid = max(FEWEST_CAPTIONS, PICTURES_OF_A_PAGE // (2 * max(1, count)))
-    return [_table(comparison, name, found, per_grid) for name, found in sources.items() if found]
+    most_first = sorted(sources.items(), key=lambda source: -len(source[1]))
+    return [_table(comparison, name, found, per_grid) for name, found in most_first if found]
 
 
 def latest_grid(stage: StageReport) -> Path | None:
@@ -80,9 +81,7 @@ def _grids_of(comparison: Comparison, name: str) -> list[tuple[StageReport, Path
     return [(stage, path) for stage in stages.values() if (path := latest_grid(stage)) is not None]
 
 
-def _table(
-    comparison: Comparison, name: str, sources: list[tuple[StageReport, Path]], captions: int
-) -> PictureTable:
+def _table(comparison: Comparison, name: str, sources: list[tuple[StageReport, Path]], captions: int) -> PictureTable:
     grids: list[_Grid] = []
     whole: list[tuple[tuple[str, ...], Picture]] = []
     left_out = 0

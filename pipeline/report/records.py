@@ -1,7 +1,7 @@
 """What the report reads of runs: each stage's state, cost, metrics and hardware, finished or not."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -121,6 +121,14 @@ class Comparison:
         """Whether all runs have one and the same artifact behind a stage's name."""
         found = {stage.fingerprint if stage else None for stage in (run.stage(name) for run in self.runs)}
         return len(found) == 1
+
+    def only(self, names: Collection[str]) -> "Comparison":
+        """The runs of those names; what others share with them is still known."""
+        return Comparison(self.outputs, tuple(run for run in self.runs if run.name in names), self.users)
+
+    def count_distinct(self, name: str) -> int:
+        """How many stages stand behind a stage's name."""
+        return sum(stage.name == name for stage in self.distinct_stages)
 
     def shared_with(self, run: RunReport, stage: StageReport) -> list[str]:
         """The other compared runs that have this very stage."""

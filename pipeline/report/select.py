@@ -18,13 +18,13 @@ def select_runs(outputs: Path, names: Sequence[str]) -> list[RunRecord]:
     return list(found.values())
 
 
-def is_sweep(name: str) -> bool:
-    """Whether a name asks for a sweep's effects, `sweep:NAME`."""
-    return name.startswith(SWEEP)
+def sweep_members(outputs: Path, names: Sequence[str]) -> list[str]:
+    """The runs that were asked for as members of a sweep, by `sweep:NAME`."""
+    return [record.name for name in names if name.startswith(SWEEP) for record in _selected(outputs, name)]
 
 
 def _selected(outputs: Path, name: str) -> list[RunRecord]:
-    if is_sweep(name):
+    if name.startswith(SWEEP):
         return _sweep(outputs, name.removeprefix(SWEEP))
     if not _WILD.search(name):
         return read_runs(outputs, name)

@@ -12,6 +12,14 @@ from pipeline.workflow.declaration import Better
 
 
 @dataclass(frozen=True)
+class SweepView:
+    """A sweep's members, and the metric that its effects are shown on first."""
+
+    members: Comparison
+    metric: str
+
+
+@dataclass(frozen=True)
 class Level:
     """The members with one value of a parameter (or one setting of all): `points` are (run's number, metric)."""
 
@@ -55,14 +63,21 @@ def effects(comparison: Comparison, metric: str) -> list[Effect]:
     return found
 
 
-def settings(comparison: Comparison, metric: str) -> Effect:
-    """The members by all their parameters but seeds: repetitions of one setting stand together."""
+def settings(comparison: Comparison, metric: str) -> Effect | None:
+    """The members by all their parameters but seeds, repetitions together; None where fewer than two are varied."""
     varied = {key: labels for key, labels in parameters(comparison).items() if not _is_seed(key)}
+    if len(varied) < 2:
+        return None
     labels = [
-        ", ".join(f"{key}={values[number]}" for key, values in varied.items()) or "all members"
+        ", ".join(f"{short_key(key)}={values[number]}" for key, values in varied.items())
         for number in range(len(comparison.runs))
     ]
     return Effect("setting", _levels(labels, labels, metric_values(comparison, metric)), False)
+
+
+def short_key(key: str) -> str:
+    """The last two parts of a dotted key: what a reader needs of it beside its fellows."""
+    return ".".join(key.rsplit(".", 2)[-2:])
 
 
 def best_level(effect: Effect, better: Better | None) -> Level | None:

@@ -11,13 +11,12 @@ from pipeline.errors import UserError
 from pipeline.report.differences import differing_overrides, differing_settings
 from pipeline.report.metrics import directions, format_number
 from pipeline.report.records import Comparison
-from pipeline.report.sweep import Effect, best_level, effects, settings
+from pipeline.report.sweep import Effect, best_level, effects, settings, short_key
 from pipeline.report.table import Column, Quantity, columns, format_hours, run_cost, totals
 from pipeline.workflow.display import format_duration
-from pipeline.workflow.summary import new_table
 
 _BORDER = 3
-_LONGEST_VALUE = 24
+_LONGEST_VALUE = 16
 _SHOWN_DIFFERENCES = 3
 _BEST = "*"
 
@@ -39,9 +38,13 @@ class _Shown:
 
 def print_comparison(console: Console, comparison: Comparison, metrics: Sequence[str]) -> None:
     """The table, its total, and what was left out; `metrics` are the columns to show instead of the first that fit."""
-    fixed = _fixed(comparison)
     asked, others = _chosen(comparison, metrics)
-    room = console.width - 1 - sum(column.width for column in fixed)
+    least = _as_shown(asked[0]).width if asked else 0
+    for differences in range(_SHOWN_DIFFERENCES, -1, -1):
+        fixed = _fixed(comparison, differences)
+        room = console.width - 1 - sum(column.width for column in fixed)
+        if room >= least:
+            break
     fitting: list[Column] = []
     for column in asked:
         room -= _as_shown(column).width
@@ -65,14 +68,16 @@ def print_effects(console: Console, comparison: Comparison, metric: str) -> None
     better = directions(comparison).get(metric)
     direction = f" ({better.value} is better)" if better else ""
     console.print(f"{metric}{direction}: means over the members, ± standard deviation", markup=False, soft_wrap=True)
-    by_parameter, by_setting = effects(comparison, metric), settings(comparison, metric)
-    is_grouped = len(by_parameter) > 1 and 1 < len(by_setting.levels)
-    for effect in [*by_parameter, *([by_setting] if is_grouped else [])]:
-        console.print(_effect_table(effect, best_level(effect, better)))
+    for effect in [*effects(comparison, metric), settings(comparison, metric)]:
+        if effect is not None:
+            console.print(_effect_table(effect, best_level(effect, better)))
 
 
 def _effect_table(effect: Effect, best: object) -> Table:
-    table = new_table("", effect.parameter, "runs", "mean", "±", "lowest", "highest")
+    table = Table()
+    table.add_column(effect.parameter, overflow="fold")
+    for heading in ("runs", "mean", "±", "lowest", "highest"):
+        table.add_column(heading, no_wrap=True, justify="right")
     for level in effect.levels:
         values = [value for _, value in level.points]
         mean = (format_number(level.mean) or "-") + (f" {_BEST}" if level is best else "")
@@ -83,17 +88,17 @@ def _effect_table(effect: Effect, best: object) -> Table:
     return table
 
 
-def _fixed(comparison: Comparison) -> list[_Shown]:
+def _fixed(comparison: Comparison, differences: int) -> list[_Shown]:
     """The columns that are always there: names, what differs, state, time, cost."""
     records = [run.record for run in comparison.runs]
     varied = differing_overrides(records) or differing_settings(records)
     costs = [run_cost(comparison, run) for run in comparison.runs]
     everything = totals(comparison.distinct_stages, comparison)
     return [
-        _Shown("run", tuple(run.name for run in comparison.runs), "all, shared once"),
+        _Shown("run", tuple(run.name for run in comparison.runs), "all"),
         *(
-            _Shown("\n".join(key.rsplit(".", 2)[-2:]), tuple(value[:_LONGEST_VALUE] for value in values))
-            for key, values in list(varied.items())[:_SHOWN_DIFFERENCES]
+            _Shown(short_key(key).replace(".", "\n"), tuple(value[:_LONGEST_VALUE] for value in values))
+            for key, values in list(varied.items())[:differences]
         ),
         _Shown("state", tuple(run.state.value for run in comparison.runs)),
         _Shown(

@@ -172,7 +172,7 @@ function drawn(spec, plot, tip) {
     height: plot.clientHeight,
     legend: { show: false },
     cursor: { dataIdx: (u, series, index) => (series === 0 ? index : nearest(u, series, index)), points: { size: 7 }, y: false },
-    scales: { x: { time: false, ...(spec.xTicks ? { range: [-0.5, spec.xTicks.length - 0.5] } : {}) }, y: { distr: spec.isLog ? 3 : 1 } },
+    scales: { x: { time: false, ...(spec.xTicks ? { range: [-0.5, spec.xTicks.length - 0.5] } : {}) }, y: spec.isLog ? { distr: 3 } : { range: (_, low, high) => (low === high ? [low - 1, high + 1] : uPlot.rangeNum(low, high, 0.1, true)) } },
     axes: [xAxis, { ...axis, size: 58, values: (_, ticks) => ticks.map(axisNumber) }],
     series: [{}, ...spec.lines.map((line) => ({
       label: line.label, stroke: line.colour, width: line.points ? 0 : 1.75, dash: line.dash, spanGaps: true,
@@ -241,6 +241,12 @@ function lineOf(curve, axis, isLog, weight) {
   };
 }
 
+/** Losses and metrics before the learning rate, and what was measured of the machine last. */
+function rankOf(metric) {
+  if (metric.startsWith("system/")) return 2;
+  return metric === "learning_rate" ? 1 : 0;
+}
+
 function drawCurves() {
   const stage = byId("curve-stage").value;
   const axis = document.querySelector("input[name=axis]:checked").value;
@@ -249,7 +255,8 @@ function drawCurves() {
   const filter = byId("metric-filter").value.toLowerCase();
   const notes = new Set();
   const boxes = [];
-  for (const [metric, curves] of Object.entries(data.curves[stage] ?? {})) {
+  const ranked = Object.entries(data.curves[stage] ?? {}).sort((a, b) => rankOf(a[0]) - rankOf(b[0]));
+  for (const [metric, curves] of ranked) {
     if (!metric.toLowerCase().includes(filter)) continue;
     const visible = curves.filter((curve) => curve.runs.some((run) => !hiddenRuns.has(run)));
     for (const curve of visible) if (!curve[axis]) notes.add(`No hours were recorded for ${labelOf(curve.runs)}.`);
@@ -270,8 +277,8 @@ function setUpCurves() {
   const stages = Object.keys(data.curves);
   const select = byId("curve-stage");
   for (const stage of stages) select.append(element("option", stage, { value: stage }));
-  const own = stages.filter((stage) => !data.common.includes(stage));
-  select.value = own[0] ?? stages[stages.length - 1] ?? "";
+  const distinct = (stage) => Math.max(...Object.values(data.curves[stage]).map((curves) => curves.length));
+  select.value = stages.reduce((best, stage) => (best === "" || distinct(stage) >= distinct(best) ? stage : best), "");
   data.runs.forEach((name, run) => {
     const label = element("label");
     const box = element("input", "", { type: "checkbox" });
@@ -305,10 +312,8 @@ function bestMean(levels, better) {
 function effectTable(effect, better) {
   const table = element("table");
   const head = table.createTHead().insertRow();
-  for (const title of [effect.parameter, "runs", "mean", "±", "lowest", "highest"]) {
-    const heading = element("th", title, { scope: "col", style: "padding: .38rem .65rem; white-space: normal" });
-    head.append(heading);
-  }
+  const first = effect.parameter === "setting" ? "setting" : "value";
+  for (const title of [first, "runs", "mean", "±", "lowest", "highest"]) head.append(element("th", title, { scope: "col" }));
   const best = bestMean(effect.levels, better);
   const body = table.createTBody();
   for (const level of effect.levels) {
@@ -322,7 +327,7 @@ function effectTable(effect, better) {
     const ends = values.length ? [Math.min(...values), Math.max(...values)] : [null, null];
     row.append(mean, ...[level.deviation, ...ends].map((value) => element("td", shortNumber(value))));
   }
-  const scroll = element("div", "", { class: "scroll", role: "region", tabindex: 0, "aria-label": effect.parameter });
+  const scroll = element("div", "", { class: "scroll", role: "region", tabindex: 0, "aria-label": `Effect of ${effect.parameter}` });
   scroll.append(table);
   return scroll;
 }
