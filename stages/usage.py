@@ -22,6 +22,6 @@ def exported(run: str, artifact: Artifact) -> str:
         "    from diffusers import UnCLIPPipeline\n"
         f"    pipeline = UnCLIPPipeline.from_pretrained({str(artifact.path)!r})\n"
         '    pipeline("a big blue ring").images[0]\n\n'
-        "`prior_guidance_scale=1, decoder_guidance_scale=1` samples without classifier-free guidance; the pipeline's own "
-        "defaults are 4 and 8."
+        "`prior_guidance_scale=1, decoder_guidance_scale=1` samples without classifier-free guidance; the pipeline's "
+        "own defaults are 4 and 8."
     )

@@ -43,7 +43,7 @@ class CaptionRow:
 
 @dataclass(frozen=True)
 class PictureTable:
-    """The grids of one stage. `heads` names the runs behind each grid; `whole` are grids that do not say what is where."""
+    """The grids of one stage. `heads` names the runs behind each; `whole` are grids that do not say what is where."""
 
     stage: str
     heads: tuple[tuple[str, ...], ...]

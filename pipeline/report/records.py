@@ -37,8 +37,8 @@ _MOST_TELLING_FIRST = (State.FAILED, State.RUNNING, State.STARTING, State.STOPPE
 class StageReport:
     """One stage under one fingerprint; several runs may stand behind it.
 
-    `duration_s` is None where nothing says how long it has worked. `devices` counts those of all nodes. `metrics` are the
-    final ones, numbers only; a stage in progress has the last validation's. `detail` is a line on its state.
+    `duration_s` is None where nothing says how long it has worked. `devices` counts those of all nodes. `metrics` are
+    the final ones, numbers only; a stage in progress has the last validation's. `detail` is a line on its state.
     """
 
     name: str

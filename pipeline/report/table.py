@@ -29,7 +29,7 @@ class Quantity(StrEnum):
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of one run. `shared_with` are the other runs with the very same stage, `low` and `high` its interval."""
+    """One value of one run; `shared_with` are the other runs with the same stage, `low` and `high` its interval."""
 
     value: float | None
     text: str

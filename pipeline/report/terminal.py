@@ -40,11 +40,9 @@ def print_comparison(console: Console, comparison: Comparison, metrics: Sequence
     """The table, its total, and what was left out; `metrics` are the columns to show instead of the first that fit."""
     asked, others = _chosen(comparison, metrics)
     least = _as_shown(asked[0]).width if asked else 0
-    for differences in range(_SHOWN_DIFFERENCES, -1, -1):
-        fixed = _fixed(comparison, differences)
-        room = console.width - 1 - sum(column.width for column in fixed)
-        if room >= least:
-            break
+    differences = _SHOWN_DIFFERENCES
+    while (room := _room(console, fixed := _fixed(comparison, differences))) < least and differences:
+        differences -= 1
     fitting: list[Column] = []
     for column in asked:
         room -= _as_shown(column).width
@@ -71,6 +69,10 @@ def print_effects(console: Console, comparison: Comparison, metric: str) -> None
     for effect in [*effects(comparison, metric), settings(comparison, metric)]:
         if effect is not None:
             console.print(_effect_table(effect, best_level(effect, better)))
+
+
+def _room(console: Console, fixed: Sequence[_Shown]) -> int:
+    return console.width - 1 - sum(column.width for column in fixed)
 
 
 def _effect_table(effect: Effect, best: object) -> Table:

@@ -40,7 +40,7 @@ class StageDeclaration:
     `run` names the function that does the work ("module:function"); it is imported in the process that runs the stage.
     `identity` turns settings into what counts in the fingerprint, for settings that point to files outside the project.
     A `repeatable` output may have several producers in a workflow (two upsamplers).
-    `better` says which way final metrics improve, by shell patterns of their names; a report marks the best of those alone.
+    `better` says which way final metrics improve, by shell patterns of their names; a report marks the best of those.
     `usage` names a function (run's name, artifact) -> Markdown that tells a model card's reader how to use the output.
     """
 

@@ -45,9 +45,10 @@ def captioned_grid(
     names: Sequence[str],
     seeds: Sequence[int] = (),
 ) -> CaptionedGrid:
-    """A grid of cells; each holds the pictures of a caption side by side, one for each of `names`, and the caption below.
+    """A grid of cells; each holds a caption's pictures side by side, one for each of `names`, and the caption below.
 
-    `seeds` are those of what was drawn for each caption. Small pictures are enlarged without smoothing, so that every pixel of a 16-pixel sample can be seen.
+    `seeds` are those of what was drawn for each caption. Small pictures are enlarged without smoothing, so that every
+    pixel of a 16-pixel sample can be seen.
     """
     per_cell = max(len(each) for each in pictures)
     width = per_cell * CELL + (per_cell - 1) * 2 + MARGIN
