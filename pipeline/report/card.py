@@ -16,7 +16,7 @@ from pipeline.workflow.display import format_duration
 from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
 
 CARD = "README.md"
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~<>&])")
+_SPECIAL = re.compile(r"([\\`*_\[\]|~<>&])")
 _HARDWARE_UNITS = {"memory_gib": "GiB of memory", "cpus": "CPUs", "nodes": "nodes"}
 
 

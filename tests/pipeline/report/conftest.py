@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 import small_world
+from small_world import compared
 
-from pipeline.report.records import Comparison, read_comparison
-from pipeline.report.select import select_runs
+from pipeline.report.records import Comparison
 
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of three, a run that shares a member's painter, one stopped by force, one interrupted, one that failed."""
+    """A sweep of three, one that shares a member's painter, one interrupted, one killed, one that failed."""
     outputs = tmp_path_factory.mktemp("compared")
     for number, weight in enumerate((0.0, 0.1, 0.3)):
         overrides = ["run.name=trial", f"stage.painter.weight={weight:g}"]
@@ -30,7 +30,3 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trial(outputs: Path) -> Comparison:
     return compared(outputs, "sweep:trial")
-
-
-def compared(outputs: Path, *names: str) -> Comparison:
-    return read_comparison(outputs, select_runs(outputs, names))

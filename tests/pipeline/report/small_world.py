@@ -10,6 +10,8 @@ from PIL import Image
 
 from pipeline.config import RunSettings, Settings
 from pipeline.errors import StageInterrupted, UserError
+from pipeline.report.records import Comparison, read_comparison
+from pipeline.report.select import select_runs
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import Artifact
@@ -138,6 +140,10 @@ def run(
         if run_stage(stage.frozen, threading.Event()) not in (Outcome.FINISHED, Outcome.REUSED):
             break
     return plan
+
+
+def compared(outputs: Path, *names: str) -> Comparison:
+    return read_comparison(outputs, select_runs(outputs, names))
 
 
 def work_of(plan: Plan, name: str) -> Path:

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from conftest import compared
+from small_world import compared
 
 from pipeline.report.curves import Curve, _thinned, curves
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from conftest import compared
+from small_world import compared
 
 from pipeline.report.graph import sharing_graph
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import small_world
-from conftest import compared
 from PIL import Image
+from small_world import compared
 
 from pipeline.report.pictures import Picture, picture_tables
 from pipeline.workflow.picture_grid import GridLayout, read_layout, save_grid

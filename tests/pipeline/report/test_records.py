@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from conftest import compared
+from small_world import compared
 
 from pipeline.report.records import RunReport, State, read_rows
 

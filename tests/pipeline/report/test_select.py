@@ -24,14 +24,10 @@ def test_a_run_that_several_names_mean_is_there_once(outputs: Path):
     [
         ("nothing", "no run 'nothing' .*runs there: .*again"),
         ("no*", "no run matches 'no\\*' .*runs there: .*again"),
-        ("sweep:again", "sweeps there|members|no sweep"),
         ("sweep:other", "no sweep 'other' .*; sweeps there: trial"),
     ],
 )
 def test_an_unknown_name_lists_what_there_is(outputs: Path, asked: str, message: str):
-    if asked == "sweep:again":
-        assert names(outputs, asked) == ["again"]  # a run on its own is a group of one
-        return
     with pytest.raises(UserError, match=message):
         names(outputs, asked)
 

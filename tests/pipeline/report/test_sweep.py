@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import small_world
-from conftest import compared
+from small_world import compared
 
 from pipeline.cli import main
 from pipeline.errors import UserError

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import compared
+from small_world import compared
 
 from pipeline.cli import main
 from pipeline.report.differences import differing_settings
