@@ -376,16 +376,14 @@ function setUpEffects() {
 // --- graph -----------------------------------------------------------------------------------------------------------
 
 function setUpGraph() {
-  const light = (box, isLit) => {
+  const boxes = [...document.querySelectorAll(".graph .box")];
+  const light = () => {
+    const chosen = new Set(boxes.filter((box) => box.matches(":hover, :focus")).map((box) => box.dataset.users));
     for (const edge of document.querySelectorAll(".graph .edge")) {
-      const touches = edge.dataset.from === box.dataset.users || edge.dataset.to === box.dataset.users;
-      edge.classList.toggle("lit", isLit && touches);
+      edge.classList.toggle("lit", chosen.has(edge.dataset.from) || chosen.has(edge.dataset.to));
     }
   };
-  for (const box of document.querySelectorAll(".graph .box")) {
-    for (const event of ["pointerenter", "focus"]) box.addEventListener(event, () => light(box, true));
-    for (const event of ["pointerleave", "blur"]) box.addEventListener(event, () => light(box, false));
-  }
+  for (const box of boxes) for (const event of ["pointerenter", "pointerleave", "focus", "blur"]) box.addEventListener(event, light);
 }
 
 setUpTables();
