@@ -214,20 +214,21 @@ def test_dark_is_dark_in_page_and_charts_and_follows_a_change(browser: Browser, 
     page.set_default_timeout(5000)
     page.goto(report.as_uri())
     charts(page)
-    brightness = """() => {
+    look = """() => {
         const page = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number);
         const canvas = document.querySelector("#charts canvas");
         const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-        const drawn = [];
-        for (let at = 0; at < pixels.length; at += 4) if (pixels[at + 3] > 200) drawn.push(pixels[at] + pixels[at + 1]);
-        return [Math.max(...page), drawn.reduce((sum, each) => sum + each, 0) / drawn.length / 2];
+        const drawn = new Set();
+        for (let at = 0; at < pixels.length; at += 4) drawn.add([...pixels.slice(at, at + 3)].join());
+        return [Math.max(...page), [...drawn]];
     }"""
-    page_in_dark, chart_in_dark = page.evaluate(brightness)
+    page_in_dark, drawn_in_dark = page.evaluate(look)
     old = page.locator("#charts canvas").first.element_handle()
     page.emulate_media(color_scheme="light")
     page.wait_for_function("canvas => !canvas.isConnected", arg=old)
     charts(page)
-    page_in_light, chart_in_light = page.evaluate(brightness)
+    page_in_light, drawn_in_light = page.evaluate(look)
     assert page_in_dark < 60 < 200 < page_in_light
-    assert chart_in_dark > chart_in_light + 10
+    assert "98,174,255" in set(drawn_in_dark) - set(drawn_in_light)  # the first run's blue in either scheme
+    assert "10,102,194" in set(drawn_in_light) - set(drawn_in_dark)
     context.close()
