@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page that asks the network for nothing."""
 
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from secrets import token_urlsafe
@@ -74,7 +74,7 @@ def _data(comparison: Comparison, sweep: SweepView | None) -> dict[str, Any]:
         "runs": [run.name for run in comparison.runs],
         "curves": by_stage,
         "common": [name for name in comparison.stage_names if comparison.is_common(name)],
-        "sweep": None if sweep is None else _sweep_data(sweep.members, sweep.metric),
+        "sweep": None if sweep is None else _sweep_data(sweep, numbers),
     }
 
 
@@ -82,17 +82,29 @@ def _curve_data(curve: Curve, runs: list[int]) -> dict[str, Any]:
     return {"runs": runs, "samples": curve.samples, "hours": curve.hours, "values": curve.values}
 
 
-def _sweep_data(comparison: Comparison, metric: str) -> dict[str, Any]:
+def _sweep_data(sweep: SweepView, numbers: Mapping[str, int]) -> dict[str, Any]:
+    comparison, metric = sweep.members, sweep.metric
+    places = [numbers[run.name] for run in comparison.runs]
     better = directions(comparison)
     varying = [name for name in metric_names(comparison) if len(set(metric_values(comparison, name))) > 1]
     metrics = {}
     for name in dict.fromkeys([metric, *varying]):
         found = [*effects(comparison, name), settings(comparison, name)]
-        shown = [_effect_data(effect) for effect in found if effect is not None]
+        shown = [_effect_data(effect, places) for effect in found if effect is not None]
         metrics[name] = {"better": better.get(name), "effects": shown}
     return {"metric": metric, "metrics": metrics}
 
 
-def _effect_data(effect: Effect) -> dict[str, Any]:
-    levels = [asdict(level) | {"mean": level.mean, "deviation": level.deviation} for level in effect.levels]
+def _effect_data(effect: Effect, places: Sequence[int]) -> dict[str, Any]:
+    """An effect with the numbers that its members have among all runs of the page."""
+    levels = [
+        {
+            "label": level.label,
+            "members": level.members,
+            "mean": level.mean,
+            "deviation": level.deviation,
+            "points": [(places[member], value) for member, value in level.points],
+        }
+        for level in effect.levels
+    ]
     return {"parameter": effect.parameter, "isNumeric": effect.is_numeric, "levels": levels}

@@ -110,12 +110,18 @@ function nearest(u, series, index) {
   return null;
 }
 
+/** A point speaks for its own place alone, a curve for those between its points too. */
+function placeOf(u, series, index, line) {
+  if (line.points) return u.data[series][index] == null ? null : index;
+  return nearest(u, series, index);
+}
+
 function showTip(u, tip, spec) {
   const index = u.cursor.idx;
   if (index == null || u.cursor.left < 0) { tip.hidden = true; return; }
   const found = [];
   for (let series = 1; series < u.data.length; series++) {
-    const place = nearest(u, series, index);
+    const place = placeOf(u, series, index, spec.lines[series - 1]);
     if (place !== null) found.push({ line: spec.lines[series - 1], value: u.data[series][place] });
   }
   found.sort((a, b) => b.value - a.value);
@@ -171,7 +177,7 @@ function drawn(spec, plot, tip) {
     width: plot.clientWidth,
     height: plot.clientHeight,
     legend: { show: false },
-    cursor: { dataIdx: (u, series, index) => (series === 0 ? index : nearest(u, series, index)), points: { size: 7 }, y: false },
+    cursor: { dataIdx: (u, series, index) => (series === 0 ? index : placeOf(u, series, index, spec.lines[series - 1])), points: { size: 7 }, y: false },
     scales: { x: { time: false, ...(spec.xTicks ? { range: [-0.5, spec.xTicks.length - 0.5] } : {}) }, y: spec.isLog ? { distr: 3 } : { range: (_, low, high) => (low === high ? [low - 1, high + 1] : uPlot.rangeNum(low, high, 0.1, true)) } },
     axes: [xAxis, { ...axis, size: 58, values: (_, ticks) => ticks.map(axisNumber) }],
     series: [{}, ...spec.lines.map((line) => ({
@@ -264,7 +270,7 @@ function drawCurves() {
     const ready = lines.filter((line) => line.y.some((value) => value !== null));
     if (isLog && ready.length < lines.length) notes.add(`${metric} has lines without a positive value, which a log scale cannot show.`);
     if (!ready.length) continue;
-    const xText = (x) => (axis === "hours" ? `${shortNumber(x)} hours` : `${shortNumber(Math.round(x))} samples`);
+    const xText = (x) => (axis === "hours" ? `${shortNumber(x)} h` : `${shortNumber(Math.round(x))} samples`);
     boxes.push(chart({ title: metric, lines: ready, xLabel: axis === "hours" ? "hours of training" : "samples seen", xText, isLog }));
   }
   if (!Object.keys(data.curves).length) notes.add("No stage of these runs has logged a curve yet.");
@@ -335,14 +341,11 @@ function effectTable(effect, better) {
 function effectChart(effect, metric) {
   const placeOf = (level, number) => (effect.isNumeric ? Number(level.label) : number);
   const levels = effect.levels.map((level, number) => ({ ...level, place: placeOf(level, number) })).filter((level) => level.mean !== null);
-  const repeats = Math.max(0, ...levels.map((level) => level.points.length));
   const lines = [{ label: "mean", colour: styleOf("--accent"), dash: [], x: levels.map((level) => level.place), y: levels.map((level) => level.mean) }];
-  for (let repeat = 0; repeat < repeats; repeat++) {
-    const having = levels.filter((level) => level.points.length > repeat);
-    lines.push({
-      label: `run ${repeat + 1} of its value`, colour: styleOf("--ink"), dash: [], points: true,
-      x: having.map((level) => level.place), y: having.map((level) => level.points[repeat][1]),
-    });
+  for (const level of levels) {
+    for (const [run, value] of level.points) {
+      lines.push({ label: data.runs[run], colour: colourOf(run), dash: [], points: true, x: [level.place], y: [value] });
+    }
   }
   const labels = effect.levels.map((level) => level.label);
   const xText = (x) => `${effect.parameter} = ${effect.isNumeric ? shortNumber(x) : labels[Math.round(x)]}`;

@@ -150,7 +150,7 @@ def test_the_axis_switches_to_hours_by_keyboard(page: Page):
     chart = page.locator("#charts .chart").first
     chart.locator(".plot").focus()
     page.keyboard.press("End")
-    assert chart.locator(".tip").inner_text().startswith("1 hours")
+    assert chart.locator(".tip").inner_text().startswith("1 h")
     page.get_by_role("radio", name="samples").check()
 
 
@@ -178,7 +178,11 @@ def test_the_effect_of_the_sweep_follows_the_chosen_metric(page: Page):
     assert effects.locator("td.best").inner_text().startswith("0.65")
     page.locator("#effect-metric").select_option("painter.error")
     assert effects.locator("td.best").inner_text().startswith("0.025")
-    effects.locator(".u-over").wait_for()
+    effects.locator(".u-over").hover()
+    tip = effects.locator(".tip").inner_text()
+    assert tip.startswith("stage.painter.weight = 0.1")
+    assert "trial.1" in tip
+    assert "trial.0" not in tip
 
 
 def test_captions_are_text_and_pictures_have_words(page: Page):
