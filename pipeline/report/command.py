@@ -36,6 +36,12 @@ def compare(options: argparse.Namespace) -> int:
     comparison = read_comparison(outputs, select_runs(outputs, options.runs))
     sweep = comparison.only(sweep_members(outputs, options.runs))
     metric = chosen_metric(sweep, options.metric[0] if options.metric else None) if sweep.runs else None
+    if options.output is not None:
+        from pipeline.report.page import write_page
+
+        # Before anything is printed: a reader of the table who leaves early does not cost the file.
+        _require_directory(options.output)
+        write_page(comparison, options.output, None if metric is None else SweepView(sweep, metric))
     if options.csv:
         sys.stdout.write(table_csv(comparison))
     elif options.json:
@@ -46,10 +52,6 @@ def compare(options: argparse.Namespace) -> int:
         if metric is not None:
             print_effects(console, sweep, metric)
     if options.output is not None:
-        from pipeline.report.page import write_page
-
-        _require_directory(options.output)
-        write_page(comparison, options.output, None if metric is None else SweepView(sweep, metric))
         print(f"report: {options.output}", file=sys.stderr if options.csv or options.json else sys.stdout)
     return 0
 

@@ -5,6 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = 10;
 const MOST_PLACES = 1500; // of a chart's horizontal axis: more than it has pixels
 const SHOWN_IN_TIP = 12;
+const LEAST_TICK_GAP = 0.08; // of an axis, so that the ticks' labels do not touch
 
 const byId = (id) => document.getElementById(id);
 const styleOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -172,6 +173,7 @@ function drawn(spec, plot, tip) {
   const grid = { stroke: styleOf("--line"), width: 1 };
   const axis = { stroke: ink, grid, ticks: grid, font: "12px system-ui", labelFont: "12px system-ui" };
   const xAxis = { ...axis, label: spec.xLabel, labelSize: 18, size: 34, values: (_, ticks) => ticks.map(axisNumber) };
+  if (spec.xPlaces) xAxis.splits = () => spec.xPlaces;
   if (spec.xTicks) Object.assign(xAxis, { splits: () => spec.xTicks.map((_, place) => place), values: () => spec.xTicks });
   const options = {
     width: plot.clientWidth,
@@ -260,6 +262,7 @@ function drawCurves() {
   const weight = Number(byId("smoothing").value);
   const filter = byId("metric-filter").value.toLowerCase();
   const notes = new Set();
+  const notPositive = [];
   const boxes = [];
   const ranked = Object.entries(data.curves[stage] ?? {}).sort((a, b) => rankOf(a[0]) - rankOf(b[0]));
   for (const [metric, curves] of ranked) {
@@ -268,11 +271,12 @@ function drawCurves() {
     for (const curve of visible) if (!curve[axis]) notes.add(`No hours were recorded for ${labelOf(curve.runs)}.`);
     const lines = visible.filter((curve) => curve[axis]).map((curve) => lineOf(curve, axis, isLog, weight));
     const ready = lines.filter((line) => line.y.some((value) => value !== null));
-    if (isLog && ready.length < lines.length) notes.add(`${metric} has lines without a positive value, which a log scale cannot show.`);
+    if (lines.some((line) => line.y.includes(null))) notPositive.push(metric);
     if (!ready.length) continue;
     const xText = (x) => (axis === "hours" ? `${shortNumber(x)} h` : `${shortNumber(Math.round(x))} samples`);
     boxes.push(chart({ title: metric, lines: ready, xLabel: axis === "hours" ? "hours of training" : "samples seen", xText, isLog }));
   }
+  if (notPositive.length) notes.add(`A log scale leaves out what is not positive, here in ${notPositive.join(", ")}.`);
   if (!Object.keys(data.curves).length) notes.add("No stage of these runs has logged a curve yet.");
   if (stage && data.common.includes(stage) && data.runs.length > 1) notes.add(`All runs share this ${stage}.`);
   byId("curve-note").textContent = [...notes].join(" ");
@@ -348,8 +352,11 @@ function effectChart(effect, metric) {
     }
   }
   const labels = effect.levels.map((level) => level.label);
+  const places = levels.map((level) => level.place);
+  const least = Math.min(...places.slice(1).map((place, number) => place - places[number]));
+  const areApart = least > LEAST_TICK_GAP * (places[places.length - 1] - places[0]);
   const xText = (x) => `${effect.parameter} = ${effect.isNumeric ? shortNumber(x) : labels[Math.round(x)]}`;
-  return chart({ title: metric, lines, xLabel: effect.parameter, xText, xTicks: effect.isNumeric ? null : labels, isLog: false });
+  return chart({ title: metric, lines, xLabel: effect.parameter, xText, xTicks: effect.isNumeric ? null : labels, xPlaces: areApart ? places : null, isLog: false });
 }
 
 function drawEffects() {

@@ -158,7 +158,9 @@ def test_a_log_scale_says_what_it_cannot_show(page: Page):
     assert "train/score" in charts(page)
     page.get_by_label("log scale").check()
     assert "train/score" not in charts(page)
-    assert "train/score has lines without a positive value" in page.locator("#curve-note").inner_text()
+    assert (
+        "A log scale leaves out what is not positive, here in train/score." in page.locator("#curve-note").inner_text()
+    )
     page.get_by_label("log scale").uncheck()
 
 
