@@ -1,3 +1,5 @@
+import json
+import time
 from pathlib import Path
 
 from small_world import compared
@@ -52,3 +54,15 @@ def test_a_stage_that_runs_share_is_read_once_and_names_its_users(outputs: Path)
     assert comparison.is_common("prepare")
     assert not comparison.is_common("painter")
     assert comparison.count_distinct("painter") == 3
+
+
+def test_a_stage_that_was_heard_of_just_now_is_running(outputs: Path):
+    painter = run_of(outputs, "killed").stage("painter")
+    assert painter is not None
+    path = painter.work / "progress.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"updated_at": time.time()}))
+    try:
+        assert run_of(outputs, "killed").state is State.RUNNING
+    finally:
+        path.write_text(before)
