@@ -24,6 +24,8 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip logs RUN STAGE               a stage's log; -f follows it
   unclip cancel RUN                   cancel a run's jobs, but for those that other runs count on
   unclip sync [RUN]                   upload W&B runs that were tracked offline, once
+  unclip compare RUN ...              a table of runs or a sweep; --output report.html: curves and pictures too
+  unclip card RUN                     write a run's model card
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
 {registered}
@@ -76,6 +78,8 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "logs": _logs,
         "cancel": _cancel,
         "sync": _sync,
+        "compare": _compare,
+        "card": _card,
         "shards": _shards,
     }
 
@@ -245,6 +249,24 @@ def _cancel(arguments: list[str]) -> int:
 def _sync(arguments: list[str]) -> int:
     # By name: the command line imports nothing of the training, where W&B has its one door.
     return resolve("pipeline.training.tracking.sync:main")(arguments)
+
+
+def _compare(arguments: list[str]) -> int:
+    from pipeline.report.command import add_compare_options, compare
+
+    parser = argparse.ArgumentParser("unclip compare", description="Runs side by side, from their own records.")
+    add_compare_options(parser)
+    add_outputs_option(parser)
+    return compare(parser.parse_args(arguments))
+
+
+def _card(arguments: list[str]) -> int:
+    from pipeline.report.command import add_card_options, card
+
+    parser = argparse.ArgumentParser("unclip card", description="A run's model card, in Markdown.")
+    add_card_options(parser)
+    add_outputs_option(parser)
+    return card(parser.parse_args(arguments))
 
 
 def _shards(arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.data.summary import index_identity
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import file_sha256
-from pipeline.workflow.declaration import Arity, Blocked, Catalog, Input, StageDeclaration
+from pipeline.workflow.declaration import Arity, Better, Blocked, Catalog, Input, StageDeclaration
 from pipeline.workflow.fingerprint import counted_settings
 from stages.checks import check_workflow
 from stages.settings import (
@@ -50,6 +50,8 @@ def clip_identity(settings: ClipSettings, stage: str = "clip") -> dict[str, Any]
     return counted
 
 
+_RETRIEVAL = {"R@*": Better.HIGH}
+
 CATALOG = Catalog(
     stages={
         "prepare": StageDeclaration(
@@ -62,6 +64,7 @@ CATALOG = Catalog(
             output="clip",
             inputs=(Input("data"),),
             identity=clip_identity,
+            better=_RETRIEVAL,
         ),
         "embed": StageDeclaration(
             version=1,
@@ -76,6 +79,7 @@ CATALOG = Catalog(
             run="stages.prior:run",
             output="prior",
             inputs=(Input("data"), Input("clip"), Input("embeddings")),
+            better={"cosine_to_image": Better.HIGH},
         ),
         "decoder": StageDeclaration(
             version=3,
@@ -83,6 +87,9 @@ CATALOG = Catalog(
             run="stages.decoder:run",
             output="decoder",
             inputs=(Input("data"), Input("clip"), Input("embeddings", Arity.OPTIONAL)),
+            # Not the whole loss: it depends on the CLIP loss's weight.
+            better={"diffusion": Better.LOW, "clip": Better.LOW},
+            usage="stages.usage:sampling",
         ),
         "upsampler": StageDeclaration(
             version=1,
@@ -91,8 +98,15 @@ CATALOG = Catalog(
             output="upsampler",
             inputs=(Input("data"),),
             repeatable=True,
+            better={"psnr_db": Better.HIGH, "loss": Better.LOW},
         ),
-        "judge": StageDeclaration(version=1, settings=JudgeSettings, run="stages.judge:run", output="judge"),
+        "judge": StageDeclaration(
+            version=1,
+            settings=JudgeSettings,
+            run="stages.judge:run",
+            output="judge",
+            better={"*_at_*": Better.HIGH},
+        ),
         "judge_clip": StageDeclaration(
             version=2,
             settings=ClipSettings,
@@ -100,9 +114,10 @@ CATALOG = Catalog(
             output="judge_clip",
             inputs=(Input("data"),),
             identity=partial(clip_identity, stage="judge_clip"),
+            better=_RETRIEVAL,
         ),
         "evaluate": StageDeclaration(
-            version=2,
+            version=3,
             settings=EvaluateSettings,
             run="stages.evaluate:run",
             output="evaluation",
@@ -115,6 +130,18 @@ CATALOG = Catalog(
                 Input("judge", Arity.OPTIONAL),
                 Input("judge_clip", Arity.OPTIONAL),
             ),
+            better={
+                **{f"{pairs}/{size}/*": Better.HIGH for pairs in ("seen", "unseen") for size in ("base", "final")},
+                **{
+                    f"{clip}{metric}": Better.HIGH
+                    for clip in ("", "judge_clip/")
+                    for metric in ("sample_to_caption", "sample_to_real", "sample_R@*")
+                },
+                "judge_clip/frechet": Better.LOW,
+                "prior/to_image": Better.HIGH,
+                "clip/R@*": Better.HIGH,
+                "upsampler/psnr_db": Better.HIGH,
+            },
         ),
         "export": StageDeclaration(
             version=1,
@@ -127,6 +154,7 @@ CATALOG = Catalog(
                 Input("decoder"),
                 Input("upsampler", Arity.ANY),
             ),
+            usage="stages.usage:exported",
         ),
     },
     check=check_workflow,

@@ -157,4 +157,6 @@ class DecoderModule(StageModule):
         sampler = DecoderSampler(self.decoder, self.settings, self.clip)
         drawn = sampler.sample(batch.caption, self._condition(batch), SampleDraws(batch.sample_seed), DecoderOptions())
         pairs = [[to_pil(real), to_pil(fake)] for real, fake in zip(batch.image_signed(), drawn, strict=True)]
-        return SampleGrid(captioned_grid(pairs, batch.caption, columns=4), batch.caption)
+        names, seeds = ("real", "sample"), batch.sample_seed.tolist()
+        grid = captioned_grid(pairs, batch.caption, columns=4, names=names, seeds=seeds)
+        return SampleGrid(grid.image, batch.caption, grid.layout)

@@ -27,6 +27,7 @@ from stages.models.upsampler import upsample_condition
 from stages.settings import EvaluateSettings
 
 GRID_COLUMNS = 4
+PICTURES = ("real", "base", "final")
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ class Evaluation:
         own = Similarities(self._chain.clip)
         judge_clip = self._context.optional_input("judge_clip")
         foreign = Similarities(load_clip(judge_clip, device=self._chain.device)) if judge_clip else None
-        embeds, cells, captions = [], [], []
+        embeds, cells, captions, seeds = [], [], [], []
         for batch, generated in self._generated(self._sampled_rows, "validation captions"):
             real = batch.image_signed()
             for similarities in (own, foreign):
@@ -97,7 +98,8 @@ class Evaluation:
             embeds.append(generated.image_embed.float())
             cells += _cells(real, generated)
             captions += batch.caption
-        self._draw_grid(cells, captions)
+            seeds += batch.sample_seed.tolist()
+        self._draw_grid(cells, captions, seeds)
         metrics = own.metrics(self._settings.retrieval_pool)
         if self._chain.prior is not None:
             metrics |= own.of_prior(torch.cat(embeds))
@@ -150,11 +152,17 @@ class Evaluation:
         for batch in rows_loader(self._images, rows, batch_size=self._settings.batch_size):
             yield batch.to(self._chain.device)
 
-    def _draw_grid(self, cells: list[list[Image.Image]], captions: list[str]) -> None:
+    def _draw_grid(self, cells: list[list[Image.Image]], captions: list[str], seeds: list[int]) -> None:
         shown = _spread(np.arange(len(cells)), self._settings.grid_captions)
         path = self._context.output / "grid.png"
         shown_captions = [captions[place] for place in shown]
-        captioned_grid([cells[place] for place in shown], shown_captions, GRID_COLUMNS).save(path)
+        captioned_grid(
+            [cells[place] for place in shown],
+            shown_captions,
+            GRID_COLUMNS,
+            names=PICTURES,
+            seeds=[seeds[place] for place in shown],
+        ).save(path)
         self._context.tracker.log_picture(self.made, "grid", path, shown_captions)
 
 

@@ -90,7 +90,9 @@ class UpsamplerModule(StageModule):
         low = reduce_size(x_0, self.settings.low_size)
         drawn = UpsamplerSampler(self.upsampler, self.settings).sample(low, SampleDraws(batch.sample_seed))
         cells = [[to_pil(a), to_pil(b), to_pil(c)] for a, b, c in zip(low, drawn, x_0, strict=True)]
-        return SampleGrid(captioned_grid(cells, batch.caption, columns=2), batch.caption)
+        names, seeds = ("reduced", "sample", "real"), batch.sample_seed.tolist()
+        grid = captioned_grid(cells, batch.caption, columns=2, names=names, seeds=seeds)
+        return SampleGrid(grid.image, batch.caption, grid.layout)
 
 
 def random_crop(image: Tensor, size: int, step: int, draws: SampleDraws) -> Tensor:

@@ -84,6 +84,16 @@ def test_training_imports_data_and_workflow_and_no_command_line():
     assert offenders(sources("pipeline/training/**/*.py"), "pipeline", but=own) == []
 
 
+def test_the_report_imports_the_workflow_and_no_training():
+    own = ("pipeline.report", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    assert offenders(sources("pipeline/report/**/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/report/**/*.py"), *HEAVY, "wandb") == []
+
+
+def test_the_workflow_knows_no_report():
+    assert offenders(sources("pipeline/workflow/**/*.py", "pipeline/training/**/*.py"), "pipeline.report") == []
+
+
 def test_settings_and_errors_import_nothing_else_of_the_pipeline():
     paths = sources("pipeline/config.py", "pipeline/errors.py")
     assert offenders(paths, "pipeline", but=("pipeline.errors",)) == []

@@ -22,6 +22,7 @@ from pipeline.training.module import StageModule
 from pipeline.training.ranks import any_of_all_ranks, gather_objects
 from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.ownership import StageLost
+from pipeline.workflow.picture_grid import save_grid
 
 SAMPLES = "samples"
 
@@ -121,7 +122,7 @@ class Pictures(StepBoundary):
             return
         path = self._context.work / SAMPLES / f"samples-{module.samples_seen:012}.png"
         path.parent.mkdir(exist_ok=True)
-        grid.image.save(path)
+        save_grid(grid.image, grid.layout, path)
         self._context.tracker.log_picture(module.samples_seen, "samples", path, grid.captions)
 
 

@@ -17,16 +17,18 @@ from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
 from pipeline.training.strategies.portable import PortableStrategy
+from pipeline.workflow.picture_grid import GridLayout
 
 LOSS = "loss"
 
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """A picture of what the network makes now, and the captions that it was asked for."""
+    """A picture of what the network makes now, the captions that it was asked for, and what is where in it."""
 
     image: Image.Image
     captions: tuple[str, ...]
+    layout: GridLayout | None = None
 
 
 class StageModule(pl.LightningModule, ABC):

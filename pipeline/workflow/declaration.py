@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -26,6 +26,13 @@ class Input:
     arity: Arity = Arity.ONE
 
 
+class Better(StrEnum):
+    """Which way a metric improves."""
+
+    LOW = "low"
+    HIGH = "high"
+
+
 @dataclass(frozen=True)
 class StageDeclaration:
     """A class of stages. `version` goes up whenever the same settings would make something else.
@@ -33,6 +40,8 @@ class StageDeclaration:
     `run` names the function that does the work ("module:function"); it is imported in the process that runs the stage.
     `identity` turns settings into what counts in the fingerprint, for settings that point to files outside the project.
     A `repeatable` output may have several producers in a workflow (two upsamplers).
+    `better` says which way final metrics improve, by shell patterns of their names; a report marks the best of those.
+    `usage` names a function (run's name, artifact) -> Markdown that tells a model card's reader how to use the output.
     """
 
     version: int
@@ -42,6 +51,8 @@ class StageDeclaration:
     inputs: tuple[Input, ...] = ()
     repeatable: bool = False
     identity: Callable[[Any], dict[str, Any]] | None = None
+    better: Mapping[str, Better] = field(default_factory=dict)
+    usage: str | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     for request, picture in zip(requests, pictures, strict=True):
         picture.save(output / request.file_name)
-    grid = captioned_grid([[each] for each in pictures], [each.caption for each in requests], GRID_COLUMNS)
+    captions, seeds = [each.caption for each in requests], [each.seed for each in requests]
+    grid = captioned_grid([[each] for each in pictures], captions, GRID_COLUMNS, names=("sample",), seeds=seeds)
     grid.save(output / "grid.png")
     print(f"{len(pictures)} pictures and grid.png in {output}")
     return 0

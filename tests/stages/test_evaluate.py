@@ -8,6 +8,7 @@ from PIL import Image
 from tiny_runs import run_until
 
 from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.picture_grid import read_layout
 from stages.attribute_accuracy import AttributeAccuracy
 from stages.models.saved import load_judge
 from stages.settings import JudgeDataSettings
@@ -123,3 +124,13 @@ def test_attribute_accuracy_counts_a_picture_as_all_right_only_if_every_attribut
     assert estimates["all_right"].value == 0.5
     assert estimates["shape"].value == 0.5
     assert estimates["mean"].value == pytest.approx(14 / 20)
+
+
+def test_the_grid_says_which_caption_seed_and_picture_is_where(evaluation: Artifact):
+    with Image.open(evaluation.path / "grid.png") as image:
+        layout = read_layout(image)
+    assert layout is not None
+    assert layout.pictures == ("real", "base", "final")
+    assert layout.sizes == (64, 16, 64)
+    assert len(layout.captions) == len(layout.seeds) == len(layout.boxes) > 1
+    assert len(set(layout.seeds)) == len(layout.seeds)

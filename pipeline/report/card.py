@@ -1,0 +1,172 @@
+"""A run's model card: one Markdown file, and the pictures beside it."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.report.metrics import format_number, is_bound
+from pipeline.report.records import Comparison, RunReport, StageReport
+from pipeline.report.table import format_hours, run_cost
+from pipeline.workflow.declaration import Catalog, resolve
+from pipeline.workflow.display import format_duration
+from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
+
+CARD = "README.md"
+_SPECIAL = re.compile(r"([\\`*_\[\]|~<>&])")
+_HARDWARE_UNITS = {"memory_gib": "GiB of memory", "cpus": "CPUs", "nodes": "nodes"}
+
+
+def write_card(comparison: Comparison, path: Path | None) -> Path:
+    """Write the card of the one run that was read; at its pictures' side by default. Returns where."""
+    run = comparison.runs[0]
+    home = run_directory(comparison.outputs, run.name)
+    target = (path or home / CARD).absolute()
+    pictures = gather_pictures(comparison.outputs, run.record)
+    if target.parent != home:
+        directory = target.parent / f"{target.stem}_{PICTURES}"
+        directory.mkdir(exist_ok=True)
+        pictures = [Path(shutil.copyfile(each, directory / each.name)) for each in pictures]
+    links = [Path(os.path.relpath(each, target.parent)).as_posix() for each in pictures]
+    target.write_text(card(comparison, links), encoding="utf-8")
+    return target
+
+
+def card(comparison: Comparison, pictures: Sequence[str]) -> str:
+    """The card as Markdown; `pictures` are links to them. What comes from configs and records is escaped."""
+    run = comparison.runs[0]
+    sections = [
+        _front_matter(run),
+        f"# {_escaped(run.name)}\n\n{_summary(comparison, run)}",
+        f"## Use\n\n{_usage(run)}",
+        f"## Data and licence\n\n{_data(run)}",
+        f"## Metrics\n\n{_metrics(run)}",
+        f"## Pictures\n\n{_pictures(pictures)}",
+        f"## Training\n\n{_training(comparison, run)}",
+        f"## Config\n\n{_config(run)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(run: RunReport) -> str:
+    """What model hubs read; JSON is YAML."""
+    values = {"tags": ["unclip"], "model_name": run.name}
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in values.items()), "---"])
+
+
+def _summary(comparison: Comparison, run: RunReport) -> str:
+    finished = sum(stage.is_finished for stage in run.stages)
+    cost = run_cost(comparison, run)
+    state = (
+        "finished" if finished == len(run.stages) else f"{run.state.value}, {finished} of {len(run.stages)} stages done"
+    )
+    versions = sorted({stage.artifact.manifest.code_version for stage in run.stages if stage.artifact})
+    made = f" by unclip {_escaped(', '.join(versions))}" if versions else ""
+    hours = (
+        f"{format_duration(cost.duration_s)} of training and evaluation, {format_hours(cost.device_hours)} device-hours"
+    )
+    return f"Run `{_code(run.name)}`, started {_escaped(run.record.started_at)}: {state}, made{made} in {hours}."
+
+
+def _usage(run: RunReport) -> str:
+    """What the stages say of their outputs' use."""
+    catalog = cast(Catalog, resolve(run.record.config["catalog"]))
+    said = []
+    for stage in run.stages:
+        usage = catalog.stages[stage.kind].usage if stage.kind in catalog.stages else None
+        if usage is not None and stage.artifact is not None:
+            said.append(resolve(usage)(run.name, stage.artifact))
+    return "\n\n".join(said) or "Nothing of this run can be used yet: no stage with an output for others has finished."
+
+
+def _data(run: RunReport) -> str:
+    lines = []
+    for stage in run.stages:
+        numbers: dict[str, Any] = stage.artifact.numbers if stage.artifact else {}
+        if "licence" in numbers:
+            lines.append(f"- {_escaped(stage.name)}: {_escaped(str(numbers['licence']))}")
+        samples = numbers.get("samples")
+        if isinstance(samples, dict):
+            counts = ", ".join(f"{count:,} {_escaped(split)}" for split, count in samples.items())
+            lines.append(f"- samples: {counts}")
+    return "\n".join(lines) or "No stage of this run has said yet what data it was trained on."
+
+
+def _metrics(run: RunReport) -> str:
+    rows = []
+    for stage in run.stages:
+        for name, value in stage.metrics.items():
+            if is_bound(name, stage.metrics):
+                continue
+            ends = [stage.metrics.get(f"{name}_{end}") for end in ("low", "high")]
+            interval = f" ({format_number(ends[0])} to {format_number(ends[1])})" if None not in ends else ""
+            so_far = "" if stage.is_finished else f", {stage.state.value}"
+            rows.append([f"{stage.name}{so_far}", name, f"{format_number(value)}{interval}"])
+    return _table(["stage", "metric", "value"], rows) if rows else "None yet."
+
+
+def _pictures(links: Sequence[str]) -> str:
+    found = [f"![Samples: {_escaped(Path(link).stem)}](<{link}>)" for link in links]
+    return "\n\n".join(found) or "None yet."
+
+
+def _training(comparison: Comparison, run: RunReport) -> str:
+    rows = [
+        [
+            stage.name,
+            stage.state.value,
+            "" if stage.duration_s is None else format_duration(stage.duration_s),
+            format_hours(stage.device_hours),
+            f"{stage.samples_seen:,}" if stage.samples_seen else "",
+            _hardware(stage),
+            stage.fingerprint[:12],
+        ]
+        for stage in run.stages
+    ]
+    cost = run_cost(comparison, run)
+    rows.append(["all", "", format_duration(cost.duration_s), format_hours(cost.device_hours), "", "", ""])
+    return _table(["stage", "state", "time", "device-hours", "samples seen", "hardware", "fingerprint"], rows)
+
+
+def _hardware(stage: StageReport) -> str:
+    found = dict(stage.hardware)
+    if not found:
+        return f"{stage.devices} device{'' if stage.devices == 1 else 's'}, of which no more was recorded"
+    device = f"{found.pop('devices', stage.devices)} x {found.pop('device', 'device')}"
+    rest = [
+        f"{value} {_HARDWARE_UNITS[key]}" if key in _HARDWARE_UNITS else f"{key} {value}"
+        for key, value in found.items()
+    ]
+    return ", ".join([device, *rest])
+
+
+def _config(run: RunReport) -> str:
+    overrides = " ".join(run.record.overrides)
+    return "\n\n".join([
+        "Overrides:", _fenced(overrides or "none", "text"),
+        "Resolved:", _fenced(json.dumps(run.record.config, indent=2, ensure_ascii=False), "json"),
+    ])  # fmt: skip
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any that the text holds."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *([_escaped(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\&", "&amp;")
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "")

@@ -1,0 +1,57 @@
+"""Final metrics as they are compared: which way they improve, which numbers are bounds, and how a number is written."""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import cast
+
+from pipeline.errors import UserError
+from pipeline.report.records import Comparison
+from pipeline.workflow.declaration import Better, Catalog, resolve
+
+_BOUNDS = ("_low", "_high")
+
+
+def directions(comparison: Comparison) -> dict[str, Better]:
+    """Which way `stage.metric` improves, for the metrics whose stage declares it."""
+    catalogs = {run.record.config["catalog"]: _catalog(run.record.config["catalog"]) for run in comparison.runs}
+    found = {}
+    for run in comparison.runs:
+        catalog = catalogs[run.record.config["catalog"]]
+        for stage in run.stages:
+            declaration = catalog.stages.get(stage.kind) if catalog else None
+            for metric in stage.metrics if declaration else ():
+                assert declaration is not None
+                better = _direction(metric, declaration.better)
+                if better is not None:
+                    found[f"{stage.name}.{metric}"] = better
+    return found
+
+
+def is_bound(metric: str, metrics: Mapping[str, float]) -> bool:
+    """Whether it is an end of another metric's interval: `x_low` or `x_high` where there are `x` and both ends."""
+    return any(
+        metric.endswith(bound) and all(metric.removesuffix(bound) + end in metrics for end in ("", *_BOUNDS))
+        for bound in _BOUNDS
+    )
+
+
+def format_number(value: float | None) -> str:
+    """Four digits that count; whole numbers in full; nothing for None."""
+    if value is None:
+        return ""
+    if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def _catalog(reference: str) -> Catalog | None:
+    """The run's catalog; None where this installation does not have it, and then nothing is marked."""
+    try:
+        return cast(Catalog, resolve(reference))
+    except UserError:
+        return None
+
+
+def _direction(metric: str, better: Mapping[str, Better]) -> Better | None:
+    return next((direction for pattern, direction in better.items() if fnmatchcase(metric, pattern)), None)

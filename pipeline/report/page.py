@@ -1,0 +1,110 @@
+"""`report.html`: one self-contained page that asks the network for nothing."""
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from secrets import token_urlsafe
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.report.curves import Curve, curves
+from pipeline.report.differences import ABSENT, differing_settings
+from pipeline.report.graph import sharing_graph
+from pipeline.report.metrics import directions, format_number
+from pipeline.report.pictures import picture_tables
+from pipeline.report.records import Comparison
+from pipeline.report.sweep import Effect, SweepView, effects, metric_names, metric_values, settings
+from pipeline.report.table import columns, format_hours, run_cost, totals
+from pipeline.workflow.display import format_duration
+
+_ASSETS = "assets"
+
+
+def write_page(comparison: Comparison, path: Path, sweep: SweepView | None = None) -> None:
+    """Write the page; with a sweep, it has the effects of its parameters."""
+    path.write_text(page(comparison, sweep), encoding="utf-8")
+
+
+def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
+    """The page's HTML. All that comes from configs, captions and records is escaped."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", _ASSETS), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
+    environment.filters |= {"duration": format_duration, "hours": format_hours, "number": format_number}
+    records = [run.record for run in comparison.runs]
+    found = columns(comparison)
+    most = max(map(comparison.count_distinct, comparison.stage_names))
+    return environment.get_template("report.html.jinja").render(
+        comparison=comparison,
+        runs=comparison.runs,
+        made_at=time.strftime("%Y-%m-%d %H:%M"),
+        differences=differing_settings(records),
+        absent=ABSENT,
+        columns=found,
+        costs=[run_cost(comparison, run) for run in comparison.runs],
+        totals=totals(comparison.distinct_stages, comparison),
+        stages=[(name, comparison.count_distinct(name) == most) for name in comparison.stage_names],
+        pictures=picture_tables(comparison),
+        graph=sharing_graph(comparison),
+        is_sweep=sweep is not None,
+        data=_data(comparison, sweep),
+        asset=_asset,
+        nonce=token_urlsafe(16),
+    )
+
+
+def _asset(name: str) -> Markup:
+    """A file of this package as it is: ours and the chart library's, never a user's."""
+    return Markup((files("pipeline.report") / _ASSETS / name).read_text(encoding="utf-8"))
+
+
+def _data(comparison: Comparison, sweep: SweepView | None) -> dict[str, Any]:
+    """What the page's script draws from."""
+    numbers = {run.name: number for number, run in enumerate(comparison.runs)}
+    by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for curve in curves(comparison):
+        of_metric = by_stage.setdefault(curve.stage, {}).setdefault(curve.metric, [])
+        of_metric.append(_curve_data(curve, [numbers[name] for name in comparison.users[curve.fingerprint]]))
+    return {
+        "runs": [run.name for run in comparison.runs],
+        "curves": by_stage,
+        "common": [name for name in comparison.stage_names if comparison.is_common(name)],
+        "sweep": None if sweep is None else _sweep_data(sweep, numbers),
+    }
+
+
+def _curve_data(curve: Curve, runs: list[int]) -> dict[str, Any]:
+    return {"runs": runs, "samples": curve.samples, "hours": curve.hours, "values": curve.values}
+
+
+def _sweep_data(sweep: SweepView, numbers: Mapping[str, int]) -> dict[str, Any]:
+    comparison, metric = sweep.members, sweep.metric
+    places = [numbers[run.name] for run in comparison.runs]
+    better = directions(comparison)
+    varying = [name for name in metric_names(comparison) if len(set(metric_values(comparison, name))) > 1]
+    metrics = {}
+    for name in dict.fromkeys([metric, *varying]):
+        found = [*effects(comparison, name), settings(comparison, name)]
+        shown = [_effect_data(effect, places) for effect in found if effect is not None]
+        metrics[name] = {"better": better.get(name), "effects": shown}
+    return {"metric": metric, "metrics": metrics}
+
+
+def _effect_data(effect: Effect, places: Sequence[int]) -> dict[str, Any]:
+    """An effect with the numbers that its members have among all runs of the page."""
+    levels = [
+        {
+            "label": level.label,
+            "members": level.members,
+            "mean": level.mean,
+            "deviation": level.deviation,
+            "points": [(places[member], value) for member, value in level.points],
+        }
+        for level in effect.levels
+    ]
+    return {"parameter": effect.parameter, "isNumeric": effect.is_numeric, "levels": levels}

@@ -1,0 +1,232 @@
+"""What the report reads of runs: each stage's state, cost, metrics and hardware, finished or not."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.progress import HARDWARE, latest_checkpoint_samples, read_progress
+from pipeline.workflow.runs import RECORD, RunRecord, RunStage, read_run, run_directory
+from pipeline.workflow.summary import stage_state
+
+METRICS = "metrics.jsonl"
+AXIS = "samples_seen"
+ELAPSED = "system/elapsed_s"
+_SECONDS_PER_HOUR = 3600
+
+
+class State(StrEnum):
+    """Where a stage or a whole run stands."""
+
+    FINISHED = "finished"
+    RUNNING = "running"
+    STARTING = "starting"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    WAITING = "waiting"
+
+
+_MOST_TELLING_FIRST = (State.FAILED, State.RUNNING, State.STARTING, State.STOPPED, State.INTERRUPTED, State.WAITING)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage under one fingerprint; several runs may stand behind it.
+
+    `duration_s` is None where nothing says how long it has worked. `devices` counts those of all nodes. `metrics` are
+    the final ones, numbers only; a stage in progress has the last validation's. `detail` is a line on its state.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    upstream: tuple[str, ...]
+    state: State
+    detail: str
+    samples_seen: int
+    duration_s: float | None
+    devices: int
+    metrics: Mapping[str, float]
+    hardware: Mapping[str, Any]
+    work: Path
+    artifact: Artifact | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its artifact is there."""
+        return self.artifact is not None
+
+    @property
+    def device_hours(self) -> float | None:
+        """Its cost: devices times hours."""
+        return None if self.duration_s is None else self.duration_s * self.devices / _SECONDS_PER_HOUR
+
+    @property
+    def rows_path(self) -> Path:
+        """Its `metrics.jsonl`, which may not exist."""
+        return (self.artifact.path if self.artifact else self.work) / METRICS
+
+    @property
+    def directory(self) -> Path:
+        """The artifact, or what there is of it in progress."""
+        return self.artifact.path if self.artifact else self.work
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run and its stages, in workflow order."""
+
+    record: RunRecord
+    stages: tuple[StageReport, ...]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.record.name
+
+    @property
+    def state(self) -> State:
+        """The most telling of its stages' states; finished when all are."""
+        states = {stage.state for stage in self.stages}
+        return next((state for state in _MOST_TELLING_FIRST if state in states), State.FINISHED)
+
+    def stage(self, name: str) -> StageReport | None:
+        """Its stage of that name, or None."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs to be compared, read once; `users` says which of them stand behind a fingerprint."""
+
+    outputs: Path
+    runs: tuple[RunReport, ...]
+    users: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The stages of all runs, each run's in workflow order."""
+        return list(dict.fromkeys(stage.name for run in self.runs for stage in run.stages))
+
+    @property
+    def distinct_stages(self) -> list[StageReport]:
+        """Every stage once, however many runs share it."""
+        return list({stage.fingerprint: stage for run in self.runs for stage in run.stages}.values())
+
+    def is_common(self, name: str) -> bool:
+        """Whether all runs have one and the same artifact behind a stage's name."""
+        found = {stage.fingerprint if stage else None for stage in (run.stage(name) for run in self.runs)}
+        return len(found) == 1
+
+    def only(self, names: Collection[str]) -> "Comparison":
+        """The runs of those names; what others share with them is still known."""
+        return Comparison(self.outputs, tuple(run for run in self.runs if run.name in names), self.users)
+
+    def count_distinct(self, name: str) -> int:
+        """How many stages stand behind a stage's name."""
+        return sum(stage.name == name for stage in self.distinct_stages)
+
+    def shared_with(self, run: RunReport, stage: StageReport) -> list[str]:
+        """The other compared runs that have this very stage."""
+        return [name for name in self.users[stage.fingerprint] if name != run.name]
+
+
+def read_comparison(outputs: Path, records: Sequence[RunRecord]) -> Comparison:
+    """Read all that a report of these runs needs; a stage that several share is read once."""
+    store = ArtifactStore(outputs)
+    known: dict[str, StageReport] = {}
+    users: dict[str, list[str]] = {}
+    runs = []
+    for record in records:
+        for stage in record.stages:
+            if stage.fingerprint not in known:
+                known[stage.fingerprint] = _read_stage(store, record, stage)
+            users.setdefault(stage.fingerprint, []).append(record.name)
+        runs.append(RunReport(record, tuple(known[stage.fingerprint] for stage in record.stages)))
+    return Comparison(outputs, tuple(runs), {fingerprint: tuple(names) for fingerprint, names in users.items()})
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a line that a kill cut short is left out, as is what is no row."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get(AXIS), int):
+            yield row
+
+
+def _read_stage(store: ArtifactStore, record: RunRecord, stage: RunStage) -> StageReport:
+    work = store.work(stage.name, stage.fingerprint)
+    artifact = store.find(stage.name, stage.fingerprint)
+    state, detail = stage_state(store, stage)
+    if artifact is not None:
+        manifest = artifact.manifest
+        hardware: Mapping[str, Any] = manifest.hardware
+        maker = record if hardware else _maker(store.outputs, manifest.made_by_run) or record
+        metrics, samples_seen, duration_s = manifest.metrics, manifest.samples_seen, manifest.duration_s
+    else:
+        maker, hardware = record, _read_hardware(work)
+        metrics, samples_seen, duration_s = _so_far(work)
+    return StageReport(
+        name=stage.name,
+        kind=stage.kind,
+        fingerprint=stage.fingerprint,
+        upstream=tuple(stage.upstream),
+        state=State(state),
+        detail=detail,
+        samples_seen=samples_seen,
+        duration_s=duration_s,
+        devices=_devices(hardware, maker.config, stage.name),
+        metrics={name: float(value) for name, value in metrics.items() if _is_number(value)},
+        hardware=hardware,
+        work=work,
+        artifact=artifact,
+    )
+
+
+def _so_far(work: Path) -> tuple[dict[str, float], int, float | None]:
+    """The last validation, the counter and the seconds of a stage in progress."""
+    metrics: dict[str, float] = {}
+    elapsed_s = None
+    for row in read_rows(work / METRICS):
+        metrics |= {name.removeprefix("validation/"): row[name] for name in row if name.startswith("validation/")}
+        elapsed_s = row.get(ELAPSED, elapsed_s)
+    progress = read_progress(work)
+    samples_seen = progress.samples_seen if progress else latest_checkpoint_samples(work) or 0
+    if elapsed_s is None and progress is not None and progress.started_at:
+        elapsed_s = max(0.0, progress.updated_at - progress.started_at)
+    return metrics, samples_seen, elapsed_s
+
+
+def _devices(hardware: Mapping[str, Any], config: Mapping[str, Any], stage: str) -> int:
+    """Devices of all nodes: as recorded, else as the config of the run that made the stage asks for."""
+    if "devices" in hardware:
+        return int(hardware["devices"])
+    trainer = {**config["trainer"], **config["stage"].get(stage, {}).get("trainer", {})}
+    return int(trainer["devices"]) * int(trainer["num_nodes"])
+
+
+def _maker(outputs: Path, name: str) -> RunRecord | None:
+    return read_run(outputs, name) if (run_directory(outputs, name) / RECORD).exists() else None
+
+
+def _read_hardware(work: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((work / HARDWARE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,228 @@
+"""The table of a comparison: a row for each run, columns of state, time, cost and final metrics, the best marked."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pipeline.report.differences import differing_settings
+from pipeline.report.metrics import directions, format_number, is_bound
+from pipeline.report.records import Comparison, RunReport, StageReport
+from pipeline.workflow.declaration import Better
+from pipeline.workflow.display import format_duration
+
+HEADLINES = 4
+
+
+class Quantity(StrEnum):
+    """What a column holds."""
+
+    STATE = "state"
+    TIME = "time_s"
+    COST = "device_hours"
+    SAMPLES = "samples_seen"
+    METRIC = "metric"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of one run; `shared_with` are the other runs with the same stage, `low` and `high` its interval."""
+
+    value: float | None
+    text: str
+    is_best: bool = False
+    shared_with: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """`key` is `stage.metric`, or `stage.time_s` and the like. `is_headline`: among a stage's first columns."""
+
+    key: str
+    stage: str
+    title: str
+    quantity: Quantity
+    better: Better | None
+    is_headline: bool
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Time and cost of all compared stages; one that several runs share is counted once."""
+
+    duration_s: float
+    device_hours: float
+    shared_stages: int
+
+
+def totals(stages: Sequence[StageReport], comparison: Comparison) -> Totals:
+    """Sums over distinct stages."""
+    distinct = {stage.fingerprint: stage for stage in stages}.values()
+    return Totals(
+        sum(stage.duration_s or 0.0 for stage in distinct),
+        sum(stage.device_hours or 0.0 for stage in distinct),
+        sum(len(comparison.users[stage.fingerprint]) > 1 for stage in distinct),
+    )
+
+
+def columns(comparison: Comparison) -> list[Column]:
+    """Every column, stage by stage in workflow order."""
+    better = directions(comparison)
+    return [column for name in comparison.stage_names for column in _stage_columns(comparison, name, better)]
+
+
+def run_cost(comparison: Comparison, run: RunReport) -> Totals:
+    """Time and cost of all stages of one run, those included that others share."""
+    return totals(run.stages, comparison)
+
+
+def table_csv(comparison: Comparison) -> str:
+    """One row for each run: name, group, state, what differs, and all columns by their keys."""
+    differences = differing_settings([run.record for run in comparison.runs])
+    found = columns(comparison)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    costs = ["total.time_s", "total.device_hours"]
+    writer.writerow(["run", "group", "state", *differences, *costs, *(column.key for column in found)])
+    for number, run in enumerate(comparison.runs):
+        cost = run_cost(comparison, run)
+        settings = [values[number] for values in differences.values()]
+        cells = [column.cells[number] for column in found]
+        values = [cell.text if cell.value is None else repr(cell.value) for cell in cells]
+        row = [run.name, run.record.group, run.state.value, *settings, cost.duration_s, cost.device_hours, *values]
+        writer.writerow(row)
+    return file.getvalue()
+
+
+def table_json(comparison: Comparison) -> str:
+    """All that the table shows, run by run and stage by stage."""
+    differences = differing_settings([run.record for run in comparison.runs])
+    everything = totals(comparison.distinct_stages, comparison)
+    better = directions(comparison)
+    runs = []
+    for number, run in enumerate(comparison.runs):
+        cost = run_cost(comparison, run)
+        runs.append({
+            "name": run.name,
+            "group": run.record.group,
+            "state": run.state.value,
+            "started_at": run.record.started_at,
+            "overrides": run.record.overrides,
+            "differences": {key: values[number] for key, values in differences.items()},
+            "duration_s": cost.duration_s,
+            "device_hours": cost.device_hours,
+            "stages": {stage.name: _stage_json(comparison, run, stage) for stage in run.stages},
+        })  # fmt: skip
+    total = {"duration_s": everything.duration_s, "device_hours": everything.device_hours}
+    content = {"runs": runs, "total_shared_once": total, "better": better}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _stage_json(comparison: Comparison, run: RunReport, stage: StageReport) -> dict[str, Any]:
+    return {
+        "state": stage.state.value,
+        "detail": stage.detail,
+        "fingerprint": stage.fingerprint,
+        "made_by_run": stage.artifact.manifest.made_by_run if stage.artifact else None,
+        "shared_with": comparison.shared_with(run, stage),
+        "duration_s": stage.duration_s,
+        "devices": stage.devices,
+        "device_hours": stage.device_hours,
+        "samples_seen": stage.samples_seen,
+        "hardware": dict(stage.hardware),
+        "metrics": dict(stage.metrics),
+    }
+
+
+def _stage_columns(comparison: Comparison, name: str, better: dict[str, Better]) -> list[Column]:
+    stages = [run.stage(name) for run in comparison.runs]
+    metrics = dict.fromkeys(
+        metric for stage in stages if stage for metric in stage.metrics if not is_bound(metric, stage.metrics)
+    )
+    found = []
+    for quantity in (Quantity.STATE, Quantity.TIME, Quantity.COST, Quantity.SAMPLES):
+        cells = [_quantity_cell(comparison, run, quantity, name) for run in comparison.runs]
+        direction = Better.LOW if quantity in (Quantity.TIME, Quantity.COST) else None
+        title = quantity.value.replace("_s", "").replace("_", " ") if quantity is Quantity.TIME else quantity.value
+        is_headline = quantity is Quantity.TIME
+        key = f"{name}.{quantity.value}"
+        found.append(_column(key, name, title.replace("_", " "), quantity, direction, is_headline, cells, stages))
+    for place, metric in enumerate(metrics):
+        cells = [_metric_cell(comparison, run, name, metric) for run in comparison.runs]
+        key = f"{name}.{metric}"
+        found.append(
+            _column(key, name, metric, Quantity.METRIC, better.get(key), place < HEADLINES, cells, stages)
+        )  # fmt: skip
+    return found
+
+
+def _column(
+    key: str,
+    stage: str,
+    title: str,
+    quantity: Quantity,
+    better: Better | None,
+    is_headline: bool,
+    cells: Sequence[Cell],
+    stages: Sequence[StageReport | None],
+) -> Column:
+    """A column with its best marked: of finished stages, and only where they are not all the same."""
+    ready = [
+        cell.value
+        for cell, stage in zip(cells, stages, strict=True)
+        if stage is not None and stage.is_finished and cell.value is not None
+    ]
+    best = None
+    if better is not None and len(set(ready)) > 1:
+        best = min(ready) if better is Better.LOW else max(ready)
+    marked = [
+        Cell(
+            cell.value, cell.text, best is not None and cell.value == best and stage is not None and stage.is_finished,
+            cell.shared_with, cell.low, cell.high,
+        )
+        for cell, stage in zip(cells, stages, strict=True)
+    ]  # fmt: skip
+    return Column(key, stage, title, quantity, better, is_headline, tuple(marked))
+
+
+def _quantity_cell(comparison: Comparison, run: RunReport, quantity: Quantity, name: str) -> Cell:
+    stage = run.stage(name)
+    if stage is None:
+        return Cell(None, "")
+    shared = tuple(comparison.shared_with(run, stage))
+    if quantity is Quantity.STATE:
+        return Cell(None, stage.state.value, shared_with=shared)
+    if quantity is Quantity.TIME:
+        text = "" if stage.duration_s is None else format_duration(stage.duration_s)
+        return Cell(stage.duration_s, text, shared_with=shared)
+    if quantity is Quantity.COST:
+        return Cell(stage.device_hours, format_hours(stage.device_hours), shared_with=shared)
+    return Cell(float(stage.samples_seen), f"{stage.samples_seen:,}", shared_with=shared)
+
+
+def _metric_cell(comparison: Comparison, run: RunReport, name: str, metric: str) -> Cell:
+    stage = run.stage(name)
+    value = stage.metrics.get(metric) if stage else None
+    if stage is None or value is None:
+        return Cell(None, "")
+    low, high = stage.metrics.get(f"{metric}_low"), stage.metrics.get(f"{metric}_high")
+    is_interval = is_bound(f"{metric}_low", stage.metrics)
+    shared = tuple(comparison.shared_with(run, stage))
+    return Cell(
+        value,
+        format_number(value),
+        shared_with=shared,
+        low=low if is_interval else None,
+        high=high if is_interval else None,
+    )
+
+
+def format_hours(hours: float | None) -> str:
+    """Hours, to the fourth decimal at the most."""
+    return "" if hours is None else format_number(round(hours, 4))

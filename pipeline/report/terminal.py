@@ -1,0 +1,162 @@
+"""The comparison in a terminal: a row for each run, as many columns as fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.errors import UserError
+from pipeline.report.differences import differing_overrides, differing_settings
+from pipeline.report.metrics import directions, format_number
+from pipeline.report.records import Comparison
+from pipeline.report.sweep import Effect, best_level, effects, settings, short_key
+from pipeline.report.table import Column, Quantity, columns, format_hours, run_cost, totals
+from pipeline.workflow.display import format_duration
+
+_BORDER = 3
+_LONGEST_VALUE = 16
+_SHOWN_DIFFERENCES = 3
+_BEST = "*"
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A column as text: its heading's lines, a value for each run, and the foot."""
+
+    heading: str
+    values: tuple[str, ...]
+    foot: str = ""
+    is_number: bool = False
+
+    @property
+    def width(self) -> int:
+        lines = [*self.heading.split("\n"), *self.values, self.foot]
+        return max(map(len, lines)) + _BORDER
+
+
+def print_comparison(console: Console, comparison: Comparison, metrics: Sequence[str]) -> None:
+    """The table, its total, and what was left out; `metrics` are the columns to show instead of the first that fit."""
+    asked, others = _chosen(comparison, metrics)
+    least = _as_shown(asked[0]).width if asked else 0
+    differences = _SHOWN_DIFFERENCES
+    while (room := _room(console, fixed := _fixed(comparison, differences))) < least and differences:
+        differences -= 1
+    fitting: list[Column] = []
+    for column in asked:
+        room -= _as_shown(column).width
+        if room < 0 and not metrics:
+            break
+        fitting.append(column)
+    table = Table(title=_count(len(comparison.runs), "run"), title_justify="left", show_footer=True)
+    shown = [*fixed, *map(_as_shown, fitting)]
+    for column in shown:
+        justify = "right" if column.is_number else "left"
+        table.add_column(Text(column.heading), Text(column.foot), overflow="fold", justify=justify)
+    for number in range(len(comparison.runs)):
+        cells = [column.values[number] for column in shown]
+        table.add_row(*(Text(cell, style="bold green" if cell.endswith(_BEST) else "") for cell in cells))
+    console.print(table)
+    _print_notes(console, comparison, [*asked[len(fitting) :], *others])
+
+
+def print_effects(console: Console, comparison: Comparison, metric: str) -> None:
+    """What each parameter of a sweep does to a metric, and the members by their settings."""
+    better = directions(comparison).get(metric)
+    direction = f" ({better.value} is better)" if better else ""
+    console.print(f"{metric}{direction}: means over the members, ± standard deviation", markup=False, soft_wrap=True)
+    for effect in [*effects(comparison, metric), settings(comparison, metric)]:
+        if effect is not None:
+            console.print(_effect_table(effect, best_level(effect, better)))
+
+
+def _room(console: Console, fixed: Sequence[_Shown]) -> int:
+    return console.width - 1 - sum(column.width for column in fixed)
+
+
+def _effect_table(effect: Effect, best: object) -> Table:
+    table = Table()
+    table.add_column(effect.parameter, overflow="fold")
+    for heading in ("runs", "mean", "±", "lowest", "highest"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    for level in effect.levels:
+        values = [value for _, value in level.points]
+        mean = (format_number(level.mean) or "-") + (f" {_BEST}" if level is best else "")
+        ends = [format_number(min(values)), format_number(max(values))] if values else ["", ""]
+        runs = str(level.members) if len(values) == level.members else f"{len(values)} of {level.members}"
+        style = "bold green" if level is best else ""
+        table.add_row(Text(level.label), runs, Text(mean, style=style), format_number(level.deviation), *ends)
+    return table
+
+
+def _fixed(comparison: Comparison, differences: int) -> list[_Shown]:
+    """The columns that are always there: names, what differs, state, time, cost."""
+    records = [run.record for run in comparison.runs]
+    varied = differing_overrides(records) or differing_settings(records)
+    costs = [run_cost(comparison, run) for run in comparison.runs]
+    everything = totals(comparison.distinct_stages, comparison)
+    return [
+        _Shown("run", tuple(run.name for run in comparison.runs), "all"),
+        *(
+            _Shown(short_key(key).replace(".", "\n"), tuple(value[:_LONGEST_VALUE] for value in values))
+            for key, values in list(varied.items())[:differences]
+        ),
+        _Shown("state", tuple(run.state.value for run in comparison.runs)),
+        _Shown(
+            "time", tuple(format_duration(cost.duration_s) for cost in costs),
+            format_duration(everything.duration_s), is_number=True,
+        ),
+        _Shown(
+            "device\nhours", tuple(format_hours(cost.device_hours) for cost in costs),
+            format_hours(everything.device_hours), is_number=True,
+        ),
+    ]  # fmt: skip
+
+
+def _chosen(comparison: Comparison, metrics: Sequence[str]) -> tuple[list[Column], list[Column]]:
+    """The columns to show, the most telling first, and the rest: those of stages that all runs share, and details."""
+    found = columns(comparison)
+    if metrics:
+        by_key = {column.key: column for column in found}
+        unknown = next((metric for metric in metrics if metric not in by_key), None)
+        if unknown is not None:
+            known = ", ".join(by_key) or "none, as no stage has begun"
+            raise UserError(f"--metric {unknown!r} is no column of these runs; there are {known}")
+        return [by_key[metric] for metric in metrics], []
+    telling = [
+        column
+        for column in found
+        if column.quantity is Quantity.METRIC and column.is_headline and not comparison.is_common(column.stage)
+    ]
+    # The first metric of every stage before any stage's second; the last stages judge the others.
+    order = {name: place for place, name in enumerate(reversed(comparison.stage_names))}
+    seen: dict[str, int] = {}
+    ranked = []
+    for column in telling:
+        seen[column.stage] = seen.get(column.stage, 0) + 1
+        ranked.append((seen[column.stage], order[column.stage], column))
+    first = [column for _, _, column in sorted(ranked, key=lambda each: each[:2])]
+    return first, [column for column in found if column not in first]
+
+
+def _as_shown(column: Column) -> _Shown:
+    values = tuple(cell.text + (f" {_BEST}" if cell.is_best else "") for cell in column.cells)
+    return _Shown(f"{column.stage}\n{column.title}", values, is_number=True)
+
+
+def _print_notes(console: Console, comparison: Comparison, left_out: Sequence[Column]) -> None:
+    notes = [f"{_BEST} the best of its column, where the stage says which way is better"]
+    everything = totals(comparison.distinct_stages, comparison)
+    if everything.shared_stages:
+        notes.append(f"{_count(everything.shared_stages, 'stage')} shared by several runs: once in the total")
+    if left_out:
+        notes.append(f"{_count(len(left_out), 'more column')}: --csv, --json, --output, or --metric {left_out[0].key}")
+    for run in comparison.runs:
+        notes += [f"{run.name}: {stage.name} failed: {stage.detail}" for stage in run.stages if stage.state == "failed"]
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import small_world
+from markdown_it import MarkdownIt
+
+from pipeline.cli import main
+
+
+def card_of(outputs: Path, name: str, capsys, *options: str) -> tuple[Path, str]:
+    assert main(["card", name, "--outputs", str(outputs), *options]) == 0
+    path = Path(capsys.readouterr().out.removeprefix("card: ").strip())
+    return path, path.read_text(encoding="utf-8")
+
+
+def test_a_card_tells_data_licence_metrics_training_config_and_use(outputs: Path, capsys):
+    path, text = card_of(outputs, "trial.1", capsys)
+    assert path == outputs / "runs" / "trial.1" / "README.md"
+    for fragment in (
+        "Hang trial.1 (painter) on a wall.", "10 train", "| painter | accuracy | 0.55 (0.45 to 0.65) |",
+        '"weight": 0.1', "stage.painter.weight=0.1", "finished", "device-hours",
+    ):  # fmt: skip
+        assert fragment in text
+    assert "![Samples: painter-samples](<pictures/painter-samples.png>)" in text
+    assert (path.parent / "pictures" / "painter-samples.png").is_file()
+
+
+def test_a_card_elsewhere_takes_its_pictures_along(outputs: Path, capsys, tmp_path: Path):
+    path, text = card_of(outputs, "trial.1", capsys, "--output", str(tmp_path / "model.md"))
+    assert path == tmp_path / "model.md"
+    assert "(<model_pictures/painter-samples.png>)" in text
+    assert (tmp_path / "model_pictures" / "painter-samples.png").is_file()
+
+
+def test_a_failed_run_s_card_says_so_and_renders_no_foreign_html(outputs: Path, capsys):
+    _, text = card_of(outputs, "broken", capsys)
+    assert "failed, 1 of 3 stages done" in text
+    assert "Nothing of this run can be used yet" in text
+    assert small_world.HARM in text  # in the config's code block
+    html = MarkdownIt("commonmark").render(text)
+    assert "<script" not in html
+    assert "free | &lt;script&gt;" in html

@@ -1,0 +1,68 @@
+import json
+import time
+from pathlib import Path
+
+from small_world import compared
+
+from pipeline.report.records import RunReport, State, read_rows
+
+
+def run_of(outputs: Path, name: str) -> RunReport:
+    (run,) = compared(outputs, name).runs
+    return run
+
+
+def test_finished_killed_interrupted_and_failed_runs_are_told_apart(outputs: Path):
+    names = ("trial.0", "killed", "paused", "broken")
+    states = [run_of(outputs, name).state for name in names]
+    assert states == [State.FINISHED, State.STOPPED, State.INTERRUPTED, State.FAILED]
+
+
+def test_a_stage_in_progress_has_what_it_logged_so_far(outputs: Path):
+    painter = run_of(outputs, "paused").stage("painter")
+    assert painter is not None
+    assert painter.samples_seen == 25 * 8
+    assert painter.duration_s == 25 * 90.0
+    assert painter.device_hours == 25 * 90.0 / 3600
+    assert painter.metrics == {"error": 1.7 / 20}
+    critic = run_of(outputs, "paused").stage("critic")
+    assert critic is not None
+    assert (critic.state, critic.duration_s, critic.metrics) == (State.WAITING, None, {})
+
+
+def test_a_row_that_a_kill_cut_short_is_left_out(outputs: Path):
+    painter = run_of(outputs, "killed").stage("painter")
+    assert painter is not None
+    assert painter.rows_path.read_text().endswith('"train/err')
+    assert [row["samples_seen"] for row in read_rows(painter.rows_path)][-1] == 15 * 8
+
+
+def test_rows_that_are_none_are_left_out(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('[1]\n{"loss": 1}\n{"samples_seen": 3, "loss": NaN}\nnull\n')
+    assert [row["samples_seen"] for row in read_rows(path)] == [3]
+    assert list(read_rows(tmp_path / "nothing")) == []
+
+
+def test_a_stage_that_runs_share_is_read_once_and_names_its_users(outputs: Path):
+    comparison = compared(outputs, "trial", "again")
+    again, first = comparison.runs[3], comparison.runs[1]
+    assert again.stage("painter") is first.stage("painter")
+    painter = again.stage("painter")
+    assert painter is not None
+    assert comparison.shared_with(again, painter) == ["trial.1"]
+    assert comparison.is_common("prepare")
+    assert not comparison.is_common("painter")
+    assert comparison.count_distinct("painter") == 3
+
+
+def test_a_stage_that_was_heard_of_just_now_is_running(outputs: Path):
+    painter = run_of(outputs, "killed").stage("painter")
+    assert painter is not None
+    path = painter.work / "progress.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"updated_at": time.time()}))
+    try:
+        assert run_of(outputs, "killed").state is State.RUNNING
+    finally:
+        path.write_text(before)

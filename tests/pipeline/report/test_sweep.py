@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+import small_world
+from small_world import compared
+
+from pipeline.cli import main
+from pipeline.errors import UserError
+from pipeline.report.records import Comparison
+from pipeline.report.sweep import best_level, chosen_metric, effects, settings
+from pipeline.workflow.declaration import Better
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """Two weights and two notes, two seeds each; the metrics follow the weight alone."""
+    outputs = tmp_path_factory.mktemp("crossed")
+    number = 0
+    for weight in (0.3, 0.1):
+        for note in ("a", "b"):
+            for seed in (0, 1):
+                overrides = [
+                    "run.name=c",
+                    f"stage.painter.weight={weight}",
+                    f"stage.painter.note={note}",
+                    f"seed={seed}",
+                ]
+                name = f"c.{number}"
+                small_world.run(outputs, name, group="c", overrides=overrides, seed=seed, weight=weight, note=note)
+                number += 1
+    return compared(outputs, "sweep:c")
+
+
+def test_each_parameter_s_effect_is_averaged_over_all_that_else_was_varied(crossed: Comparison):
+    weight, note, seed = effects(crossed, "painter.accuracy")
+    assert [(level.label, level.members, level.mean) for level in weight.levels] == [
+        ("0.1", 4, pytest.approx(0.55)),
+        ("0.3", 4, pytest.approx(0.65)),
+    ]
+    assert weight.levels[0].deviation == pytest.approx(0)
+    assert [level.mean for level in note.levels] == pytest.approx([0.6, 0.6])
+    assert note.levels[0].deviation == pytest.approx(0.0577, abs=1e-3)
+    assert (seed.parameter, seed.is_numeric, note.is_numeric) == ("seed", True, False)
+    best = best_level(weight, Better.HIGH)
+    assert best is not None
+    assert best.label == "0.3"
+    assert best_level(weight, None) is None
+
+
+def test_members_that_differ_in_their_seed_alone_stand_together(crossed: Comparison):
+    by_setting = settings(crossed, "painter.accuracy")
+    assert by_setting is not None
+    assert [(level.label, level.members) for level in by_setting.levels] == [
+        ("painter.weight=0.3, painter.note=a", 2),
+        ("painter.weight=0.3, painter.note=b", 2),
+        ("painter.weight=0.1, painter.note=a", 2),
+        ("painter.weight=0.1, painter.note=b", 2),
+    ]
+
+
+def test_the_metric_is_the_last_stage_s_unless_another_is_asked_for(trial: Comparison):
+    assert chosen_metric(trial, None) == "critic.score"
+    assert chosen_metric(trial, "painter.error") == "painter.error"
+    with pytest.raises(UserError, match=r"'painter.joy' is no final metric .* critic.score, painter.error"):
+        chosen_metric(trial, "painter.joy")
+
+
+def test_the_terminal_shows_the_effect_of_a_sweep_on_the_chosen_metric(outputs: Path, capsys):
+    assert main(["compare", "sweep:trial", "--metric", "painter.error", "--outputs", str(outputs)]) == 0
+    shown = capsys.readouterr().out
+    assert "painter.error (low is better)" in shown
+    assert "stage.painter.weight" in shown
+    assert "0.025 *" in shown
