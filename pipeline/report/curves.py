@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.records import AXIS, ELAPSED, Comparison, StageReport, read_rows
+from pipeline.report.records import ELAPSED, Comparison, StageReport, read_rows
+from pipeline.workflow.metrics import AXIS
 
 POINTS_OF_A_PAGE = 240_000
 MOST_POINTS = 600

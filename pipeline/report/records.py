@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.metrics import AXIS, METRICS
 from pipeline.workflow.progress import HARDWARE, latest_checkpoint_samples, read_progress
 from pipeline.workflow.runs import RECORD, RunRecord, RunStage, read_run, run_directory
 from pipeline.workflow.summary import stage_state
 
-METRICS = "metrics.jsonl"
-AXIS = "samples_seen"
 ELAPSED = "system/elapsed_s"
 _SECONDS_PER_HOUR = 3600
 
