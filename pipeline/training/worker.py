@@ -46,9 +46,12 @@ def main() -> int:
             _answer(path, outcome)
         if interruption.is_set() or (len(sys.argv) > 1 and outcome is Outcome.FAILED):
             break
-    if outcome is Outcome.INTERRUPTED and process_rank() != 0:
-        # The first process tells how it ended. Where a status other than 0 has the others killed, a status of this one
-        # would catch it in the middle of its checkpoint.
+    marker = os.environ.get("UNCLIP_INTERRUPTED")
+    if outcome is Outcome.INTERRUPTED and (marker or process_rank() != 0):
+        # The first process tells how it ended. Where a status other than 0 has the others killed, a status of another
+        # one would catch it in the middle of its checkpoint, and its own would be lost among theirs.
+        if marker and process_rank() == 0:
+            Path(marker).touch()
         return 0
     return EXIT_STATUS[outcome]
 
