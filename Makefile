@@ -9,11 +9,15 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	@$(BIN)/unclip run
 
+# Whole workflows and a Slurm cluster want the cores for themselves; the rest shares them.
+UNIT := -n auto --maxprocesses 4 --dist loadfile --ignore tests/integration
 test: $(READY) lint
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" $(UNIT)
+	@$(BIN)/python -m pytest -m "not slow" tests/integration
 
 test-all: $(READY) lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(UNIT)
+	@$(BIN)/python -m pytest tests/integration
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .

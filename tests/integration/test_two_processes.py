@@ -20,7 +20,7 @@ from pipeline.config import StrategyName
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.metrics import without_measured
-from pipeline.workflow.progress import latest_checkpoint_samples
+from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
 
 STEPS = 40
 
@@ -129,6 +129,19 @@ def test_a_process_that_dies_ends_the_other_one_soon(tmp_path: Path, rank: int):
     assert process.wait(timeout=30) not in (0, 75)
     gone, alive = psutil.wait_procs(ranks, timeout=30)
     assert len(gone) == 2 or all(each.status() == psutil.STATUS_ZOMBIE for each in alive)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_gradient_in_shards_that_is_not_finite_stops_both_and_names_their_samples(tmp_path: Path, strategy: str):
+    stage = tiny.frozen(tmp_path, devices=2, strategy=StrategyName(strategy), learning_rate=1e38)
+    run_stage(tiny.data_of(stage), Event())
+    assert start(stage).wait(timeout=120) == 1
+    failure = read_failure(stage.work)
+    assert failure is not None
+    assert failure.is_user_error
+    assert "the gradient is not finite" in failure.message
+    (record,) = (stage.work / "non_finite.jsonl").read_text().splitlines()
+    assert len(json.loads(record)["keys"]) == 8
 
 
 def test_clip_in_pieces_on_two_devices_learns_what_it_learns_on_one(tmp_path: Path):

@@ -201,9 +201,10 @@ def frozen(
     step_s: float = 0.0,
     max_samples: int = 80,
     non_finite: NonFinite = NonFinite.STOP,
+    learning_rate: float = 1e-2,
     **trainer: Any,
 ) -> FrozenStage:
-    optimizer = OPTIMIZER.model_copy(update={"non_finite": non_finite})
+    optimizer = OPTIMIZER.model_copy(update={"non_finite": non_finite, "learning_rate": learning_rate})
     settings = LearnerSettings(
         global_batch_size=8, max_samples=max_samples, optimizer=optimizer, dropout=dropout, step_s=step_s
     )
