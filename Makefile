@@ -9,15 +9,14 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	@$(BIN)/unclip run
 
-# Whole workflows and a Slurm cluster want the cores for themselves; the rest shares them.
-UNIT := -n auto --maxprocesses 4 --dist loadfile --ignore tests/integration
+# A file of tests goes to one process, which has its fixtures; a Slurm cluster or a training waits more than it computes.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(READY) lint
-	@$(BIN)/python -m pytest -m "not slow" $(UNIT)
-	@$(BIN)/python -m pytest -m "not slow" tests/integration
+	@$(PYTEST) -m "not slow"
 
 test-all: $(READY) lint
-	@$(BIN)/python -m pytest $(UNIT)
-	@$(BIN)/python -m pytest tests/integration
+	@$(PYTEST)
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .

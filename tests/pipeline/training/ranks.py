@@ -22,7 +22,9 @@ def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join([str(Path(tiny.__file__).parent), str(Path.cwd())]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(tiny.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())]
+        ),
         "OMP_NUM_THREADS": "1",
     }
     started = [
