@@ -103,6 +103,14 @@ def _reason(parameters: int, bytes_per_parameter: float, device: Device) -> str:
     return f"{parameters / 1e6:,.0f} M parameters need {need:.1f} GiB of {device.name}'s {have:.0f} GiB for their state"
 
 
+def _without_deepspeed(choice: StrategyChoice, error: Exception) -> str:
+    said = (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"trainer={choice.strategy.value} needs DeepSpeed, which cannot be loaded here ({said}); install it, and where "
+        "it asks for CUDA_HOME or nvcc the CUDA toolkit of torch's version, or use trainer=ddp"
+    )
+
+
 def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[PortableStrategy, StrategyChoice]:
     """The strategy of a stage that trains `network`.
 
@@ -117,9 +125,15 @@ def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[Porta
         return (PlainStrategy(root) if settings.world_size == 1 else ReplicatedStrategy(timeout=timeout)), choice
     if settings.precision is Precision.FLOAT16_MIXED:
         raise UserError(f"trainer.precision=16-mixed works with trainer=ddp alone; for {choice.title} use bf16-mixed")
-    # Importing DeepSpeed takes seconds, which stages without it are spared.
-    from pipeline.training.strategies.zero import ZeroStrategy
-
+    try:
+        # Importing DeepSpeed takes seconds, which stages without it are spared.
+        from pipeline.training.strategies.zero import ZeroStrategy
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        raise UserError(_without_deepspeed(choice, error)) from error
+    except Exception as error:
+        if type(error).__name__ != "MissingCUDAException":  # its class would have to be imported from DeepSpeed
+            raise
+        raise UserError(_without_deepspeed(choice, error)) from error
     stages = {StrategyName.ZERO1: 1, StrategyName.ZERO2: 2, StrategyName.ZERO3: 3}
     strategy = ZeroStrategy(
         stage=stages[choice.strategy],
