@@ -54,7 +54,7 @@ def test_on_cpus_nothing_is_sharded_and_what_is_configured_is_taken():
 def test_where_deepspeed_cannot_be_loaded_one_line_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pipeline.training.strategies.zero", None)
     with pytest.raises(
-        UserError, match="trainer=zero2 needs DeepSpeed, which cannot be loaded here .* or use trainer=ddp"
+        UserError, match=r"trainer=zero2 needs DeepSpeed, which cannot be loaded here .* or use trainer=ddp"
     ):
         build_strategy(settings(1, strategy=StrategyName.ZERO2), nn.Linear(2, 2))
 
