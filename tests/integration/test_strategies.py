@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from ranks import log_of, run_on_ranks
 from safetensors.torch import load_file
 from tiny_runs import plan_stages, rows_of, run_until
 from torch import Tensor
 
+from pipeline.config import Offload, Precision
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
 
@@ -131,3 +133,21 @@ def test_state_in_host_memory_changes_nothing_but_rounding(world: World, option:
     assert run_on_ranks([reference, own]) == [0, 0], log_of(own)
     for key, expected in weights(reference).items():
         torch.testing.assert_close(weights(own)[key], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_strategy_leaves_torch_as_it_found_it(monkeypatch: pytest.MonkeyPatch):
+    """For memory's sake ZeRO-3 puts a linear function of its own into torch, and leaves it there."""
+    from pipeline.training.strategies.zero import ZeroStrategy
+
+    linear = torch.nn.functional.linear
+    strategy = ZeroStrategy(
+        stage=3,
+        offload=Offload.NONE,
+        settings=tiny.TRAINER.deepspeed,
+        precision=Precision.FLOAT32,
+        collective_timeout_s=60,
+        on_cuda=True,
+    )
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: None)
+    strategy.teardown()
+    assert torch.nn.functional.linear is linear

@@ -48,7 +48,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             timeout=timedelta(seconds=collective_timeout_s),
         )
         self._stage = stage
-        self._frozen_shapes: dict[str, torch.Size] = {}
+        self._linear = nn.functional.linear
 
     def setup_environment(self) -> None:
         """Lightning's hook, which refuses what has no CUDA."""
@@ -65,6 +65,13 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """Lightning's hook: the network is whole for the last time before it."""
         self._shapes = super().shapes()
         super().setup(trainer)
+
+    def teardown(self) -> None:
+        """Lightning's hook, which would copy the weights of every process to its host.
+
+        ZeRO-3 leaves a linear function of its own in torch, which rounds otherwise, for whatever this process does next.
+        """
+        nn.functional.linear = self._linear
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of each parameter that trains, as it was before ZeRO-3 left this process a part of it."""
@@ -197,6 +204,7 @@ def _deepspeed_config(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "sub_group_size": int(settings.sub_group_mib * _MIB / _FLOAT32_BYTES),
+        "memory_efficient_linear": on_cuda,
         "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": settings.gathered_below_elements,
         "stage3_max_live_parameters": int(settings.max_gathered_mib * _MIB / _FLOAT32_BYTES),
