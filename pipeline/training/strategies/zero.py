@@ -69,7 +69,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     def teardown(self) -> None:
         """Lightning's hook, which would copy the weights of every process to its host.
 
-        ZeRO-3 leaves a linear function of its own in torch, which rounds otherwise, for whatever this process does next.
+        ZeRO-3 leaves in torch a linear function of its own, which rounds otherwise, for what this process does next.
         """
         nn.functional.linear = self._linear
 
