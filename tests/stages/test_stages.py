@@ -12,6 +12,7 @@ from tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_
 
 from pipeline.data.batch import ImageBatch
 from pipeline.errors import UserError
+from pipeline.training.optimizer import build_optimizer
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.progress import Outcome
 from stages.clip import ClipModule
@@ -242,3 +243,16 @@ def test_a_network_of_another_clip_is_refused(outputs: Path):
     decoder = run_until(outputs, "decoder", "stage.decoder.clip_loss.weight=0")
     with pytest.raises(UserError, match=r"was made with the CLIP .*, not with .*; train stage decoder on that CLIP"):
         load_decoder(decoder, run_until(outputs, "clip", "stage.clip.loss=siglip"))
+
+
+def test_clip_s_training_keeps_the_scale_on_the_similarities_below_one_hundred(outputs: Path):
+    settings = plan_stages(outputs)["clip"].read_settings()
+    assert isinstance(settings, ClipSettings)
+    module = ClipModule(ClipModel(settings.network, settings.loss), settings)
+    optimizer = build_optimizer(module.network, settings.optimizer, module.parameter_ranges, fused=True)
+    scale = module.clip.network.logit_scale
+    with torch.no_grad():
+        scale.fill_(9.0)
+    scale.grad = -torch.ones_like(scale)
+    optimizer.step()
+    assert module.clip.logit_scale.item() == pytest.approx(100.0)
