@@ -23,7 +23,7 @@ from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, desc
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.metrics import METRICS
-from pipeline.workflow.ownership import Ownership, acquire, wait_for_first_process
+from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
 from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, read_hardware, write_failure
 
 _MIN_FREE_BYTES = 2**20
@@ -67,14 +67,15 @@ def _attempt(
 ) -> Outcome:
     try:
         _run_and_publish(frozen, progress, interruption, ownership)
+    except StageLost as lost:
+        return _gave_way(lost)
     except StageInterrupted as stopped:
         print(stopped, flush=True)
         progress.update(phase=Phase.INTERRUPTED)
         return Outcome.INTERRUPTED
     except Exception as error:  # the boundary of a stage: whatever it was, say it and keep the traceback in the log
         if ownership is not None and ownership.is_lost:
-            print(f"stopped, as another process has the stage now ({error})", flush=True)
-            return Outcome.INTERRUPTED
+            return _gave_way(error)
         failure = _explained(error, frozen)
         if not isinstance(error, UserError):
             traceback.print_exc()
@@ -82,6 +83,12 @@ def _attempt(
         progress.update(phase=Phase.FAILED)
         return Outcome.FAILED
     return Outcome.FINISHED
+
+
+def _gave_way(error: Exception) -> Outcome:
+    """Say that the stage is another process's now, whichever part of this one noticed; nothing is written."""
+    print(f"stopped, as another process has the stage now ({error})", flush=True)
+    return Outcome.INTERRUPTED
 
 
 def _explained(error: Exception, frozen: FrozenStage) -> Failure:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from pipeline.training.optimizer import build_optimizer
 from pipeline.training.stage import run_stage
 from pipeline.training.strategies.portable import PlainStrategy
 from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.progress import Failure, Outcome, Phase, read_failure, read_progress
 
 
@@ -218,15 +219,30 @@ def test_an_error_of_the_operating_system_that_is_not_about_space_is_no_full_dis
     assert "Input/output error" in failure.message
 
 
-def test_a_stage_that_is_lost_in_mid_step_writes_nothing_more_and_is_finished_by_its_successor(tmp_path: Path):
+def noticed_at_the_checkpoint(_context: tiny.StageContext) -> None:
+    """A checkpoint asks the file system before it writes."""
+
+
+def noticed_before_it(context: tiny.StageContext) -> None:
+    with pytest.raises(StageLost):
+        context.require_ownership()
+    assert context.is_lost
+
+
+@pytest.mark.parametrize("notice", [noticed_at_the_checkpoint, noticed_before_it], ids=lambda each: each.__name__)
+def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_finished_by_its_successor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], notice: Callable[[tiny.StageContext], None]
+):
     def lose(context: tiny.StageContext) -> None:
         attempts = context.work / "attempts"
         other = json.loads((attempts / "000001.json").read_text()) | {"attempt": 2, "pid": 2**30}
         (attempts / "000002.json").write_text(json.dumps(other))
+        notice(context)
 
     stage = frozen(tmp_path)
     SCRIPT.at_samples, SCRIPT.happens = 40, lose
     assert run(stage) is Outcome.INTERRUPTED
+    assert "stopped, as another process has the stage now" in capsys.readouterr().out
     assert stage.store.find("learner", stage.fingerprint) is None
     kept = latest_checkpoint(stage.work)
     assert kept is not None
