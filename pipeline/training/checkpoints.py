@@ -1,15 +1,16 @@
 """Checkpoints of a stage in progress: whole or not there, with a digest, the last few kept."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pytorch_lightning import Trainer
 
 from pipeline.training.context import StageContext
+from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.artifacts import file_sha256, sync_directory, write_json_atomically
 from pipeline.workflow.progress import CHECKPOINTS
 
@@ -47,16 +48,13 @@ def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, 
     if trainer.is_global_zero:
         shutil.rmtree(temporary, ignore_errors=True)
     try:
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         if not trainer.is_global_zero:
             return
         _remove_unfinished(directory, context.attempt)
-        files = {}
-        for file in sorted(temporary.iterdir()):
-            _sync_file(file)
-            files[file.name] = file_sha256(file)
         sync_directory(temporary)
-        record = {"samples_seen": samples_seen, "files": files, "elapsed_s": round(elapsed_s, 3)}
+        files = cast(PortableStrategy, trainer.strategy).saved_files
+        record = {"samples_seen": samples_seen, "files": dict(files), "elapsed_s": round(elapsed_s, 3)}
         context.require_ownership()
         if target.exists():
             shutil.rmtree(target)
@@ -90,8 +88,3 @@ def _remove_unfinished(directory: Path, attempt: int) -> None:
     for left in directory.glob("samples-*.tmp-*"):
         if int(left.suffix.rpartition("-")[2]) < attempt:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

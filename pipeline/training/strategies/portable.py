@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from pipeline.training.strategies.fragments import (
     trained_parameters,
     write_fragments,
 )
+from pipeline.workflow.artifacts import file_sha256
 
 TRAINER_FILE = "trainer.pt"
 CONSTANTS_FILE = "constants.safetensors"
@@ -38,6 +40,9 @@ class PortableStrategy(Strategy):
     holds buffers and frozen parameters, `trainer.pt` loops and schedules, `description.json` the parameters' shapes.
     Nothing in them knows of a strategy, so nothing has to be converted, and reading them executes nothing.
     """
+
+    saved_files: Mapping[str, str]
+    """The files of the checkpoint that was saved last, and their digests; the same on all processes."""
 
     @property
     def network(self) -> nn.Module:
@@ -122,25 +127,31 @@ class PortableStrategy(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Lightning's hook, called on all processes: each writes its part of the directory `filepath`.
 
-        Raises `OSError` on the process that could not, and `RuntimeError` on the others.
+        The files are on disk then, and `saved_files` has their names and SHA-256 (hex). Raises `OSError` on the process
+        that could not write, and `RuntimeError` on the others.
         """
         directory = Path(self.broadcast(str(filepath)))
         constants = self.constants()
+        own: list[str] = []
         with _FailingTogether(directory):
             if self.is_global_zero:
                 directory.mkdir()
-                self._write_common(directory, checkpoint, constants)
+                own += self._write_common(directory, checkpoint, constants)
         with _FailingTogether(directory):
             rank, world_size = rank_of_world()
-            name = f"fragments-{rank:05}-of-{world_size:05}.safetensors"
-            write_fragments(directory / name, self.fragments_to_save(), self.adamw)
+            own.append(f"fragments-{rank:05}-of-{world_size:05}.safetensors")
+            write_fragments(directory / own[-1], self.fragments_to_save(), self.adamw)
+            # Each process reads back its own: the first one alone would keep all waiting for the whole state.
+            digests = {name: _flushed_sha256(directory / name) for name in own}
+        self.saved_files = {name: digest for each in gather_objects(digests) for name, digest in each.items()}
 
-    def _write_common(self, directory: Path, checkpoint: dict[str, Any], constants: Mapping[str, Tensor]) -> None:
+    def _write_common(self, directory: Path, checkpoint: dict[str, Any], constants: Mapping[str, Tensor]) -> list[str]:
         kept = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
         torch.save(kept, directory / TRAINER_FILE)
         save_file({name: tensor.cpu().contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_FILE)
         shapes = {name: list(shape) for name, shape in self.shapes().items()}
         (directory / DESCRIPTION_FILE).write_text(json.dumps({"shapes": shapes}), encoding="utf-8")
+        return [TRAINER_FILE, CONSTANTS_FILE, DESCRIPTION_FILE]
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Lightning's hook, called on all processes: each reads what it holds, whoever wrote it.
@@ -170,6 +181,12 @@ class PortableStrategy(Strategy):
             f"{directory} is a checkpoint of another model: {name} has shape {_shown(saved.get(name))} there and "
             f"{_shown(own.get(name))} here; remove the checkpoint to train from the beginning"
         )
+
+
+def _flushed_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return file_sha256(path)
 
 
 def _shown(shape: torch.Size | None) -> str:
