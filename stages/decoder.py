@@ -155,7 +155,12 @@ class DecoderModule(StageModule):
         """Validation pictures, each beside a sample from its own embedding and caption."""
         batch = self._shown.to(self.device)
         sampler = DecoderSampler(self.decoder, self.settings, self.clip)
-        drawn = sampler.sample(batch.caption, self._condition(batch), SampleDraws(batch.sample_seed), DecoderOptions())
+        drawn = torch.cat(
+            [
+                sampler.sample(piece.caption, self._condition(piece), SampleDraws(piece.sample_seed), DecoderOptions())
+                for piece in batch.split(self.micro_batch_size)
+            ]
+        )
         pairs = [[to_pil(real), to_pil(fake)] for real, fake in zip(batch.image_signed(), drawn, strict=True)]
         names, seeds = ("real", "sample"), batch.sample_seed.tolist()
         grid = captioned_grid(pairs, batch.caption, columns=4, names=names, seeds=seeds)

@@ -14,7 +14,7 @@ from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
-from pipeline.training.module import LOSS, StageModule
+from pipeline.training.module import LOSS, StageModule, within
 from stages.diffusion.objective import diffusion_loss, predicted_x_0, target, timestep_weight
 from stages.diffusion.schedule import NoiseSchedule
 from stages.generation.prior import PriorSampler
@@ -25,7 +25,6 @@ from stages.models.prior import build_prior, denoise_prior, set_whitening
 from stages.models.saved import clip_numbers, load_clip, load_clip_embeddings, save_weights
 from stages.settings import PriorSettings
 
-SAMPLED_BATCHES = 1
 """Sampling costs as much as many steps of training, and the mean cosine of one batch tells enough."""
 
 
@@ -86,7 +85,7 @@ class PriorModule(StageModule):
         kept = list(batches)
         sampler = PriorSampler(self.prior, self.settings, self._captions)
         sampled, true, text = [], [], []
-        for batch in kept[:SAMPLED_BATCHES]:
+        for batch in within(kept, self.settings.global_batch_size):
             sampled.append(sampler.sample(batch.caption, SampleDraws(batch.sample_seed)))
             true.append(self._embeddings.image_embed[batch.sample.cpu()])
             text.append(self._embeddings.text_embed[batch.sample.cpu()])

@@ -14,7 +14,7 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
-from pipeline.training.module import LOSS, SampleGrid, StageModule
+from pipeline.training.module import LOSS, SampleGrid, StageModule, within
 from stages.diffusion.degrade import degrade
 from stages.diffusion.objective import diffusion_loss, target, timestep_weight
 from stages.diffusion.schedule import NoiseSchedule
@@ -74,21 +74,29 @@ class UpsamplerModule(StageModule):
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """PSNR of sampled pictures against the truth, beside that of bicubic enlargement, and the loss."""
         kept = list(batches)
-        psnr = self._psnr(kept[0].image_signed()[:MEASURED_PICTURES], kept[0].sample_seed[:MEASURED_PICTURES])
-        return psnr | super().validation_metrics(kept)
+        return self._psnr(kept) | super().validation_metrics(kept)
 
-    def _psnr(self, x_0: Tensor, sample_seed: Tensor) -> dict[str, float]:
+    def _psnr(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        measured = within(batches, min(MEASURED_PICTURES, self.settings.global_batch_size))
+        x_0 = torch.cat([batch.image_signed() for batch in measured])[:MEASURED_PICTURES]
+        sample_seed = torch.cat([batch.sample_seed for batch in measured])[:MEASURED_PICTURES]
         low = reduce_size(x_0, self.settings.low_size)
-        drawn = UpsamplerSampler(self.upsampler, self.settings).sample(low, SampleDraws(sample_seed))
+        drawn = self._sample(low, sample_seed)
         bicubic = upsample_condition(low, self.settings.high_size)
         return {"psnr_db": peak_signal_to_noise(drawn, x_0), "psnr_bicubic_db": peak_signal_to_noise(bicubic, x_0)}
+
+    def _sample(self, low: Tensor, sample_seed: Tensor) -> Tensor:
+        """Samples [B, 3, S, S], as many at a time as the device takes."""
+        sampler = UpsamplerSampler(self.upsampler, self.settings)
+        pieces = zip(low.split(self.micro_batch_size), sample_seed.split(self.micro_batch_size), strict=True)
+        return torch.cat([sampler.sample(piece, SampleDraws(seeds)) for piece, seeds in pieces])
 
     def sample_grid(self) -> SampleGrid:
         """Validation pictures: reduced and enlarged without smoothing, sampled from that, and the truth."""
         batch = self._shown.to(self.device)
         x_0 = batch.image_signed()
         low = reduce_size(x_0, self.settings.low_size)
-        drawn = UpsamplerSampler(self.upsampler, self.settings).sample(low, SampleDraws(batch.sample_seed))
+        drawn = self._sample(low, batch.sample_seed)
         cells = [[to_pil(a), to_pil(b), to_pil(c)] for a, b, c in zip(low, drawn, x_0, strict=True)]
         names, seeds = ("reduced", "sample", "real"), batch.sample_seed.tolist()
         grid = captioned_grid(cells, batch.caption, columns=2, names=names, seeds=seeds)

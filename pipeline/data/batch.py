@@ -44,6 +44,14 @@ class ImageBatch:
             sample_seed=self.sample_seed.pin_memory(),
         )
 
+    def split(self, samples: int) -> "list[ImageBatch]":
+        """The batch in pieces of `samples`, of which the last may be short; they tell of no faults."""
+        places = [slice(start, start + samples) for start in range(0, len(self), samples)]
+        return [
+            ImageBatch(self.image[place], self.caption[place], self.sample[place], self.sample_seed[place])
+            for place in places
+        ]
+
     def image_signed(self) -> Tensor:
         """The pictures as networks take them: float32 [B, 3, S, S] in [-1, 1]."""
         return signed(self.image)

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from pipeline.config import TrainerSettings
+from pipeline.config import TrainerSettings, largest_piece
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import evaluation_loader
@@ -67,7 +67,7 @@ class SeedEveryStep(pl.Callback):
 class Validation(StepBoundary):
     """Validates with the averaged weights, at intervals of `validate_every_samples` and at the end.
 
-    Every process goes over the same samples, so that nothing has to be reduced and no figure depends on their number.
+    The first process does: it alone needs room for the whole network, and no figure depends on the number of processes.
     """
 
     def __init__(self, context: StageContext, images: CaptionedImages, clock: TrainingClock) -> None:
@@ -85,10 +85,14 @@ class Validation(StepBoundary):
             return
         self._context.progress.update(activity="validating")
         loader = evaluation_loader(
-            self._images, split=Split.VALIDATION, batch_size=batch, limit=settings.validation_samples
+            self._images,
+            split=Split.VALIDATION,
+            batch_size=largest_piece(batch, settings.micro_batch_size),
+            limit=settings.validation_samples,
         )
-        with module.averaged(), trainer.precision_plugin.val_step_context():
-            self.latest = module.validation_metrics(each.to(module.device) for each in loader)
+        with module.averaged() as evaluates, trainer.precision_plugin.val_step_context():
+            metrics = module.validation_metrics(each.to(module.device) for each in loader) if evaluates else {}
+        self.latest = trainer.strategy.broadcast(metrics)
         row = {f"validation/{name}": value for name, value in self.latest.items()}
         row[f"{MEASURED}elapsed_s"] = self._clock.elapsed_s
         self._context.tracker.log(module.samples_seen, row)
@@ -113,11 +117,13 @@ class Pictures(StepBoundary):
         """Make a grid when one is due."""
         batch = module.stage_settings.global_batch_size
         is_last = trainer.global_step == trainer.max_steps
+        if not module.has_sample_grid:
+            return
         if not is_last and not crosses(self._every_samples, module.samples_seen, batch):
             return
         self._context.progress.update(activity="drawing samples")
-        with module.averaged():
-            grid = module.sample_grid() if trainer.is_global_zero and not self._context.is_lost else None
+        with module.averaged() as evaluates:
+            grid = module.sample_grid() if evaluates and not self._context.is_lost else None
         if grid is None:
             return
         path = self._context.work / SAMPLES / f"samples-{module.samples_seen:012}.png"

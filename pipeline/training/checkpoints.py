@@ -29,7 +29,7 @@ class Checkpoint:
     @property
     def writers(self) -> int:
         """How many processes wrote it."""
-        return sum(name.startswith("fragments-") for name in self.files)
+        return len({name.partition(".")[0] for name in self.files if name.startswith("fragments-")})
 
     def is_whole(self) -> bool:
         """Whether every file is what the record says."""

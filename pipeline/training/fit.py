@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
@@ -20,8 +21,9 @@ from pipeline.training.non_finite import NonFiniteGuard
 from pipeline.training.processes import process_environment, process_rank
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
+from pipeline.training.strategies.launcher import StageLauncher
 from pipeline.training.strategies.portable import PortableStrategy
-from pipeline.workflow.progress import Phase
+from pipeline.workflow.progress import Failure, Phase, read_failure, write_failure
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,15 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
     clock = TrainingClock(checkpoint.elapsed_s if checkpoint else 0.0)
     validation = Validation(context, images, clock)
     trainer = _assemble(context, module, images, shape, validation, clock, checkpoint, strategy)
+    if isinstance(strategy.launcher, StageLauncher):
+        strategy.launcher.report = partial(_keep_death, context)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     strategy.leave_averaged_weights()
+    if isinstance(strategy.launcher, StageLauncher):
+        strategy.launcher.end_watch()
     _keep_last_picture(context)
     return FitResult(module.samples_seen, validation.latest)
 
@@ -139,6 +145,12 @@ def _assemble(
     # Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
+
+
+def _keep_death(context: StageContext, died: str) -> None:
+    print(died, flush=True)
+    if read_failure(context.work) is None:
+        write_failure(context.work, Failure(died, is_user_error=False))
 
 
 def _keep_last_picture(context: StageContext) -> None:

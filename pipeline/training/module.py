@@ -60,12 +60,20 @@ class StageModule(pl.LightningModule, ABC):
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """Scalars of one batch: `loss`, which is minimised, and whatever else is worth a curve."""
 
-    def sample_grid(self) -> SampleGrid | None:
-        """A picture of the present state, made with the averaged weights; None where there is nothing to show."""
-        return None
+    @property
+    def has_sample_grid(self) -> bool:
+        """Whether there is anything to show."""
+        return type(self).sample_grid is not StageModule.sample_grid
+
+    def sample_grid(self) -> SampleGrid:
+        """A picture of the present state, made with the averaged weights, by stages that have anything to show."""
+        raise NotImplementedError
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
-        """Metrics of the validation split, which comes in batches on this device: each loss's mean over the samples."""
+        """Metrics of the validation split, which comes in batches on this device: each loss's mean over the samples.
+
+        The first process alone calls this. A batch has no more than `micro_batch_size` samples.
+        """
         sums: dict[str, float] = {}
         samples = 0
         for batch in batches:
@@ -92,26 +100,32 @@ class StageModule(pl.LightningModule, ABC):
         return strategy
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Iterator[bool]:
         """Evaluate with the averaged weights, without gradients, and with this module as it was afterwards.
 
-        All processes enter this: where the state is in shards, the averages are gathered. `network` is another one
-        inside of it, whole on every process and without any hooks.
+        All processes enter this: where the state is in shards, the averages are gathered. It yields whether this
+        process is the one to evaluate, the first: it alone holds them, in a `network` that is whole and without hooks.
         """
         was_training = self.training
-        trained, self.network = self.network, self._evaluation_network()
+        trained, network = self.network, self._evaluation_network()
+        if network is not None:
+            self.network = network
         self.eval()
         try:
             with torch.no_grad():
-                yield
+                yield network is not None
         finally:
             self.network = trained
             self.train(was_training)
 
-    def _evaluation_network(self) -> nn.Module:
-        state = {**self.strategy.constants(), **dict(self.strategy.averaged_parameters())}
+    def _evaluation_network(self) -> nn.Module | None:
+        constants = self.strategy.constants()
+        if not self.trainer.is_global_zero:
+            for _ in self.strategy.averaged_parameters():
+                """Gathered for the first process, one after the other."""
+            return None
         network = copy.deepcopy(self._hidden_skeleton[0])
-        network.load_state_dict(state, strict=False, assign=True)
+        network.load_state_dict(constants | dict(self.strategy.averaged_parameters()), strict=False, assign=True)
         return network.to(self.device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -149,9 +163,21 @@ class StageModule(pl.LightningModule, ABC):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of a micro-batch."""
-        losses = dict(self.losses(batch))
+        # Here, inside of whatever wraps this module: see `ZeroPrecision.train_step_context`.
+        with self.trainer.precision_plugin.forward_context():
+            losses = dict(self.losses(batch))
         self.step_losses.append(losses[LOSS].detach())
         return losses
+
+
+def within(batches: Iterable[ImageBatch], samples: int) -> list[ImageBatch]:
+    """The first batches, up to the one with which `samples` are reached."""
+    found: list[ImageBatch] = []
+    for batch in batches:
+        if sum(map(len, found)) >= samples:
+            break
+        found.append(batch)
+    return found
 
 
 def _skeleton_of(network: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.data.mixing import named_seed
-from pipeline.errors import StageInterrupted, UserError
+from pipeline.errors import ProcessKilledError, StageInterrupted, UserError
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import ProgressWriter, StageContext, StageResult
 from pipeline.training.hardware import record_hardware
@@ -111,6 +111,15 @@ def _explained(error: Exception, frozen: FrozenStage) -> Failure:
             f"stage.{stage}.trainer.micro_batch_size (the result stays the same) or trainer.cache_mib",
             is_user_error=True,
         )
+    if _is_time_out(error):
+        said = str(error).splitlines()[0]
+        return Failure(
+            f"stage {stage}: a process did not answer for trainer.collective_timeout_s="
+            f"{frozen.trainer.collective_timeout_s:g} ({said}); where it was at work, raise that, and run again to go on",
+            is_user_error=True,
+        )
+    if isinstance(error, ProcessKilledError):
+        return Failure(f"stage {stage}: {error}", is_user_error=False)
     return Failure(f"{type(error).__name__}: {error}", is_user_error=False)
 
 
@@ -131,6 +140,11 @@ def _is_disk_full(error: Exception, frozen: FrozenStage) -> bool:
 def _is_out_of_memory(error: Exception) -> bool:
     # torch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _is_time_out(error: Exception) -> bool:
+    # Gloo raises a plain RuntimeError, in one of these words.
+    return any(said in str(error) for said in ("Timed out waiting", "Application timeout"))
 
 
 def _write_failure(frozen: FrozenStage, failure: Failure) -> None:

@@ -1,7 +1,8 @@
 """The process that runs stages: `python -m pipeline.training.worker [FROZEN ...]`.
 
 With frozen stages' paths it runs those, and its exit status says how the last one ended. Without, it reads paths from
-standard input, one JSON line each, and stays warm between them; it ends when its input does.
+standard input, one JSON line each, and stays warm between them; it ends when its input does, or after a stage that it
+does not answer but by its exit status.
 """
 
 import json
@@ -42,6 +43,9 @@ def main() -> int:
         frozen = read_frozen(path)
         _log_to(frozen)
         outcome = run_stage(frozen, interruption)
+        if len(sys.argv) == 1 and "deepspeed" in sys.modules:
+            # Its engine stays in memory, on the device that the next stage needs whole: a new process runs that.
+            break
         if len(sys.argv) == 1:
             _answer(path, outcome)
         if interruption.is_set() or (len(sys.argv) > 1 and outcome is Outcome.FAILED):

@@ -164,7 +164,7 @@ def test_each_process_writes_a_part_and_no_element_twice(runs: Runs, first: str)
     checkpoint = latest_checkpoint(runs.whole[first].work)
     assert isinstance(checkpoint, Checkpoint)
     assert checkpoint.writers == 2
-    shapes = json.loads((checkpoint.path / "description.json").read_text())["shapes"]
+    shapes = json.loads((checkpoint.path / "description.json").read_text())["trained"]
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         assert {name: len(each) for name, each in whole_state(checkpoint.path, state).items()} == sizes

@@ -25,12 +25,14 @@ from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
 STEPS = 40
 
 
-def learner(outputs: Path, *, devices: int = 2, dropout: float = 0.3, strategy: str = "ddp") -> FrozenStage:
+def learner(
+    outputs: Path, *, devices: int = 2, dropout: float = 0.3, strategy: str = "ddp", collective_timeout_s: float = 60.0
+) -> FrozenStage:
     """Forty steps of 8 samples in micro-batches, with a loader worker in each process."""
     stage = tiny.frozen(
         outputs, strategy=StrategyName(strategy), dropout=dropout,
         max_samples=8 * STEPS, step_s=0.02, devices=devices, loader_workers=1,
-        log_every_steps=3, micro_batch_size=2, checkpoint_every_samples=24,
+        log_every_steps=3, micro_batch_size=2, checkpoint_every_samples=24, collective_timeout_s=collective_timeout_s,
     )  # fmt: skip
     run_stage(tiny.data_of(stage), Event())
     return stage
@@ -129,6 +131,25 @@ def test_a_process_that_dies_ends_the_other_one_soon(tmp_path: Path, rank: int):
     assert process.wait(timeout=30) not in (0, 75)
     gone, alive = psutil.wait_procs(ranks, timeout=30)
     assert len(gone) == 2 or all(each.status() == psutil.STATUS_ZOMBIE for each in alive)
+    if rank:
+        failure = read_failure(stage.work)
+        assert failure is not None
+        assert "stage learner: process 1 of 2 was ended by SIGKILL" in failure.message
+
+
+@pytest.mark.parametrize("strategy", ["zero2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_process_that_no_longer_answers_ends_the_stage_after_the_time_out(tmp_path: Path, strategy: str):
+    stage = learner(tmp_path, strategy=strategy, collective_timeout_s=5.0)
+    process = start(stage)
+    wait_for_checkpoint(stage, process, after=0)
+    ranks = processes(process)
+    ranks[1].suspend()
+    assert process.wait(timeout=60) == 1
+    failure = read_failure(stage.work)
+    assert failure is not None
+    assert failure.is_user_error
+    assert "stage learner: a process did not answer for trainer.collective_timeout_s=5" in failure.message
+    ranks[1].kill()
 
 
 @pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])

@@ -122,9 +122,14 @@ def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[Porta
     if choice.strategy is StrategyName.DDP:
         timeout = timedelta(seconds=settings.collective_timeout_s)
         root = torch.device("cuda", 0) if device.is_cuda else torch.device("cpu")
-        return (PlainStrategy(root) if settings.world_size == 1 else ReplicatedStrategy(timeout=timeout)), choice
+        strategy = PlainStrategy(root) if settings.world_size == 1 else ReplicatedStrategy(timeout=timeout)
+        strategy.title = choice.title
+        return strategy, choice
     if settings.precision is Precision.FLOAT16_MIXED:
         raise UserError(f"trainer.precision=16-mixed works with trainer=ddp alone; for {choice.title} use bf16-mixed")
+    accelerator = "cuda" if device.is_cuda else "cpu"
+    # Left alone, DeepSpeed takes a GPU that it finds, though the stage trains on CPUs.
+    os.environ["DS_ACCELERATOR"] = accelerator
     try:
         # Importing DeepSpeed takes seconds, which stages without it are spared.
         from pipeline.training.strategies.zero import ZeroStrategy
@@ -139,4 +144,5 @@ def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[Porta
         collective_timeout_s=settings.collective_timeout_s,
         on_cuda=device.is_cuda,
     )
+    strategy.title = choice.title
     return strategy, choice

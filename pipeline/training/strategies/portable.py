@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning_fabric.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from pipeline.training.strategies.fragments import (
     trained_parameters,
     write_fragments,
 )
+from pipeline.training.strategies.launcher import StageLauncher
 from pipeline.workflow.artifacts import file_sha256
 
 TRAINER_FILE = "trainer.pt"
@@ -36,10 +38,13 @@ DESCRIPTION_FILE = "description.json"
 class PortableStrategy(Strategy):
     """A strategy of Lightning's whose checkpoints are directories of plain tensors.
 
-    `fragments-R-of-N.safetensors` is what process R of N updates: weights, moments, averages. `constants.safetensors`
-    holds buffers and frozen parameters, `trainer.pt` loops and schedules, `description.json` the parameters' shapes.
+    `fragments-R-of-N.*.safetensors` is what process R of N updates: weights, moments, averages. `constants.safetensors`
+    holds buffers and frozen parameters, `trainer.pt` loops and schedules, `description.json` the shapes of all.
     Nothing in them knows of a strategy, so nothing has to be converted, and reading them executes nothing.
     """
+
+    title: str
+    """The strategy by the name that the config has for it."""
 
     saved_files: Mapping[str, str]
     """The files of the checkpoint that was saved last, and their digests; the same on all processes."""
@@ -78,6 +83,11 @@ class PortableStrategy(Strategy):
         """The shape of each parameter that trains."""
         return {name: each.shape for name, each in trained_parameters(self.network).items()}
 
+    def constant_shapes(self) -> dict[str, torch.Size]:
+        """The shape of each buffer and frozen parameter."""
+        trained = trained_parameters(self.network)
+        return {name: each.shape for name, each in self.network.state_dict().items() if name not in trained}
+
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters by name; all processes call this."""
         trained = trained_parameters(self.network)
@@ -93,13 +103,49 @@ class PortableStrategy(Strategy):
         """Have the weights with which the network computes follow those that the optimiser holds."""
 
     def leave_averaged_weights(self) -> None:
-        """End training: the first process's network holds the averaged weights, whole and on plain tensors.
+        """End training: the first process's network holds the averaged weights in host memory; the others' nothing.
 
         All processes call this. At most one parameter at a time is held besides them.
         """
-        trained = trained_parameters(self.network)
+        parameters = dict(self.network.named_parameters())
+        constants = self.constants()
         for name, averaged in self.averaged_parameters():
-            trained[name].data.copy_(averaged)
+            parameters[name].grad = None
+            parameters[name].data = averaged.cpu() if self.is_global_zero else averaged.new_empty(0)
+        for name, constant in constants.items():
+            if name in parameters:
+                parameters[name].data = constant.cpu()
+        for buffer in self.network.buffers():
+            buffer.data = buffer.cpu()
+        self.adamw.state.clear()
+
+    def _configure_launcher(self) -> None:
+        if isinstance(self, DDPStrategy):
+            assert self.cluster_environment is not None
+            self._launcher = StageLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        """Lightning's hook: processes can speak to each other from here on."""
+        super().setup_environment()
+        self.require_agreement()
+
+    def require_agreement(self) -> None:
+        """Raise `UserError` where other processes of this stage train by another strategy than this one."""
+        titles = gather_objects(self.title)
+        if len(set(titles)) > 1:
+            raise UserError(
+                f"the processes of this stage chose {', '.join(sorted(set(titles)))}, as their devices differ in "
+                "memory; name one strategy for all, such as trainer=zero3"
+            )
+
+    def teardown(self) -> None:
+        """Lightning's hook, which would copy the whole state of every process to its host."""
+        cluster_environment: ClusterEnvironment | None = getattr(self, "cluster_environment", None)
+        if cluster_environment is not None:
+            cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
 
     # Of the state that Lightning would gather, save and restore by itself, nothing is left to it.
 
@@ -139,8 +185,8 @@ class PortableStrategy(Strategy):
                 own += self._write_common(directory, checkpoint, constants)
         with _FailingTogether(directory):
             rank, world_size = rank_of_world()
-            own.append(f"fragments-{rank:05}-of-{world_size:05}.safetensors")
-            write_fragments(directory / own[-1], self.fragments_to_save(), self.adamw)
+            stem = f"fragments-{rank:05}-of-{world_size:05}"
+            own += write_fragments(directory, stem, self.fragments_to_save(), self.adamw)
             # Each process reads back its own: the first one alone would keep all waiting for the whole state.
             digests = {name: _flushed_sha256(directory / name) for name in own}
         self.saved_files = {name: digest for each in gather_objects(digests) for name, digest in each.items()}
@@ -149,8 +195,8 @@ class PortableStrategy(Strategy):
         kept = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
         torch.save(kept, directory / TRAINER_FILE)
         save_file({name: tensor.cpu().contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_FILE)
-        shapes = {name: list(shape) for name, shape in self.shapes().items()}
-        (directory / DESCRIPTION_FILE).write_text(json.dumps({"shapes": shapes}), encoding="utf-8")
+        description = {"trained": self.shapes(), "constant": {name: each.shape for name, each in constants.items()}}
+        (directory / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
         return [TRAINER_FILE, CONSTANTS_FILE, DESCRIPTION_FILE]
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -172,8 +218,8 @@ class PortableStrategy(Strategy):
 
     def _require_same_network(self, directory: Path) -> None:
         description = json.loads((directory / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-        saved = {name: torch.Size(shape) for name, shape in description["shapes"].items()}
-        own = self.shapes()
+        saved = {name: torch.Size(shape) for kind in description.values() for name, shape in kind.items()}
+        own = self.shapes() | self.constant_shapes()
         if saved == own:
             return
         name = next(name for name in {**own, **saved} if saved.get(name) != own.get(name))
@@ -213,6 +259,11 @@ class _FailingTogether(AbstractContextManager[None]):
 
 class _ReplicatedStrategy(PortableStrategy):
     """Every process holds all of the state."""
+
+    def teardown(self) -> None:
+        # Without what wraps it, and keeps buckets of gradients.
+        self.model = self.lightning_module
+        super().teardown()
 
     @property
     def adamw(self) -> AdamWithEma:

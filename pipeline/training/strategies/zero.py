@@ -10,6 +10,7 @@ import torch
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from pytorch_lightning import LightningModule
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
@@ -29,7 +30,8 @@ _FLOAT32_BYTES = 4
 class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     """DeepSpeed's ZeRO in float32, or autocast from float32 weights: what DDP computes, with the state in shards.
 
-    DeepSpeed's own bf16 would keep no float32 weights outside the optimiser and round what DDP does not.
+    DeepSpeed's own bf16 would keep no float32 weights outside the optimiser and round what DDP does not. Its autocast
+    would keep a cache of cast weights, whole ones under ZeRO-3 too.
     """
 
     def __init__(
@@ -43,8 +45,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         on_cuda: bool,
     ) -> None:
         super().__init__(
-            config=_deepspeed_config(stage, offload, settings, precision, on_cuda),
-            precision_plugin=ZeroPrecision("32-true"),
+            config=_deepspeed_config(stage, offload, settings, on_cuda),
+            precision_plugin=ZeroPrecision(precision, "cuda" if on_cuda else "cpu"),
             timeout=timedelta(seconds=collective_timeout_s),
         )
         self._stage = stage
@@ -60,22 +62,35 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         assert self.parallel_devices is not None
         self.parallel_devices = [torch.device("cpu", number) for number in range(len(self.parallel_devices))]
         DDPStrategy.setup_environment(self)
+        self.require_agreement()
+
+    def setup_distributed(self) -> None:
+        """Lightning's hook."""
+        super().setup_distributed()
+        # DeepSpeed reduces over a copy of the process group, to which it would give torch's own time-out.
+        groups._WORLD_GROUP = torch.distributed.new_group(timeout=self._timeout)
 
     def setup(self, trainer: Any) -> None:
         """Lightning's hook: the network is whole for the last time before it."""
         self._shapes = super().shapes()
+        self._constant_shapes = super().constant_shapes()
         super().setup(trainer)
 
     def teardown(self) -> None:
-        """Lightning's hook, which would copy the weights of every process to its host.
+        """Lightning's hook.
 
         ZeRO-3 leaves in torch a linear function of its own, which rounds otherwise, for what this process does next.
         """
         nn.functional.linear = self._linear
+        super().teardown()
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of each parameter that trains, as it was before ZeRO-3 left this process a part of it."""
         return self._shapes
+
+    def constant_shapes(self) -> dict[str, torch.Size]:
+        """The shape of each buffer and frozen parameter, as it was before ZeRO-3 left this process a part of it."""
+        return self._constant_shapes
 
     @property
     def adamw(self) -> AdamWithEma:
@@ -125,9 +140,10 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     def gradient_norm(self) -> Tensor:
         """The norm of the whole gradient, float []; infinite where it is not finite."""
         zero = self._zero
-        if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-            return combine_grad_norm_groups(zero._get_norm_groups())
-        return zero.scaled_global_norm()
+        is_stage_3 = isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
+        norm = combine_grad_norm_groups(zero._get_norm_groups()) if is_stage_3 else zero.scaled_global_norm()
+        # Of an optimiser in host memory it is there too, and NCCL reduces nothing that is.
+        return norm.to(self.root_device)
 
     def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
         """Nothing: the engine clips in its step."""
@@ -143,16 +159,6 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         if zero.persistent_parameters:
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-    def leave_averaged_weights(self) -> None:
-        """End training: the first process's network holds the averaged weights in host memory; the others' nothing."""
-        parameters = dict(self.network.named_parameters())
-        constants = self.constants()
-        for name, averaged in self.averaged_parameters():
-            parameters[name].data = averaged.cpu() if self.is_global_zero else averaged.new_empty(0)
-        for name, constant in constants.items():
-            if name in parameters:
-                parameters[name].data = constant.cpu()
 
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters by name; all processes call this."""
@@ -177,7 +183,23 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Float32 as far as Lightning knows; autocast is the engine's. Has hooks see each step once, at its end."""
+    """Float32 weights, and autocast just as under DDP. Has hooks see each step once, at its end."""
+
+    def __init__(self, precision: Precision, device_type: str) -> None:
+        super().__init__("32-true")
+        self._autocasts = precision is Precision.BFLOAT16_MIXED
+        self._device_type = device_type
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Autocast without the cache, which adds up the gradients of a weight's several uses in bf16."""
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False):
+            yield
+
+    @contextmanager
+    def train_step_context(self) -> Iterator[None]:
+        """Lightning's hook, around the engine, which ends an autocast that it did not begin: the module begins it."""
+        yield
 
     def convert_input(self, data: Any) -> Any:
         """Lightning's hook: batches are of the right types already."""
@@ -192,9 +214,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         return engine.step()
 
 
-def _deepspeed_config(
-    stage: int, offload: Offload, settings: DeepSpeedSettings, precision: Precision, on_cuda: bool
-) -> dict[str, Any]:
+def _deepspeed_config(stage: int, offload: Offload, settings: DeepSpeedSettings, on_cuda: bool) -> dict[str, Any]:
     bucket = int(settings.bucket_mib * _MIB / _FLOAT32_BYTES)
     zero: dict[str, Any] = {
         "stage": stage,
@@ -214,14 +234,10 @@ def _deepspeed_config(
         zero["offload_optimizer"] = on_host
     if offload is Offload.PARAMETERS:
         zero["offload_param"] = on_host
-    config: dict[str, Any] = {
+    return {
         "train_micro_batch_size_per_gpu": 1,  # for its own throughput display, which is off
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # Its own Adam for the CPU keeps no average, and has to be compiled.
         "zero_force_ds_cpu_optimizer": False,
     }
-    if precision is Precision.BFLOAT16_MIXED:
-        # No module's gradients are communicated in bf16: DDP's are not.
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return config

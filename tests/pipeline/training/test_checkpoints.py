@@ -8,7 +8,7 @@ import pytest
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.workflow.progress import latest_checkpoint_samples
 
-PART = "fragments-00000-of-00001.safetensors"
+PART = "fragments-00000-of-00001.000.safetensors"
 
 
 def checkpoint(work: Path, samples: int) -> Path:

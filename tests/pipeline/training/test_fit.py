@@ -160,7 +160,7 @@ def test_a_torn_checkpoint_costs_only_the_steps_since_the_one_before_it(
     stage = frozen(tmp_path, dropout=0.3)
     SCRIPT.at_samples, SCRIPT.happens = 56, crash
     run(stage)
-    newest = stage.work / "checkpoints" / "samples-000000000048.ckpt" / "fragments-00000-of-00001.safetensors"
+    newest = stage.work / "checkpoints" / "samples-000000000048.ckpt" / "fragments-00000-of-00001.000.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     before = len(SCRIPT.seen)
     SCRIPT.at_samples = None
