@@ -115,7 +115,7 @@ def _explained(error: Exception, frozen: FrozenStage) -> Failure:
         said = str(error).splitlines()[0]
         return Failure(
             f"stage {stage}: a process did not answer for trainer.collective_timeout_s="
-            f"{frozen.trainer.collective_timeout_s:g} ({said}); where it was at work, raise that, and run again to go on",
+            f"{frozen.trainer.collective_timeout_s:g} ({said}); raise that if it was at work, and run again to go on",
             is_user_error=True,
         )
     if isinstance(error, ProcessKilledError):

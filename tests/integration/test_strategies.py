@@ -1,6 +1,6 @@
 """Every training stage under DDP and ZeRO 1 to 3 on two processes (gloo): what they end with, and how they resume."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,11 @@ from pipeline.workflow.frozen import FrozenStage
 
 STAGES = ("clip", "prior", "decoder", "upsampler", "judge")
 ZERO = ("zero1", "zero2", "zero3")
-BITS = {("zero1", stage) for stage in STAGES} | {("zero2", stage) for stage in STAGES} | {("zero3", "judge")}
+BITS = (
+    {("zero1", stage) for stage in STAGES}
+    | {("zero2", stage) for stage in STAGES}
+    | {("zero3", "prior"), ("zero3", "judge")}
+)
 """Where the weights are those of DDP bit for bit. DeepSpeed's hooks for ZeRO-3 add nodes to autograd's graph, which
 adds the gradients of what is used twice in another order then: identities in their place have the same effect."""
 
@@ -26,6 +30,8 @@ COMMON = [
     "trainer.devices=2",
     *(f"stage.{stage}.global_batch_size=8" for stage in STAGES),
     *(f"stage.{stage}.max_samples=32" for stage in STAGES),
+    # Or in so few steps hardly anything moves, and everything agrees.
+    *(f"stage.{stage}.optimizer.warmup_samples=0" for stage in STAGES),
 ]
 EXACT = [f"stage.{stage}.optimizer.gradient_clip_norm=null" for stage in STAGES]
 ROUNDED = [
@@ -41,15 +47,18 @@ class World:
 
     place: Path
 
-    def stage(self, name: str, group: str, strategy: str, overrides: list[str]) -> FrozenStage:
+    def stage(
+        self, name: str, group: str, strategy: str, overrides: list[str], changes: tuple[str, ...] = ()
+    ) -> FrozenStage:
+        """`changes` are for this training alone, and leave its inputs as they are."""
         base = self.place / group / "inputs"
         run_until(base, "embed", *COMMON, *overrides, "trainer.devices=1")
-        artifacts = self.place / group / name / strategy / "artifacts"
+        artifacts = self.place / group / name / (f"{strategy}-changed" if changes else strategy) / "artifacts"
         artifacts.mkdir(parents=True)
         for made in ("prepare", "clip", "embed"):
             if made != name:
                 (artifacts / made).symlink_to(base / "artifacts" / made)
-        planned = plan_stages(artifacts.parent, *COMMON, *overrides, f"trainer={strategy}")
+        planned = plan_stages(artifacts.parent, *COMMON, *overrides, *changes, f"trainer={strategy}")
         return planned[name]
 
 
@@ -71,48 +80,84 @@ def weights(stage: FrozenStage) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def losses(stage: FrozenStage) -> list[float]:
-    return [row["train/loss"] for row in rows_of(finished(stage)) if "train/loss" in row]
+def column(stage: FrozenStage, name: str) -> list[float]:
+    return [row[name] for row in rows_of(finished(stage)) if name in row]
 
 
 def run_all(world: World, group: str, overrides: list[str], stages: tuple[str, ...], strategies: tuple[str, ...]):
-    """One launch for all: importing torch and DeepSpeed takes longer than training."""
+    """One launch for all: importing torch and DeepSpeed takes longer than training.
+
+    Beside them `still`, which ends where all begin.
+    """
     planned = {
         (name, strategy): world.stage(name, group, strategy, overrides) for name in stages for strategy in strategies
     }
+    for name in stages:
+        changes = (f"stage.{name}.optimizer.learning_rate=1e-15",)
+        planned[name, "still"] = world.stage(name, group, "ddp", overrides, changes)
     assert run_on_ranks(list(planned.values())) == [0, 0], "\n".join(map(log_of, planned.values()))
     return planned
 
 
-def require_agreement(planned: dict[tuple[str, str], FrozenStage], *, rtol: float, atol: float, bits: set) -> None:
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return sum(float((one[key] - other[key]).double().square().sum()) for key in one) ** 0.5
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from DDP's a training may be.
+
+    `share`: of the network from where DDP's is, relative to the way that training moved it. `elements`: the share of
+    weights that may be further off than `rtol` and `atol` say; Adam makes whole steps of gradients that are nothing but
+    rounding, such as those of the biases of attention's keys.
+    """
+
+    share: float
+    elements: float
+    rtol: float
+    atol: float
+    loss: float
+    gradient_norm: float
+
+
+FLOAT32 = Tolerance(share=2e-3, elements=1e-4, rtol=1e-3, atol=1e-5, loss=1e-5, gradient_norm=1e-5)
+ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2e-3, gradient_norm=5e-3)
+
+
+def require_agreement(
+    planned: dict[tuple[str, str], FrozenStage], tolerance: Tolerance, bits: Collection[tuple[str, str]] = ()
+) -> None:
     for (name, strategy), stage in planned.items():
+        if strategy == "still":
+            continue
         reference = planned[name, "ddp"]
+        case = f"{name} by {strategy}"
         assert f"training by {strategy} on 2 devices" in log_of(stage)
         own, expected = weights(stage), weights(reference)
         assert own.keys() == expected.keys()
-        for key in expected:
-            if (strategy, name) in bits:
-                assert torch.equal(own[key], expected[key]), f"{name} by {strategy}: {key}"
-            else:
-                torch.testing.assert_close(
-                    own[key], expected[key], rtol=rtol, atol=atol, msg=f"{name} {strategy} {key}"
-                )
-        assert losses(stage) == pytest.approx(losses(reference), rel=1e-4 if rtol < 1e-2 else 5e-2)
+        if (strategy, name) in bits:
+            assert all(torch.equal(own[key], expected[key]) for key in expected), case
+        moved = distance(expected, weights(planned[name, "still"]))
+        assert distance(own, expected) <= tolerance.share * moved, case
+        far = [~torch.isclose(own[key], expected[key], rtol=tolerance.rtol, atol=tolerance.atol) for key in expected]
+        assert torch.cat([each.flatten() for each in far]).float().mean() <= tolerance.elements, case
+        for measured, rel in (("train/loss", tolerance.loss), ("train/gradient_norm", tolerance.gradient_norm)):
+            assert column(stage, measured) == pytest.approx(column(reference, measured), rel=rel), case
 
 
 def test_in_float32_every_stage_learns_under_zero_what_it_learns_under_ddp(world: World):
     planned = run_all(world, "exact", EXACT, STAGES, ("ddp", *ZERO))
-    require_agreement(planned, rtol=1e-3, atol=1e-5, bits=BITS)
+    require_agreement(planned, FLOAT32, BITS)
 
 
 def test_with_accumulation_and_clipping_the_weights_agree_to_rounding(world: World):
     planned = run_all(world, "rounded", ROUNDED, ("clip", "decoder"), ("ddp", "zero2", "zero3"))
-    require_agreement(planned, rtol=1e-3, atol=1e-5, bits=set())
+    require_agreement(planned, FLOAT32)
 
 
 def test_in_bf16_the_weights_agree_to_rounding(world: World):
     planned = run_all(world, "bf16", BFLOAT16, ("prior", "upsampler"), ("ddp", "zero2", "zero3"))
-    require_agreement(planned, rtol=5e-2, atol=1e-3, bits=set())
+    require_agreement(planned, ROUGH)
 
 
 @pytest.mark.slow
@@ -121,8 +166,7 @@ def test_every_stage_agrees_with_ddp_under_accumulation_clipping_and_bf16(
     world: World, group: str, overrides: list[str]
 ):
     planned = run_all(world, f"{group}-all", overrides, STAGES, ("ddp", *ZERO))
-    is_rough = group == "bf16"
-    require_agreement(planned, rtol=5e-2 if is_rough else 1e-3, atol=1e-3 if is_rough else 1e-5, bits=set())
+    require_agreement(planned, ROUGH if group == "bf16" else FLOAT32)
 
 
 @pytest.mark.slow
@@ -130,9 +174,13 @@ def test_state_in_host_memory_changes_nothing_but_rounding(world: World):
     planned = run_all(world, "offload", EXACT, ("decoder",), ("ddp", "zero2_offload", "zero3_offload"))
     assert "training by zero2, offload optimizer on 2" in log_of(planned["decoder", "zero2_offload"])
     assert "training by zero3, offload parameters on 2" in log_of(planned["decoder", "zero3_offload"])
-    for stage in planned.values():
-        for key, expected in weights(planned["decoder", "ddp"]).items():
-            torch.testing.assert_close(weights(stage)[key], expected, rtol=1e-3, atol=1e-5)
+    reference = weights(planned["decoder", "ddp"])
+    moved = distance(reference, weights(planned["decoder", "still"]))
+    for strategy in ("zero2_offload", "zero3_offload"):
+        own = weights(planned["decoder", strategy])
+        assert distance(own, reference) <= 1e-2 * moved
+        for key, expected in reference.items():
+            torch.testing.assert_close(own[key], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_strategy_leaves_torch_as_it_found_it(monkeypatch: pytest.MonkeyPatch):

@@ -13,14 +13,17 @@ import psutil
 import pytest
 import tiny
 import torch
+from ranks import log_of
 from safetensors.torch import load_file
 from tiny_runs import plan_stages
 
 from pipeline.config import StrategyName
 from pipeline.training.stage import run_stage
+from pipeline.workflow.display import Display
 from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.local import Worker
 from pipeline.workflow.metrics import without_measured
-from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
+from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
 
 STEPS = 40
 
@@ -178,3 +181,25 @@ def test_clip_in_pieces_on_two_devices_learns_what_it_learns_on_one(tmp_path: Pa
     one, two = networks
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_process_that_loaded_deepspeed_ends_with_its_stage_and_another_one_runs_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its engine stays in memory: on a GPU, beside the next stage's."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
+    sharded = tiny.frozen(tmp_path / "sharded", strategy=StrategyName.ZERO2)
+    plain = tiny.frozen(tmp_path / "plain", strategy=StrategyName.DDP)
+    for stage in (sharded, plain):
+        run_stage(tiny.data_of(stage), Event())
+    worker = Worker()
+    pids = []
+    try:
+        for stage in (tiny.data_of(sharded), sharded, plain, tiny.data_of(plain)):
+            assert worker.run(write_frozen(stage), Display()) in (Outcome.FINISHED, Outcome.REUSED), log_of(stage)
+            assert worker._process is not None
+            pids.append(worker._process.pid)
+    finally:
+        worker.close()
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+    assert "training by zero2 on 1 devices" in log_of(sharded)

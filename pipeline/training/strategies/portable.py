@@ -144,8 +144,8 @@ class PortableStrategy(Strategy):
         if cluster_environment is not None:
             cluster_environment.teardown()
         self.precision_plugin.teardown()
-        assert self.accelerator is not None
-        self.accelerator.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
 
     # Of the state that Lightning would gather, save and restore by itself, nothing is left to it.
 
