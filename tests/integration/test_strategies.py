@@ -120,8 +120,8 @@ class Tolerance:
     gradient_norm: float
 
 
-FLOAT32 = Tolerance(share=2e-3, elements=1e-4, rtol=1e-3, atol=1e-5, loss=1e-5, gradient_norm=1e-5)
-ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2e-3, gradient_norm=5e-3)
+FLOAT32 = Tolerance(share=2e-3, elements=1e-3, rtol=1e-3, atol=1e-5, loss=1e-5, gradient_norm=1e-5)
+ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2e-3, gradient_norm=2e-2)
 
 
 def require_agreement(
