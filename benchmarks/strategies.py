@@ -9,52 +9,27 @@ DDP where one process goes on from its checkpoint. The networks and data are the
 
 import argparse
 import shutil
-import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from stage_runs import STAGES, Bench, finished, run_or_exit
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests" / part) for part in ("pipeline/training", "stages")]
+from pipeline.workflow.frozen import FrozenStage
 
-from ranks import log_of, run_on_ranks  # noqa: E402
-from tiny_runs import plan_stages, run_until  # noqa: E402
-
-from pipeline.workflow.frozen import FrozenStage  # noqa: E402
-
-STAGES = ("clip", "prior", "decoder", "upsampler", "judge")
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 HALF = "samples-000000000024"
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where each run has outputs of its own, and the settings that all of them have."""
-
-    place: Path
-    overrides: tuple[str, ...]
-
-    def stage(self, name: str, run: str, strategy: str, devices: int = 2) -> FrozenStage:
-        """A stage whose inputs are there and which was not begun."""
-        artifacts = self.place / name / run / "artifacts"
-        artifacts.mkdir(parents=True)
-        for made in ("prepare", "clip", "embed"):
-            if made != name:
-                (artifacts / made).symlink_to(self.place / "inputs" / "artifacts" / made)
-        options = [f"trainer={strategy}", f"trainer.devices={devices}"]
-        return plan_stages(artifacts.parent, *self.overrides, *options)[name]
-
-    def half_done(self, name: str, source: FrozenStage, run: str, strategy: str, devices: int = 2) -> FrozenStage:
-        """A stage that another one left half done."""
-        stage = self.stage(name, run, strategy, devices)
-        target = stage.work / "checkpoints"
-        target.mkdir(parents=True)
-        shutil.copytree(source.work / "checkpoints" / f"{HALF}.ckpt", target / f"{HALF}.ckpt")
-        shutil.copy(source.work / "checkpoints" / f"{HALF}.json", target)
-        return stage
+def half_done(bench: Bench, name: str, source: FrozenStage, run: str, strategy: str, devices: int = 2) -> FrozenStage:
+    """A stage that another one left half done."""
+    stage = bench.stage(name, run, strategy, devices)
+    target = stage.work / "checkpoints"
+    target.mkdir(parents=True)
+    shutil.copytree(source.work / "checkpoints" / f"{HALF}.ckpt", target / f"{HALF}.ckpt")
+    shutil.copy(source.work / "checkpoints" / f"{HALF}.json", target)
+    return stage
 
 
 def main() -> None:
@@ -74,7 +49,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place), overrides)
-        run_until(bench.place / "inputs", "embed", *overrides)
+        bench.make_inputs()
         print("| stage | strategy | from DDP | resumed | from DDP's checkpoint | on one process |")
         print("|---|---|---|---|---|---|")
         for name in options.stages:
@@ -82,13 +57,13 @@ def main() -> None:
 
 
 def _measure(bench: Bench, name: str) -> None:
-    whole = {each: bench.stage(name, f"whole-{each}", each) for each in STRATEGIES}
-    _run(list(whole.values()))
-    resumed = {each: bench.half_done(name, whole[each], f"resumed-{each}", each) for each in STRATEGIES}
-    moved = {each: bench.half_done(name, whole["ddp"], f"moved-{each}", each) for each in STRATEGIES}
-    _run([*resumed.values(), *moved.values()])
-    alone = {each: bench.half_done(name, whole[each], f"alone-{each}", "ddp", devices=1) for each in STRATEGIES}
-    _run(list(alone.values()), processes=1)
+    whole = {each: bench.stage(name, f"whole-{each}", each, devices=2) for each in STRATEGIES}
+    run_or_exit(list(whole.values()), processes=2)
+    resumed = {each: half_done(bench, name, whole[each], f"resumed-{each}", each) for each in STRATEGIES}
+    moved = {each: half_done(bench, name, whole["ddp"], f"moved-{each}", each) for each in STRATEGIES}
+    run_or_exit([*resumed.values(), *moved.values()], processes=2)
+    alone = {each: half_done(bench, name, whole[each], f"alone-{each}", "ddp", devices=1) for each in STRATEGIES}
+    run_or_exit(list(alone.values()), processes=1)
     for each in STRATEGIES:
         cells = [
             _difference(whole[each], whole["ddp"]),
@@ -99,16 +74,8 @@ def _measure(bench: Bench, name: str) -> None:
         print(f"| {name} | {each} | {' | '.join(cells)} |", flush=True)
 
 
-def _run(stages: list[FrozenStage], processes: int = 2) -> None:
-    statuses = run_on_ranks(stages, processes=processes, timeout_s=900)
-    if any(statuses):
-        sys.exit("\n".join(map(log_of, stages)))
-
-
 def _weights(stage: FrozenStage) -> dict[str, torch.Tensor]:
-    artifact = stage.store.find(stage.stage, stage.fingerprint)
-    assert artifact is not None, log_of(stage)
-    (file,) = artifact.path.glob("*.safetensors")
+    (file,) = finished(stage).path.glob("*.safetensors")
     return load_file(file)
 
 

@@ -106,18 +106,19 @@ class Offload(StrEnum):
 
 
 class DeepSpeedSettings(Settings):
-    """What can be tuned of ZeRO; none of it changes the result. Sizes are of float32 tensors.
+    """What can be tuned of ZeRO; none of it changes the result. Sizes are of float32 tensors, and whole MiB,
+    for DeepSpeed asserts that a bucket holds an even number of elements.
 
     `bucket_mib` is what is communicated at once, `max_gathered_mib` how much ZeRO-3 keeps gathered of the weights,
     `gathered_below_elements` the size of the parameters that it never takes apart, and `sub_group_mib` what of the
     optimiser's state is updated at once.
     """
 
-    bucket_mib: PositiveFloat
+    bucket_mib: Positive
     overlap_communication: bool
-    max_gathered_mib: PositiveFloat
+    max_gathered_mib: Positive
     gathered_below_elements: NotNegative
-    sub_group_mib: PositiveFloat
+    sub_group_mib: Positive
 
 
 class TrainerSettings(Settings):

@@ -112,7 +112,7 @@ def training_loader(
         batches=batches,
         prefetch=prefetch if prefetch.is_needed else None,
     )
-    return _loader(images, batch_sampler, workers)
+    return _loader(images, batch_sampler, workers, pin_memory=torch.cuda.is_available())
 
 
 def evaluation_loader(
@@ -143,18 +143,23 @@ def rows_loader(
     seeds = sample_seed(seed, 0, rows)
     requests = list(map(SampleRequest, rows.tolist(), seeds.tolist()))
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-    return _loader(images, batches, workers)
+    # Pinning opens a context on the current GPU, which is the first one for every process until training has begun.
+    return _loader(images, batches, workers, pin_memory=False)
 
 
 def _loader(
-    images: CaptionedImages, batch_sampler: Sampler[list[SampleRequest]] | list[list[SampleRequest]], workers: int
+    images: CaptionedImages,
+    batch_sampler: Sampler[list[SampleRequest]] | list[list[SampleRequest]],
+    workers: int,
+    *,
+    pin_memory: bool,
 ) -> DataLoader[ImageBatch]:
     return DataLoader(
         images,
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=cast(Any, _as_it_is),  # typed for lists of samples, while the data set gives whole batches
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         # Without one of its own, a loader draws the seed of its workers from torch's global generator.
         generator=torch.Generator().manual_seed(0),
     )

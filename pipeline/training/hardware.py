@@ -3,14 +3,31 @@
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 
+from pipeline.config import TrainerSettings
+from pipeline.errors import UserError
 from pipeline.workflow.artifacts import write_json_atomically
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership
 from pipeline.workflow.progress import HARDWARE
+
+
+def accelerator_of(settings: TrainerSettings) -> Literal["cpu", "cuda"]:
+    """What a stage computes on, by Lightning's name: CUDA's GPUs where they may be taken and are there, else CPUs.
+
+    By its own `auto` Lightning takes an Apple GPU too, for which nothing here is made.
+
+    Raises `UserError` where a GPU is asked for and there is none.
+    """
+    if settings.accelerator != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if settings.accelerator == "gpu":
+        raise UserError("trainer.accelerator=gpu and this machine has no CUDA GPU; use trainer.accelerator=cpu or auto")
+    return "cpu"
 
 
 def record_hardware(frozen: FrozenStage, ownership: Ownership | None, strategy: str = "single") -> None:
@@ -36,12 +53,7 @@ def record_hardware(frozen: FrozenStage, ownership: Ownership | None, strategy: 
 
 
 def _device_name(accelerator: str) -> str:
-    if accelerator != "cpu":
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_name()
-        if torch.backends.mps.is_available():
-            return "Apple GPU"
-    return _cpu_name()
+    return torch.cuda.get_device_name() if accelerator != "cpu" and torch.cuda.is_available() else _cpu_name()
 
 
 def _cpu_name() -> str:

@@ -73,6 +73,18 @@ def tar(path: Path, names: list[str]) -> Path:
             "valid keys here: bucket_mib, gathered_below_elements",
         ),
         (
+            "trainer=zero2 trainer.deepspeed.bucket_mib=50.3",
+            "trainer.deepspeed.bucket_mib=50.3",
+            "valid integer",
+            "give a value that fits",
+        ),
+        (
+            "trainer=zero3 trainer.deepspeed.sub_group_mib=1e-7",
+            "trainer.deepspeed.sub_group_mib=1e-07",
+            "valid integer",
+            "give a value that fits",
+        ),
+        (
             "trainer=zero2 trainer.offload=parameters",
             "offload=parameters",
             "does not work with strategy=zero2",

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.compose import compose_members
@@ -59,16 +59,16 @@ TINY = [
 ]
 
 
-def plan_stages(outputs: Path, *overrides: str) -> dict[str, FrozenStage]:
-    """Every stage of the tiny workflow, frozen, by name, in an order that can be followed."""
-    (member,) = compose_members("unclip plan", [*TINY, f"paths.outputs={outputs}", *overrides])
+def plan_stages(outputs: Path, *overrides: str, base: Sequence[str] = TINY) -> dict[str, FrozenStage]:
+    """Every stage of the tiny workflow, or that of `base`, frozen, by name, in an order that can be followed."""
+    (member,) = compose_members("unclip plan", [*base, f"paths.outputs={outputs}", *overrides])
     planned = plan_run(member.config, member.overrides).stages
     return {stage.name: stage.frozen for stage in planned if stage.frozen is not None}
 
 
-def run_until(outputs: Path, target: str, *overrides: str) -> Artifact:
+def run_until(outputs: Path, target: str, *overrides: str, base: Sequence[str] = TINY) -> Artifact:
     """Run what `target` needs, then `target`, reusing what `outputs` holds already; its artifact."""
-    stages = plan_stages(outputs, *overrides)
+    stages = plan_stages(outputs, *overrides, base=base)
     for frozen in _needed(stages, target):
         outcome = run_stage_of(frozen)
         assert outcome in (Outcome.FINISHED, Outcome.REUSED), read_failure(frozen.work)

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.config import Offload, Precision, StrategyName, TrainerSettings
 from pipeline.errors import UserError
+from pipeline.training.hardware import accelerator_of
 from pipeline.training.processes import is_started_by_srun
 from pipeline.training.strategies.fragments import trained_parameters
 from pipeline.training.strategies.portable import PlainStrategy, PortableStrategy, ReplicatedStrategy
@@ -19,6 +20,13 @@ SHARE_FOR_STATE = 0.6
 
 _WEIGHT, _GRADIENT, _MOMENTS, _AVERAGE = 4, 4, 8, 4
 """Bytes per parameter, all in float32."""
+
+_OFFLOADED = {
+    # The optimiser's weights and two sets of gradients: as they are gathered, and as the optimiser takes them.
+    Offload.OPTIMIZER: _WEIGHT + 2 * _GRADIENT + _MOMENTS + _AVERAGE,
+    Offload.PARAMETERS: 2 * _WEIGHT + 2 * _GRADIENT + _MOMENTS + _AVERAGE,
+}
+"""Bytes per parameter of what DeepSpeed keeps in host memory, shared between the nodes."""
 
 _GIB = 2**30
 
@@ -47,10 +55,8 @@ class StrategyChoice:
 
 
 def find_device(settings: TrainerSettings) -> Device:
-    """The device of this process. Raises `UserError` where there are fewer than `trainer.devices`."""
-    is_cuda = settings.accelerator != "cpu" and torch.cuda.is_available()
-    if settings.accelerator == "gpu" and not is_cuda:
-        raise UserError("trainer.accelerator=gpu and this machine has no CUDA GPU; use trainer.accelerator=cpu or auto")
+    """The device of this process. Raises `UserError` where there are fewer than `trainer.devices`, or none as asked."""
+    is_cuda = accelerator_of(settings) == "cuda"
     there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
     if settings.devices > there:
         kind = "GPU" if is_cuda else "CPU core"
@@ -83,14 +89,16 @@ def choose_strategy(settings: TrainerSettings, parameters: int, device: Device) 
         StrategyName.DDP: _WEIGHT + _GRADIENT + optimizer,
         # Of ZeRO-2 the optimiser's float32 weights are a copy, sharded too.
         StrategyName.ZERO2: _WEIGHT + (_WEIGHT + _GRADIENT + optimizer) / shards,
-        StrategyName.ZERO3: (_WEIGHT + _GRADIENT + optimizer) / shards,
+        # ZeRO-3 too copies weights that are float32 already: it compares a device with its name to see if it must.
+        StrategyName.ZERO3: (2 * _WEIGHT + _GRADIENT + optimizer) / shards,
     }
     for strategy, bytes_per_parameter in needs.items():
         if shards == 1 and strategy is not StrategyName.DDP:
             continue
         if bytes_per_parameter * parameters <= room:
             return StrategyChoice(strategy, Offload.NONE, _reason(parameters, bytes_per_parameter, device))
-    on_device = (_WEIGHT + _GRADIENT) / shards
+    # Gradients are on the device in buckets alone.
+    on_device = _WEIGHT / shards
     if on_device * parameters <= room:
         return StrategyChoice(StrategyName.ZERO3, Offload.OPTIMIZER, _reason(parameters, on_device, device))
     return StrategyChoice(
@@ -101,6 +109,19 @@ def choose_strategy(settings: TrainerSettings, parameters: int, device: Device) 
 def _reason(parameters: int, bytes_per_parameter: float, device: Device) -> str:
     need, have = parameters * bytes_per_parameter / _GIB, device.memory_bytes / _GIB
     return f"{parameters / 1e6:,.0f} M parameters need {need:.1f} GiB of {device.name}'s {have:.0f} GiB for their state"
+
+
+def require_host_memory(settings: TrainerSettings, choice: StrategyChoice, parameters: int, host_bytes: int) -> None:
+    """Refuse, as a `UserError`, to offload what a node's memory of `host_bytes` cannot hold."""
+    if choice.offload is Offload.NONE:
+        return
+    need = _OFFLOADED[choice.offload] * parameters / settings.num_nodes
+    if need > host_bytes:
+        raise UserError(
+            f"trainer={choice.title}: of {parameters / 1e6:,.0f} M parameters {need / _GIB:.1f} GiB would be in the "
+            f"host memory of each node, which has {host_bytes / _GIB:.1f} GiB; use more devices without offload, more "
+            "trainer.num_nodes, or a smaller network"
+        )
 
 
 def _without_deepspeed(choice: StrategyChoice, error: Exception) -> str:
@@ -119,10 +140,15 @@ def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[Porta
     device = find_device(settings)
     parameters = sum(each.numel() for each in trained_parameters(network).values())
     choice = choose_strategy(settings, parameters, device)
+    require_host_memory(settings, choice, parameters, psutil.virtual_memory().total)
     if choice.strategy is StrategyName.DDP:
         timeout = timedelta(seconds=settings.collective_timeout_s)
         root = torch.device("cuda", 0) if device.is_cuda else torch.device("cpu")
-        strategy = PlainStrategy(root) if settings.world_size == 1 else ReplicatedStrategy(timeout=timeout)
+        if settings.world_size == 1:
+            strategy = PlainStrategy(root)
+        else:
+            # Gradients that are no views of what is communicated would be in memory twice.
+            strategy = ReplicatedStrategy(timeout=timeout, gradient_as_bucket_view=True)
         strategy.title = choice.title
         return strategy, choice
     if settings.precision is Precision.FLOAT16_MIXED:

@@ -13,7 +13,7 @@ from conftest_data import source_sample
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.decode import DecodeFault
-from pipeline.data.loader import evaluation_loader, training_loader
+from pipeline.data.loader import evaluation_loader, rows_loader, training_loader
 from pipeline.data.prefetch import ShardPrefetch
 from pipeline.data.prepared import read_prepared, write_prepared
 from pipeline.data.splits import Split
@@ -21,19 +21,20 @@ from pipeline.data.walk import index_shards
 from pipeline.data.write import SourceSample, write_shards
 from pipeline.errors import UserError
 
+OPTIONS: dict[str, Any] = {
+    "seed": 5,
+    "global_batch_size": 24,
+    "micro_batch_size": 24,
+    "rank": 0,
+    "world_size": 1,
+    "first_batch": 0,
+    "batches": 5,
+    "workers": 0,
+}
+
 
 def batches(images: CaptionedImages, **options: Any) -> list[ImageBatch]:
-    defaults = {
-        "seed": 5,
-        "global_batch_size": 24,
-        "micro_batch_size": 24,
-        "rank": 0,
-        "world_size": 1,
-        "first_batch": 0,
-        "batches": 5,
-        "workers": 0,
-    }
-    return list(training_loader(images, **{**defaults, **options}))
+    return list(training_loader(images, **{**OPTIONS, **options}))
 
 
 def stream(parts: list[ImageBatch]) -> list[tuple[int, int]]:
@@ -120,6 +121,16 @@ def test_evaluation_reads_a_split_in_the_order_of_the_index(prepared: Path):
     assert [batch.sample.tolist() for batch in limited] == [rows[:4].tolist(), rows[4:5].tolist()]
     assert sum(len(batch) for batch in evaluation_loader(images, split=None, batch_size=7)) == 50
     assert list(evaluation_loader(images, split=Split.UNSEEN, batch_size=7)) == []
+
+
+def test_only_training_pins_memory_which_opens_a_context_on_the_first_gpu(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    images = CaptionedImages(prepared, 4)
+    assert training_loader(images, **OPTIONS).pin_memory
+    assert not evaluation_loader(images, split=Split.VALIDATION, batch_size=2).pin_memory
+    assert not rows_loader(images, np.arange(2), batch_size=2).pin_memory
 
 
 def test_the_cache_gives_the_same_pictures_without_decoding_again(prepared: Path, monkeypatch: pytest.MonkeyPatch):

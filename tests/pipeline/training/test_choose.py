@@ -5,15 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import tiny
+import torch
+from lightning_fabric.accelerators import MPSAccelerator
 from torch import nn
 
 from pipeline.config import Offload, StrategyName, TrainerSettings
 from pipeline.errors import UserError
+from pipeline.training.hardware import accelerator_of
+from pipeline.training.inference import inference_fabric
 from pipeline.training.stage import run_stage
-from pipeline.training.strategies.choose import Device, build_strategy, choose_strategy
+from pipeline.training.strategies.choose import Device, build_strategy, choose_strategy, require_host_memory
+from pipeline.training.strategies.portable import ReplicatedStrategy
 from pipeline.workflow.frozen import write_frozen
 from pipeline.workflow.progress import read_failure
 
@@ -32,7 +39,10 @@ def settings(devices: int, **changes: object) -> TrainerSettings:
         (3_500, 8, StrategyName.ZERO2, Offload.NONE),
         (12_000, 8, StrategyName.ZERO3, Offload.NONE),
         (3_500, 1, StrategyName.ZERO3, Offload.OPTIMIZER),
+        (18_000, 8, StrategyName.ZERO3, Offload.OPTIMIZER),  # with their copy, 24 bytes each of 8 shards: 50.3 GiB
         (40_000, 8, StrategyName.ZERO3, Offload.OPTIMIZER),
+        (80_000, 8, StrategyName.ZERO3, Offload.OPTIMIZER),
+        (110_000, 8, StrategyName.ZERO3, Offload.PARAMETERS),
         (20_000, 1, StrategyName.ZERO3, Offload.PARAMETERS),
     ],
 )
@@ -49,6 +59,43 @@ def test_on_cpus_nothing_is_sharded_and_what_is_configured_is_taken():
     cpu = Device("CPU", 2**30, is_cuda=False)
     assert choose_strategy(settings(2), 10**10, cpu).strategy is StrategyName.DDP
     assert choose_strategy(settings(2, strategy=StrategyName.ZERO1), 1, GPU).strategy is StrategyName.ZERO1
+
+
+def test_what_host_memory_cannot_hold_is_not_offloaded():
+    zero3, giga = settings(8, strategy=StrategyName.ZERO3), 10**9
+    chosen = {
+        offload: choose_strategy(zero3.model_copy(update={"offload": offload}), 4 * giga, GPU) for offload in Offload
+    }
+    require_host_memory(zero3, chosen[Offload.NONE], 4 * giga, host_bytes=1)
+    require_host_memory(zero3, chosen[Offload.OPTIMIZER], 4 * giga, host_bytes=100 * giga)
+    with pytest.raises(
+        UserError, match=r"trainer=zero3, offload parameters: of 4,000 M parameters 104.3 GiB .* has 93.1 GiB; use more"
+    ):
+        require_host_memory(zero3, chosen[Offload.PARAMETERS], 4 * giga, host_bytes=100 * giga)
+    two_nodes = zero3.model_copy(update={"num_nodes": 2})
+    require_host_memory(two_nodes, chosen[Offload.PARAMETERS], 4 * giga, host_bytes=100 * giga)
+
+
+def test_a_stage_looks_at_host_memory_before_it_offloads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100))
+    offloading = settings(1, strategy=StrategyName.ZERO2, offload=Offload.OPTIMIZER)
+    with pytest.raises(UserError, match="in the host memory of each node"):
+        build_strategy(offloading, nn.Linear(2, 2))
+
+
+def test_replicated_gradients_are_in_memory_once():
+    strategy, _ = build_strategy(settings(2, strategy=StrategyName.DDP), nn.Linear(2, 2))
+    assert isinstance(strategy, ReplicatedStrategy)
+    assert strategy._ddp_kwargs["gradient_as_bucket_view"]
+
+
+def test_an_apple_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    """Lightning takes one by itself, and then refuses the device that the strategy brings."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    automatic = settings(1, accelerator="auto")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert accelerator_of(automatic) == expected
+    assert inference_fabric(automatic).device.type == expected
 
 
 def test_where_deepspeed_cannot_be_loaded_one_line_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -174,7 +174,7 @@ TRAINER = TrainerSettings(
     strategy=StrategyName.AUTO,
     offload=Offload.NONE,
     deepspeed=DeepSpeedSettings(
-        bucket_mib=1.0, overlap_communication=False, max_gathered_mib=1.0, gathered_below_elements=0, sub_group_mib=1.0
+        bucket_mib=1, overlap_communication=False, max_gathered_mib=1, gathered_below_elements=0, sub_group_mib=1
     ),
     precision=Precision.FLOAT32,
     micro_batch_size=None,
