@@ -14,7 +14,7 @@ from pipeline.data.splits import Split
 from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.context import StageContext
-from pipeline.training.hardware import record_hardware
+from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
@@ -112,7 +112,7 @@ def _assemble(
     steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
     measurements = Measurements(clock, settings.precision)
     trainer = pl.Trainer(
-        accelerator=settings.accelerator,
+        accelerator=accelerator_of(settings),
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,

@@ -18,6 +18,9 @@ from pipeline.training.strategies.portable import PlainStrategy, PortableStrateg
 SHARE_FOR_STATE = 0.6
 """Of a device's memory; the rest is for activations, of which nothing is known before the first step."""
 
+SHARE_FOR_EVALUATION = 0.9
+"""Of the first process's device: its state and, whole, the averaged weights, without which nothing is validated."""
+
 _WEIGHT, _GRADIENT, _MOMENTS, _AVERAGE = 4, 4, 8, 4
 """Bytes per parameter, all in float32."""
 
@@ -95,15 +98,29 @@ def choose_strategy(settings: TrainerSettings, parameters: int, device: Device) 
     for strategy, bytes_per_parameter in needs.items():
         if shards == 1 and strategy is not StrategyName.DDP:
             continue
-        if bytes_per_parameter * parameters <= room:
+        if bytes_per_parameter * parameters <= room and _is_room_to_evaluate(bytes_per_parameter, parameters, device):
             return StrategyChoice(strategy, Offload.NONE, _reason(parameters, bytes_per_parameter, device))
     # Gradients are on the device in buckets alone.
     on_device = _WEIGHT / shards
-    if on_device * parameters <= room:
+    if on_device * parameters <= room and _is_room_to_evaluate(on_device, parameters, device):
         return StrategyChoice(StrategyName.ZERO3, Offload.OPTIMIZER, _reason(parameters, on_device, device))
     return StrategyChoice(
         StrategyName.ZERO3, Offload.PARAMETERS, f"{_reason(parameters, on_device, device)} are too many"
     )
+
+
+def _is_room_to_evaluate(bytes_per_parameter: float, parameters: int, device: Device) -> bool:
+    return (bytes_per_parameter + _AVERAGE) * parameters <= SHARE_FOR_EVALUATION * device.memory_bytes
+
+
+def require_room_to_evaluate(parameters: int, device: Device) -> None:
+    """Refuse, as a `UserError`, a network that one GPU cannot hold in whole, however its training is sharded."""
+    if device.is_cuda and not _is_room_to_evaluate(0, parameters, device):
+        raise UserError(
+            f"validation and samples need the averaged weights on one device: of {parameters / 1e6:,.0f} M parameters "
+            f"{_AVERAGE * parameters / _GIB:.1f} GiB, and {device.name} has {device.memory_bytes / _GIB:.0f} GiB; use "
+            "a device with more memory or a smaller network"
+        )
 
 
 def _reason(parameters: int, bytes_per_parameter: float, device: Device) -> str:
@@ -140,6 +157,7 @@ def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[Porta
     device = find_device(settings)
     parameters = sum(each.numel() for each in trained_parameters(network).values())
     choice = choose_strategy(settings, parameters, device)
+    require_room_to_evaluate(parameters, device)
     require_host_memory(settings, choice, parameters, psutil.virtual_memory().total)
     if choice.strategy is StrategyName.DDP:
         timeout = timedelta(seconds=settings.collective_timeout_s)
