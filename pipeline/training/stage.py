@@ -143,8 +143,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _is_time_out(error: Exception) -> bool:
-    # Gloo raises a plain RuntimeError, in one of these words.
-    return any(said in str(error) for said in ("Timed out waiting", "Application timeout"))
+    # Gloo raises a plain RuntimeError, and its start another one, in one of these words.
+    return any(said in str(error) for said in ("Timed out waiting", "Application timeout", "waiting for clients"))
 
 
 def _write_failure(frozen: FrozenStage, failure: Failure) -> None:
