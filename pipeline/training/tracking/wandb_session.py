@@ -79,7 +79,8 @@ def forget_session() -> None:
     """End W&B's process in order, after which a run can be opened anew."""
     import wandb
 
-    with contextlib.suppress(Exception):  # of a connection that is lost; it is forgotten all the same
+    # Of a process that did not end by itself it raises, or asks this one to exit; it is forgotten all the same.
+    with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 

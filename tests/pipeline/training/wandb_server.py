@@ -108,6 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_well():
             return
         self.owner.secrets.append(self.headers.get("Authorization") or "")
+        if self.path.startswith("/sdk/"):  # telemetry
+            self._answer({})
+            return
         asked = json.loads(body or b"{}")
         if "file_stream" in self.path:
             self._take_rows(self.owner.run(self.path.split("/")[-2]), asked)
@@ -122,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _is_well(self) -> bool:
         if self.owner.health is Health.BROKEN:
             self._answer({"errors": [{"message": "down"}]}, 500)
-        while self.owner.health is Health.SILENT:
+        if self.owner.health is Health.SILENT:
             self.owner.wait_for_change()
             self.close_connection = True
             return False
@@ -155,14 +158,16 @@ class _Handler(BaseHTTPRequestHandler):
         answers = {
             "UpsertBucket": self._upsert,
             "Viewer": self._viewer,
+            "ServerFeaturesQuery": self._viewer,
             "CreateRunFiles": self._files,
-            "CreateArtifact": self._artifact,
         }
         if "ResumeStatus" in operation:
             self._answer({"data": self._resume_status(values)})
         elif operation in answers:
             self._answer({"data": answers[operation](values)})
         else:
+            if operation == "CreateArtifact":  # noted as asked for; what comes after it is not spoken
+                self.owner.artifacts.append(values["input"].get("artifactCollectionName", ""))
             self._answer({"errors": [{"message": f"{operation} is not spoken here"}], "data": None})
 
     def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -198,9 +203,3 @@ class _Handler(BaseHTTPRequestHandler):
     def _files(self, values: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.owner.address}/up/{name}"} for name in values.get("files", [])]
         return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
-
-    def _artifact(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Noted as asked for; what comes after it is not spoken."""
-        name = values.get("artifactCollectionName") or (values.get("artifactCollectionNames") or [""])[0]
-        self.owner.artifacts.append(name)
-        return {"createArtifact": None}
