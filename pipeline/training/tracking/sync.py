@@ -229,8 +229,8 @@ def _require(server: str) -> None:
 
 
 def _run(command: Sequence[str]) -> str:
-    """Run it, with what it says shown as it comes; its last line."""
-    last = "it said nothing"
+    """Run it, with what it says shown as it comes; its last error, or without one its last line."""
+    last, error = "it said nothing", ""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -238,5 +238,6 @@ def _run(command: Sequence[str]) -> str:
         for line in process.stdout:
             if line.strip():
                 last = line.strip()
+                error = last if "ERROR" in last else error
                 print(f"  {last}", flush=True)
-    return last
+    return error or last

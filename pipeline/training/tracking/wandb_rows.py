@@ -43,11 +43,12 @@ class _Sent:
     rows: tuple[RowKey, ...]
 
 
-def arrived(work: Path, record: WandbRecord, server_count: int) -> Arrived:
-    """What a server that says it has `server_count` rows has of this stage."""
+def arrived(work: Path, record: WandbRecord, server_count: int, opened: str) -> Arrived:
+    """What a server that says it has `server_count` rows has of this stage, for the start `opened`, which is new."""
+    logs = [log for log in _uploaded_logs(work, record) if log.parent.name != opened]
     server: list[RowKey | None] = []
     untouched = None
-    for sent in _sent(work, record):
+    for sent in _sent(logs):
         begins_at = len(server) if sent.begins_at is None else sent.begins_at
         if _is_attempt(sent.log) and server_count <= begins_at:
             untouched = sent.log
@@ -55,19 +56,19 @@ def arrived(work: Path, record: WandbRecord, server_count: int) -> Arrived:
         # What earlier starts meant to have there never arrived, or this one would not begin so early.
         server = [*server[:begins_at], *[None] * (begins_at - len(server)), *sent.rows]
     server = [*server[:server_count], *[None] * (server_count - len(server))]
-    attempts = {log for log in _uploaded_logs(work, record) if _is_attempt(log)} - {untouched}
+    attempts = {log for log in logs if _is_attempt(log)} - {untouched}
     waiting = [log for log in not_uploaded(work) if log not in attempts]
     rows = {row for row in server if row is not None}
     return Arrived(frozenset(rows.union(*map(_keys, waiting))), server.count(None), untouched)
 
 
-def kept_in_logs(work: Path) -> Arrived:
+def kept_in_logs(work: Path, opened: str) -> Arrived:
     """What W&B has without asking the server: an offline start sends none of it, and `unclip sync` sees to the rest."""
-    return Arrived(frozenset().union(*(_keys(log) for log in fragments(work))))
+    return Arrived(frozenset().union(*(_keys(log) for log in fragments(work) if log.parent.name != opened)))
 
 
-def _sent(work: Path, record: WandbRecord) -> Iterator[_Sent]:
-    for log in _uploaded_logs(work, record):
+def _sent(logs: list[Path]) -> Iterator[_Sent]:
+    for log in logs:
         rows = list(history(log))
         if not rows:
             continue

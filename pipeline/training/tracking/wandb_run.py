@@ -132,7 +132,7 @@ class WandbRun:
         if is_complete:
             self._guarded(self._close_record, "not recorded")
         else:
-            forget_session()
+            self.abandon()
         return is_complete
 
     def abandon(self) -> None:
@@ -198,7 +198,7 @@ class WandbRun:
         self._run = run
         work, fragment = self._frozen.work, fragment_of(run)
         # The steps of a run are its rows: this is how many the server has.
-        self._has = kept_in_logs(work) if run.offline else arrived(work, record, run.starting_step)
+        self._has = kept_in_logs(work, fragment) if run.offline else arrived(work, record, run.starting_step, fragment)
         self._record = replace(record if run.offline else record.with_upload(fragment), open_fragment=fragment)
         write_record(work, self._record)
         run.define_metric(AXIS)

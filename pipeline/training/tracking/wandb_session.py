@@ -18,6 +18,7 @@ from pipeline.workflow.runs import read_run
 _SECONDS_TO_START = 20.0
 _SECONDS_TO_UPLOAD_THE_REST = 60.0
 _SECONDS_IN_MEMORY = 1.0
+_SECONDS_TO_DIE = 5.0
 _LONGEST_TAG = 64
 
 
@@ -90,6 +91,7 @@ def kill_session() -> None:
         with contextlib.suppress(psutil.Error):
             if child.name().startswith("wandb-core"):
                 child.kill()
+                child.wait(_SECONDS_TO_DIE)
 
 
 def _config(frozen: FrozenStage) -> dict[str, Any]:
