@@ -9,11 +9,10 @@ from typing import Any
 import psutil
 
 from pipeline.config import TrackingMode
-from pipeline.errors import UserError
 from pipeline.training.tracking.wandb_record import WandbRecord
 from pipeline.workflow.artifacts import MANIFEST, file_sha256
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.runs import read_run
+from pipeline.workflow.runs import config_with
 
 _SECONDS_TO_START = 20.0
 _SECONDS_TO_UPLOAD_THE_REST = 60.0
@@ -97,14 +96,8 @@ def kill_session() -> None:
 def _config(frozen: FrozenStage) -> dict[str, Any]:
     """The frozen stage, the run's whole config, and where the inputs come from."""
     config: dict[str, Any] = {**frozen.model_dump(mode="json"), "lineage": _lineage(frozen)}
-    try:
-        run = read_run(frozen.outputs, frozen.run)
-    except UserError:
-        return config
-    # The run may have been given another config since this stage was frozen.
-    if run.fingerprint_of(frozen.stage) == frozen.fingerprint:
-        config["run_config"] = run.config
-    return config
+    run_config = config_with(frozen.outputs, frozen.run, frozen.stage, frozen.fingerprint)
+    return config if run_config is None else {**config, "run_config": run_config}
 
 
 def _lineage(frozen: FrozenStage) -> dict[str, list[dict[str, Any]]]:

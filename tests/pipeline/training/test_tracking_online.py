@@ -20,6 +20,7 @@ from pipeline.training.context import StageContext
 from pipeline.training.stage import run_stage
 from pipeline.training.tracking import wandb_run, wandb_session
 from pipeline.training.tracking.sync import Synced, main, sync
+from pipeline.training.tracking.wandb_log import history
 from pipeline.training.tracking.wandb_record import fragments, is_offline, read_record
 from pipeline.training.tracking.wandb_run import Ending, WandbRun
 from pipeline.workflow.frozen import FrozenStage, write_frozen
@@ -113,10 +114,14 @@ def test_rows_that_an_outage_kept_back_are_sent_by_the_next_start(
     assert server.only_run.axis("train/loss") == ALL
 
 
-def test_what_an_outage_kept_back_to_the_end_is_sent_by_sync_once(tmp_path: Path, server: WandbServer):
+def test_what_an_outage_kept_back_to_the_end_is_sent_by_sync_once(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+):
     stage = online(tmp_path, sample_every_samples=40)
     at_40(lambda _context: setattr(server, "health", Health.BROKEN))
-    assert run(stage) is Outcome.FINISHED
+    with monkeypatch.context() as patch:
+        patch.setattr(WandbRun, "log_artifact", lambda *_: None)  # W&B tries it for 20 s
+        assert run(stage) is Outcome.FINISHED
     server.health = Health.WELL
     assert server.only_run.ended_with == []
     _is_long_ago(stage)
@@ -127,6 +132,19 @@ def test_what_an_outage_kept_back_to_the_end_is_sent_by_sync_once(tmp_path: Path
     assert at_server.ended_with == [0]
     assert at_server.summary["loss"] == tiny.finished(stage).manifest.metrics["loss"]
     assert sync([stage.work], server.address) == Synced(uploaded=0, left=[])
+
+
+def test_rows_that_arrived_and_that_a_kill_kept_from_the_log_are_not_sent_again(tmp_path: Path, server: WandbServer):
+    stage = online(tmp_path, checkpoint_every_samples=16)
+    at_40(stop)
+    assert run(stage) is Outcome.INTERRUPTED
+    at_server = len(server.only_run.rows)
+    (log,) = fragments(stage.work)
+    content = log.read_bytes()
+    log.write_bytes(content[: content.index(b"train/loss") + 2000])
+    assert 0 < len(list(history(log))) < at_server
+    assert again(stage) is Outcome.FINISHED
+    assert server.only_run.axis("train/loss") == ALL
 
 
 @pytest.mark.slow

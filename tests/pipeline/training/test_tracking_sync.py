@@ -102,6 +102,13 @@ def test_a_torn_log_is_cut_to_its_whole_records_and_kept_as_it_was(tmp_path: Pat
     assert whole.startswith(log.with_suffix(".wandb.uncut").read_bytes())
 
 
+def test_a_log_that_w_and_b_does_not_read_is_named_in_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = tmp_path / "run.wandb"
+    log.write_bytes(b"not a log of W&B's")
+    assert list(history(log)) == []
+    assert f"warning: W&B: {log} was not read" in capsys.readouterr().out
+
+
 def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path: Path, trained: FrozenStage):
     stage = copied(trained, tmp_path / "outputs")
     (log,) = fragments(stage.work)
