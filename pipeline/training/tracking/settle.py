@@ -77,7 +77,8 @@ def _last_frozen(work: Path) -> FrozenStage:
     files = sorted((work / "frozen").glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise UserError(f"{work} has no frozen stage, from which what W&B lacks could be told; run the stage again")
-    return read_frozen(files[-1])
+    # Of another host the outputs may have another path here.
+    return read_frozen(files[-1]).model_copy(update={"outputs": work.parents[2]})
 
 
 def _ending_of(frozen: FrozenStage) -> Ending | None:
