@@ -84,6 +84,22 @@ def test_a_log_that_a_kill_tore_is_uploaded_once_and_marked(tmp_path: Path, trai
     assert server.only_run.axis("train/loss") == ALL
 
 
+def test_a_start_that_was_killed_does_not_keep_the_later_ones_from_the_server(tmp_path: Path, server: WandbServer):
+    stage = tracked(tmp_path)
+    SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
+    assert run(stage) is Outcome.INTERRUPTED
+    (log,) = fragments(stage.work)
+    tear(log)
+    assert records(log, "exit") == []
+    SCRIPT.at_samples = None
+    time.sleep(1.0)  # W&B names a start by its second
+    assert run(stage) is Outcome.FINISHED
+    assert sync([stage.work], server.address) == Synced(uploaded=2, left=[])
+    assert server.only_run.axis("train/loss") == ALL
+    assert server.only_run.ended_with[-1] == 0
+    assert sync([stage.work], server.address) == Synced(uploaded=0, left=[])
+
+
 def test_a_torn_log_is_cut_to_its_whole_records_and_kept_as_it_was(tmp_path: Path, trained: FrozenStage):
     stage = copied(trained, tmp_path / "outputs")
     (log,) = fragments(stage.work)
