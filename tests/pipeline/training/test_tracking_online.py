@@ -163,7 +163,7 @@ def test_a_killed_run_has_every_row_once_at_the_server(tmp_path: Path, server: W
     assert server.only_run.ended_with == [0]
 
 
-@pytest.mark.parametrize("mode", [TrackingMode.ONLINE, TrackingMode.OFFLINE])
+@pytest.mark.parametrize("mode", [TrackingMode.ONLINE, pytest.param(TrackingMode.OFFLINE, marks=pytest.mark.slow)])
 def test_a_signal_to_all_processes_loses_neither_rows_nor_the_state(
     tmp_path: Path, server: WandbServer, mode: TrackingMode
 ):
