@@ -23,7 +23,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip status [RUN]                 where the stages of a run or sweep stand
   unclip logs RUN STAGE               a stage's log; -f follows it
   unclip cancel RUN                   cancel a run's jobs, but for those that other runs count on
-  unclip sync [RUN]                   upload W&B runs that were tracked offline, once
+  unclip sync [RUN]                   upload W&B runs that were tracked offline, and what an outage kept back
   unclip compare RUN ...              a table of runs or a sweep; --output report.html: curves and pictures too
   unclip card RUN                     write a run's model card
   unclip shards index PATH            index WebDataset shards for data=webdataset

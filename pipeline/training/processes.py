@@ -1,6 +1,7 @@
 """Which of a stage's processes this one is, and who started it."""
 
 import os
+from pathlib import Path
 
 from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
@@ -23,3 +24,14 @@ def process_environment(world_size: int) -> ClusterEnvironment:
     if is_started_by_srun() and world_size > 1:
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
+
+
+def tell_of_interruption() -> bool:
+    """Leave the mark by which a batch script knows that its stage stopped and can go on; whether it asked for one.
+
+    Of the processes of a stage the first one tells.
+    """
+    marker = os.environ.get("UNCLIP_INTERRUPTED")
+    if marker and process_rank() == 0:
+        Path(marker).touch()
+    return bool(marker)

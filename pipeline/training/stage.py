@@ -16,7 +16,7 @@ from pipeline.errors import ProcessKilledError, StageInterrupted, UserError
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import ProgressWriter, StageContext, StageResult
 from pipeline.training.hardware import record_hardware
-from pipeline.training.processes import is_started_by_srun, process_rank
+from pipeline.training.processes import is_started_by_srun, process_rank, tell_of_interruption
 from pipeline.training.tracking import Tracker
 from pipeline.training.tracking.wandb_record import WandbRecord
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, describe_files
@@ -177,7 +177,14 @@ def _run_and_publish(
     record_hardware(frozen, ownership)
     with Tracker(frozen, ownership, checkpoint.samples_seen if checkpoint else -1) as tracker:
         context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption, ownership)
-        result: StageResult = resolve(declaration.run)(context)
+        try:
+            result: StageResult = resolve(declaration.run)(context)
+        except StageLost:
+            raise
+        except StageInterrupted:
+            # The checkpoint is written. The tracker may wait for a server, and Slurm may not wait for it.
+            tell_of_interruption()
+            raise
         tracker.summarise(result.metrics)
         if ownership is not None:
             progress.update(phase=Phase.PUBLISHING, activity="publishing")

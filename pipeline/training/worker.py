@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from pipeline.training.processes import process_rank
+from pipeline.training.processes import process_rank, tell_of_interruption
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, read_frozen
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
@@ -50,12 +50,9 @@ def main() -> int:
             _answer(path, outcome)
         if interruption.is_set() or (len(sys.argv) > 1 and outcome is Outcome.FAILED):
             break
-    marker = os.environ.get("UNCLIP_INTERRUPTED")
-    if outcome is Outcome.INTERRUPTED and (marker or process_rank() != 0):
+    if outcome is Outcome.INTERRUPTED and (tell_of_interruption() or process_rank() != 0):
         # The first process tells how it ended. Where a status other than 0 has the others killed, a status of another
         # one would catch it in the middle of its checkpoint, and its own would be lost among theirs.
-        if marker and process_rank() == 0:
-            Path(marker).touch()
         return 0
     return EXIT_STATUS[outcome]
 

@@ -1,5 +1,6 @@
 """A run on disk: `runs/<run.name>/run.json` says which artifact stands for each of its stages."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -12,6 +13,8 @@ from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atom
 from pipeline.workflow.plan import Plan
 
 RECORD = "run.json"
+EARLIER = "earlier"
+"""Beside the record: those that later configs of the same run replaced, for the jobs that were queued with them."""
 PICTURES = "pictures"
 
 
@@ -60,8 +63,36 @@ def record_run(plan: Plan) -> Path:
         started_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     directory.mkdir(parents=True, exist_ok=True)
+    _keep_earlier(directory, record)
     write_json_atomically(directory / RECORD, record.model_dump(mode="json"))
     return directory
+
+
+def _keep_earlier(directory: Path, record: RunRecord) -> None:
+    """Keep what stands there if it has another config."""
+    try:
+        values = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        config = values["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or nothing to be kept
+    if config != record.model_dump(mode="json")["config"]:
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+        (directory / EARLIER).mkdir(exist_ok=True)
+        write_json_atomically(directory / EARLIER / f"{digest}.json", values)
+
+
+def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[str, Any] | None:
+    """The whole config of a run as it was given with that stage, though another may have been given since; or None."""
+    directory = run_directory(outputs, name)
+    earlier = sorted(directory.glob(f"{EARLIER}/*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in (directory / RECORD, *earlier):
+        try:
+            record = validate(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
+        except (OSError, ValueError, UserError):
+            continue
+        if record.fingerprint_of(stage) == fingerprint:
+            return record.config
+    return None
 
 
 def read_run(outputs: Path, name: str) -> RunRecord:

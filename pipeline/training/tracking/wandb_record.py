@@ -1,19 +1,16 @@
-"""Which W&B run belongs to a stage, and what W&B has of it: `wandb.json` and W&B's own logs in the work directory."""
+"""Which W&B run belongs to a stage and what its starts sent: `wandb.json` and W&B's logs in the work directory."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.training.tracking.wandb_log import HEAD_BYTES
 from pipeline.workflow.artifacts import write_json_atomically
 from pipeline.workflow.metrics import AXIS, without_measured
 
 RECORD = "wandb.json"
-_HEAD_BYTES = 7
-WANDB_PROGRAM = (sys.executable, "-m", "wandb")
 
 RowKey = tuple[int, frozenset[str]]
 """What tells a row from the others of its stage: `samples_seen`, and the names of what does not change on a repeat."""
@@ -23,7 +20,9 @@ RowKey = tuple[int, frozenset[str]]
 class WandbRecord:
     """A W&B run. It keeps the group and the name of the run that began it, whoever goes on with it.
 
-    `open_fragment` is the directory that a process writes to, or wrote to when it was killed.
+    Starts are named by the directories of their logs. `open_fragment` is the one that a process writes to, or wrote to
+    when it was killed. `uploads` are those that have sent rows to the server, in the order in which they did, and
+    `unsettled` is the last of them as long as the server may lack a part of it.
     """
 
     id: str
@@ -32,18 +31,25 @@ class WandbRecord:
     group: str
     name: str
     open_fragment: str | None = None
+    unsettled: str | None = None
+    uploads: tuple[str, ...] = ()
 
     def published(self) -> dict[str, Any]:
         """What a manifest keeps of it, so that runs which use the artifact can name the one that made it."""
         return {"wandb_id": self.id, "project": self.project, "entity": self.entity}
 
+    def with_upload(self, fragment: str) -> "WandbRecord":
+        """The record once that start begins to send."""
+        return replace(self, uploads=(*self.uploads, fragment), unsettled=fragment)
+
 
 def read_record(work: Path) -> WandbRecord | None:
     """The W&B run of the stage in that work directory, or None."""
     try:
-        return WandbRecord(**json.loads((work / RECORD).read_text(encoding="utf-8")))
+        values = json.loads((work / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    return WandbRecord(**{**values, "uploads": tuple(values.get("uploads", ()))})
 
 
 def write_record(work: Path, record: WandbRecord) -> None:
@@ -56,7 +62,7 @@ def fragments(work: Path) -> list[Path]:
 
     Of a start that was killed before W&B wrote anything there is but the file's head.
     """
-    logs = [log for log in (work / "wandb").glob("*run-*/*.wandb") if log.stat().st_size > _HEAD_BYTES]
+    logs = [log for log in (work / "wandb").glob("*run-*/*.wandb") if log.stat().st_size > HEAD_BYTES]
     return sorted(logs, key=started)
 
 
@@ -65,9 +71,19 @@ def started(log: Path) -> str:
     return log.parent.name.removeprefix("offline-")
 
 
-def rows_in(work: Path) -> set[RowKey]:
-    """The rows that W&B has on disk, of all starts. A log that a kill cut short is read as far as it goes."""
-    return {key_of(row) for log in fragments(work) for row in _history(log)}
+def is_offline(log: Path) -> bool:
+    """Whether the rows of that start went to its log alone."""
+    return log.parent.name.startswith("offline-")
+
+
+def mark_of(log: Path) -> Path:
+    """The file that `wandb sync` leaves beside a log that it has uploaded."""
+    return log.with_suffix(".wandb.synced")
+
+
+def not_uploaded(work: Path) -> list[Path]:
+    """The logs of offline starts that are not uploaded in full, the first start first."""
+    return [log for log in fragments(work) if is_offline(log) and not mark_of(log).exists()]
 
 
 def key_of(row: Mapping[str, Any]) -> RowKey:
@@ -79,11 +95,3 @@ def key_of(row: Mapping[str, Any]) -> RowKey:
 def _is_part(name: str) -> bool:
     stem, _, part = name.rpartition(".")
     return bool(stem) and part in ("caption", "format", "height", "path", "sha256", "size", "width")
-
-
-def _history(log: Path) -> Iterator[dict[str, Any]]:
-    said = subprocess.run([*WANDB_PROGRAM, "leet", "inspect", "--json", str(log)], capture_output=True, check=False)
-    for line in said.stdout.splitlines():
-        record = json.loads(line)
-        if record.get("type") == "history" and AXIS in record["history"]["item"]:
-            yield record["history"]["item"]

@@ -1,7 +1,7 @@
 """One W&B run for the training of one stage, over all its starts."""
 
-import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -11,46 +11,83 @@ from typing import Any
 from PIL import Image
 
 from pipeline.config import TrackedArtifacts, TrackingMode
-from pipeline.errors import UserError
-from pipeline.training.tracking.wandb_record import RowKey, WandbRecord, key_of, read_record, rows_in, write_record
+from pipeline.training.tracking.wandb_record import (
+    WandbRecord,
+    key_of,
+    not_uploaded,
+    read_record,
+    write_record,
+)
+from pipeline.training.tracking.wandb_rows import Arrived, arrived, kept_in_logs
+from pipeline.training.tracking.wandb_session import (
+    TellsEnd,
+    forget_session,
+    fragment_of,
+    is_cut_off,
+    kill_session,
+    open_run,
+)
 from pipeline.workflow.artifacts import MANIFEST, Artifact, file_sha256
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.metrics import AXIS
 from pipeline.workflow.progress import EXIT_INTERRUPTED
-from pipeline.workflow.runs import read_run
 
-_SECONDS_TO_START = 20.0
-_SECONDS_TO_UPLOAD_THE_REST = 60.0
-_LONGEST_TAG = 64
+_SECONDS_TO_UPLOAD_AT_A_STOP = 10.0
 
 
 class Ending(Enum):
-    """How a start of the stage ended."""
+    """How a start of the stage ended. One that `LOST` the stage says nothing: the run is another process's now."""
 
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
     FAILED = "failed"
+    LOST = "lost"
+
+
+_STATUS = {Ending.FINISHED: 0, Ending.INTERRUPTED: EXIT_INTERRUPTED, Ending.FAILED: 1}
 
 
 class WandbRun:
     """Sends rows, pictures and lineage to W&B: online, or to files below the work directory that `unclip sync` uploads.
 
     Nothing that W&B does or fails to do stops training: a fault is a warning in the stage's log. Online, the run of a
-    server that is not reached goes to files.
+    server that is not reached goes to files; so does one whose earlier files are not uploaded yet, as its rows must not
+    come before theirs.
 
-    No row is sent twice, however often the stage starts: what W&B has is read from its logs on disk, and online is what
-    the server says as well. Rows that a kill took from W&B's memory are sent again, as the stage's own record has them;
-    only where the server had another row of the same `samples_seen` are they not.
+    No row is sent twice, however often the stage starts, and none is left out: online the server says how many it has.
     """
 
     def __init__(self, frozen: FrozenStage) -> None:
         self._frozen = frozen
-        self._has: set[RowKey] = set()
-        self._server_has_until = -1
+        self._has = Arrived(frozenset())
+        self._skipped = 0
         self._warned_of: set[str] = set()
         self._run: Any = None
         self._record: WandbRecord | None = None
-        self._guarded(self._start, "not started")
+
+    @classmethod
+    def begun(cls, frozen: FrozenStage) -> "WandbRun":
+        """For the next start of a stage, in the mode of its config."""
+        run = cls(frozen)
+        run._guarded(run._begin, "not started")
+        return run
+
+    @classmethod
+    def settling(cls, frozen: FrozenStage, record: WandbRecord, tells_end: TellsEnd) -> "WandbRun":
+        """Online and only so, to send what the server lacks of earlier starts. Raises whatever W&B raises."""
+        run = cls(frozen)
+        run._adopt(open_run(frozen, record, TrackingMode.ONLINE, tells_end), record)
+        return run
+
+    @property
+    def untouched(self) -> Path | None:
+        """The start whose upload failed before its first row arrived, if one did."""
+        return self._has.untouched
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether what is sent now is lost, as W&B's process is gone."""
+        return self._run is not None and is_cut_off(self._run)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Send a row, unless W&B has it."""
@@ -77,123 +114,97 @@ class WandbRun:
         if self._run is not None:
             self._guarded(lambda: self._run.log_artifact(self._described(artifact)), "artifact not sent")
 
-    def finish(self, ending: Ending) -> None:
-        """End this start of the run with the state that it has."""
+    def finish(self, ending: Ending) -> bool:
+        """End this start of the run with the state that it has; whether all of it is where it belongs."""
         if self._run is None:
-            return
+            return False
+        if ending is Ending.LOST:
+            self.abandon()
+            return False
+        # A stop has little time: under Slurm until the job is killed.
+        impatience = threading.Timer(_SECONDS_TO_UPLOAD_AT_A_STOP, kill_session)
         if ending is Ending.INTERRUPTED:
             self._guarded(self._run.mark_preempting, "state not sent")
-        status = {Ending.FINISHED: 0, Ending.INTERRUPTED: EXIT_INTERRUPTED, Ending.FAILED: 1}[ending]
-        self._guarded(lambda: self._run.finish(exit_code=status), "not finished")
-        self._guarded(self._close_record, "not recorded")
+            impatience.start()
+        what = f"not all of it was uploaded; it is kept in {self._frozen.work}, and `unclip sync` sends what is missing"
+        is_complete = self._guarded(lambda: self._run.finish(exit_code=_STATUS[ending]), what)
+        impatience.cancel()
+        if is_complete:
+            self._guarded(self._close_record, "not recorded")
+        else:
+            self.abandon()
+        return is_complete
+
+    def abandon(self) -> None:
+        """End this start as a kill would, without a word to the server."""
+        kill_session()
+        forget_session()
+        self._run = None
 
     def _close_record(self) -> None:
         # Where another process has taken the stage over, the record is its own.
-        if self._record is not None and read_record(self._frozen.work) == self._record:
-            write_record(self._frozen.work, replace(self._record, open_fragment=None))
+        record = self._record
+        if record is not None and read_record(self._frozen.work) == record:
+            is_settled = record.unsettled == record.open_fragment
+            closed = replace(record, open_fragment=None, unsettled=None if is_settled else record.unsettled)
+            write_record(self._frozen.work, closed)
 
     def _send(self, row: Mapping[str, Any], content: Callable[[], dict[str, Any]]) -> None:
-        if self._run is None or row[AXIS] <= self._server_has_until or key_of(row) in self._has:
+        if self._run is None or key_of(row) in self._has.rows:
+            return
+        if self._skipped < self._has.unknown:
+            self._skipped += 1
             return
         self._guarded(lambda: self._run.log(content()), "row not sent")
 
-    def _guarded(self, act: Callable[[], object], what: str) -> None:
+    def _guarded(self, act: Callable[[], object], what: str) -> bool:
+        """Do it, and go on if it fails; whether it did not."""
         try:
             act()
         except Exception as error:  # whatever W&B raises, the stage goes on
             if what not in self._warned_of:
                 self._warned_of.add(what)
-                print(
-                    f"warning: W&B: {what} ({type(error).__name__}: {_first_line(error)}); training goes on", flush=True
-                )
+                print(f"warning: W&B: {what} ({_said_by(error)}); training goes on", flush=True)
+            return False
+        return True
 
-    def _start(self) -> None:
-        import wandb
-
-        os.environ.setdefault("WANDB_SILENT", "true")
+    def _begin(self) -> None:
         work, tracking = self._frozen.work, self._frozen.tracking
         record = read_record(work)
         if record is None:
             name = f"{self._frozen.run}/{self._frozen.stage}"
             record = WandbRecord(secrets.token_hex(8), tracking.project, tracking.entity, self._frozen.group, name)
             write_record(work, record)
-        else:
-            self._has = rows_in(work)
-        config = self._config()
+        mode = tracking.mode
+        if mode is TrackingMode.ONLINE and not_uploaded(work):
+            mode = TrackingMode.OFFLINE
+            print(
+                "W&B: an earlier start is not uploaded yet, so this one is kept in files too; `unclip sync` uploads "
+                "both in order, after which starts are online again",
+                flush=True,
+            )
         try:
-            self._run = self._init(record, config, tracking.mode)
+            run = open_run(self._frozen, record, mode)
         except Exception as error:
-            if tracking.mode is TrackingMode.OFFLINE:
+            if mode is TrackingMode.OFFLINE:
                 raise
-            said = _first_line(error)
+            said = _said_by(error)
             print(f"warning: W&B is not reached ({said}); offline now, `unclip sync` uploads it later", flush=True)
-            wandb.teardown()  # it holds the id of the run that it could not start
-            self._run = self._init(record, config, TrackingMode.OFFLINE)
-        self._record = replace(record, open_fragment=Path(self._run.dir).resolve().parent.name)
+            forget_session()  # it holds the id of the run that it could not start
+            run = open_run(self._frozen, record, TrackingMode.OFFLINE)
+        self._adopt(run, record)
+
+    def _adopt(self, run: Any, record: WandbRecord) -> None:
+        self._run = run
+        work, fragment = self._frozen.work, fragment_of(run)
+        # The steps of a run are its rows: this is how many the server has.
+        self._has = kept_in_logs(work, fragment) if run.offline else arrived(work, record, run.starting_step, fragment)
+        self._record = replace(record if run.offline else record.with_upload(fragment), open_fragment=fragment)
         write_record(work, self._record)
-        self._run.define_metric(AXIS)
-        self._run.define_metric("*", step_metric=AXIS)
-        if not self._run.offline:
-            if self._run.resumed:
-                self._server_has_until = int(self._run.summary.get(AXIS, -1))
+        run.define_metric(AXIS)
+        run.define_metric("*", step_metric=AXIS)
+        if not run.offline:
             self._use_inputs()
-
-    def _init(self, record: WandbRecord, config: dict[str, Any], mode: TrackingMode) -> Any:
-        import wandb
-
-        frozen = self._frozen
-        tags = dict.fromkeys((frozen.run, record.group, frozen.stage, frozen.kind))
-        return wandb.init(
-            id=record.id,
-            resume="allow",
-            project=record.project,
-            entity=record.entity,
-            group=record.group,
-            job_type=frozen.stage,
-            name=record.name,
-            tags=[tag[:_LONGEST_TAG] for tag in tags],
-            mode="online" if mode is TrackingMode.ONLINE else "offline",
-            dir=str(frozen.work),
-            config=config,
-            settings=wandb.Settings(
-                console="off",
-                disable_git=True,
-                save_code=False,
-                silent=True,
-                init_timeout=_SECONDS_TO_START,
-                finish_timeout=_SECONDS_TO_UPLOAD_THE_REST,
-            ),
-            reinit="finish_previous",
-        )
-
-    def _config(self) -> dict[str, Any]:
-        """The frozen stage, the run's whole config, and where the inputs come from."""
-        frozen = self._frozen
-        config: dict[str, Any] = {**frozen.model_dump(mode="json"), "lineage": self._lineage()}
-        try:
-            run = read_run(frozen.outputs, frozen.run)
-        except UserError:
-            return config
-        # The run may have been given another config since this stage was frozen.
-        if run.fingerprint_of(frozen.stage) == frozen.fingerprint:
-            config["run_config"] = run.config
-        return config
-
-    def _lineage(self) -> dict[str, list[dict[str, Any]]]:
-        """Each input's artifacts: which, the SHA-256 of the manifest (it has those of all files), who made it."""
-        return {
-            name: [
-                {
-                    "stage": artifact.manifest.stage,
-                    "fingerprint": artifact.manifest.fingerprint,
-                    "manifest_sha256": file_sha256(artifact.path / MANIFEST),
-                    "made_by_run": artifact.manifest.made_by_run,
-                    "wandb_id": artifact.manifest.tracking.get("wandb_id"),
-                }
-                for artifact in artifacts
-            ]
-            for name, artifacts in self._frozen.find_inputs().items()
-        }
 
     def _use_inputs(self) -> None:
         """Link the inputs in W&B; offline it has no call for that, and the config's `lineage` says it."""
@@ -225,8 +236,9 @@ class WandbRun:
         return described
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
+def _said_by(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _artifact_name(artifact: Artifact) -> str:

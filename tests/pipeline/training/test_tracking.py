@@ -1,79 +1,33 @@
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any
+from threading import Event
 
 import pytest
 import tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import SCRIPT, finished, frozen, rows, run
+from tiny import SCRIPT, finished, rows, run
+from tracked import KEY, UNREACHABLE, axis, config, crash, history, no_secret_below, records, start, tracked, wait_until
 
-from pipeline.config import TrackedArtifacts, TrackingMode, TrackingSettings
-from pipeline.errors import UserError
+from pipeline.config import TrackedArtifacts, TrackingMode
 from pipeline.training.stage import run_stage
-from pipeline.training.tracking.sync import Synced, main, sync
-from pipeline.training.tracking.wandb_record import fragments, read_record, write_record
+from pipeline.training.tracking.wandb_record import fragments, read_record
 from pipeline.workflow.artifacts import MANIFEST, file_sha256
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import (
-    SECONDS_UNTIL_SILENT,
     Outcome,
     latest_checkpoint_samples,
     read_failure,
-    read_progress,
-    write_progress,
 )
-
-KEY = "0123456789abcdef" * 2 + "01234567"
-UNREACHABLE = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
 
 
 @pytest.fixture(autouse=True)
 def _a_key_and_no_network(monkeypatch: pytest.MonkeyPatch):
     for name, value in UNREACHABLE.items():
         monkeypatch.setenv(name, value)
-
-
-def tracked(
-    outputs: Path,
-    mode: TrackingMode = TrackingMode.OFFLINE,
-    *,
-    artifacts: TrackedArtifacts = TrackedArtifacts.REFERENCE,
-    tensorboard: bool = False,
-    **settings: Any,
-) -> FrozenStage:
-    tracking = TrackingSettings(mode=mode, project="trial", entity=None, artifacts=artifacts, tensorboard=tensorboard)
-    names = {"tracking": tracking, "run": "sweep.1", "group": "sweep", "overrides": ["stage.learner.dropout=0.0"]}
-    return frozen(outputs, **settings).model_copy(update=names)
-
-
-def records(log: Path, kind: str) -> list[dict[str, Any]]:
-    """What W&B's own reader finds in a log."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
-
-
-def history(stage: FrozenStage) -> list[dict[str, Any]]:
-    return [record["item"] for log in fragments(stage.work) for record in records(log, "history")]
-
-
-def config(log: Path) -> dict[str, Any]:
-    return records(log, "run")[0]["config"]["update"]
-
-
-def axis(stage: FrozenStage, name: str) -> list[int]:
-    return [row["samples_seen"] for row in history(stage) if name in row]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +129,7 @@ def test_a_stopped_run_is_preempted_and_goes_on_under_its_id(tmp_path: Path):
 
 def test_a_failed_run_is_failed_and_its_rows_are_not_sent_twice(tmp_path: Path):
     stage = tracked(tmp_path, checkpoint_every_samples=32, sample_every_samples=16)
-    SCRIPT.at_samples, SCRIPT.happens = 56, _crash
+    SCRIPT.at_samples, SCRIPT.happens = 56, crash
     assert run(stage) is Outcome.FAILED
     (log,) = fragments(stage.work)
     assert [each["exit_code"] for each in records(log, "exit")] == [1]
@@ -201,14 +155,14 @@ def test_rows_from_before_tracking_was_on_are_sent_as_well(tmp_path: Path):
 def test_a_killed_run_goes_on_under_its_id_with_every_row_once(tmp_path: Path):
     stage = tracked(tmp_path, step_s=0.04, max_samples=960, checkpoint_every_samples=240, sample_every_samples=160)
     run_stage(tiny.data_of(stage), Event())
-    process = _start(stage)
-    _wait_until(lambda: (latest_checkpoint_samples(stage.work) or 0) >= 480 and len(rows(stage)) >= 75)
+    process = start(stage)
+    wait_until(lambda: (latest_checkpoint_samples(stage.work) or 0) >= 480 and len(rows(stage)) >= 75)
     process.send_signal(signal.SIGKILL)
     process.wait()
     record = read_record(stage.work)
     assert record is not None
     assert record.open_fragment is not None
-    assert _start(stage).wait(timeout=180) == 0, (stage.work / "log.txt").read_text()
+    assert start(stage).wait(timeout=180) == 0, (stage.work / "log.txt").read_text()
     *killed, last = fragments(stage.work)  # how much of the killed one W&B had written is a matter of chance
     assert last.parent.name != record.open_fragment
     assert all(records(log, "exit") == [] for log in killed)
@@ -225,13 +179,13 @@ def test_a_server_that_is_not_reached_does_not_stop_training(tmp_path: Path, cap
     assert "warning: W&B is not reached" in capfd.readouterr().out
     (offline,) = [log for log in fragments(stage.work) if log.parent.name.startswith("offline-")]
     assert len(records(offline, "history")) == 12  # ten steps, the validation, the picture
-    _no_secret_below(tmp_path)
+    no_secret_below(tmp_path)
 
 
 def test_no_secret_is_written(trained: FrozenStage):
     frozen_file = write_frozen(trained).path
     assert KEY not in frozen_file.read_text()
-    _no_secret_below(trained.outputs)
+    no_secret_below(trained.outputs)
 
 
 def test_an_artifact_is_copied_where_the_config_asks_for_it(
@@ -244,63 +198,9 @@ def test_an_artifact_is_copied_where_the_config_asks_for_it(
     assert all("ref" not in entry for entry in artifact["manifest"]["contents"])
 
 
-def test_every_start_is_uploaded_once_and_in_order(tmp_path: Path):
-    """A program stands for `wandb sync`, since no server is here: it keeps W&B's own mark."""
-    stage = tracked(tmp_path / "outputs")
-    SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
-    assert run(stage) is Outcome.INTERRUPTED
-    SCRIPT.at_samples = None
-    time.sleep(1.0)  # W&B names a start by its second
-    assert run(stage) is Outcome.FINISHED
-    first, second = (log.parent for log in fragments(stage.work))
-    program, asked = _uploader(tmp_path)
-    with _server() as address:
-        assert sync([stage.work], address, program) == Synced(uploaded=2, left=[])
-        assert asked.read_text().splitlines() == [f"sync {first}", f"sync {second}"]
-        assert sync([stage.work], address, program) == Synced(uploaded=0, left=[])
-    assert len(asked.read_text().splitlines()) == 2
-
-
-def test_a_start_that_is_being_written_is_left_for_later(tmp_path: Path):
-    stage = tracked(tmp_path / "outputs")
-    assert run(stage) is Outcome.FINISHED
-    (log,) = fragments(stage.work)
-    record = read_record(stage.work)
-    assert record is not None
-    write_record(stage.work, replace(record, open_fragment=log.parent.name))
-    program, asked = _uploader(tmp_path)
-    with _server() as address:
-        assert sync([stage.work], address, program) == Synced(uploaded=0, left=[log])
-        assert not asked.exists()
-        # Killed long ago: it has given no sign of life since.
-        progress = read_progress(stage.work)
-        assert progress is not None
-        write_progress(stage.work, replace(progress, updated_at=time.time() - 2 * SECONDS_UNTIL_SILENT))
-        assert sync([stage.work], address, program).uploaded == 1
-
-
-def test_without_a_server_sync_says_so_in_a_line_and_marks_nothing(trained: FrozenStage):
-    with pytest.raises(UserError, match=r"^the W&B server http://127.0.0.1:9 is not reached .*; nothing was uploaded"):
-        main(["--outputs", str(trained.outputs)])
-    assert list(trained.outputs.rglob("*.synced")) == []
-
-
-def test_an_upload_that_w_and_b_refuses_is_a_line_and_marks_nothing(
-    trained: FrozenStage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    """W&B's own program, without a key."""
-    monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with _server() as address:
-        monkeypatch.setenv("WANDB_BASE_URL", address)
-        with pytest.raises(UserError, match=r"did not upload it: .*; see `wandb login`, then run this again"):
-            sync([trained.work], address)
-    assert list(trained.outputs.rglob("*.synced")) == []
-
-
 def test_tensorboard_has_the_same_rows_and_pictures_with_no_step_twice(tmp_path: Path):
     stage = tracked(tmp_path, TrackingMode.NONE, tensorboard=True, checkpoint_every_samples=32, sample_every_samples=16)
-    SCRIPT.at_samples, SCRIPT.happens = 56, _crash
+    SCRIPT.at_samples, SCRIPT.happens = 56, crash
     assert run(stage) is Outcome.FAILED
     SCRIPT.at_samples = None
     assert run(stage) is Outcome.FINISHED
@@ -320,52 +220,3 @@ def test_a_missing_tensorboard_is_named_with_its_remedy(tmp_path: Path, monkeypa
     assert failure is not None
     assert failure.is_user_error
     assert "pip install -e '.[tensorboard]'" in failure.message
-
-
-def _crash(_context: object) -> None:
-    raise RuntimeError("the power went")
-
-
-def _start(stage: FrozenStage) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
-        env={**os.environ, "PYTHONPATH": f"{Path(tiny.__file__).parent}:{os.environ.get('PYTHONPATH', '')}"},
-    )
-
-
-def _wait_until(is_so: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 180
-    while not is_so():
-        assert time.monotonic() < limit, "it took too long"
-        time.sleep(0.02)
-
-
-def _no_secret_below(directory: Path) -> None:
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files)
-    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
-
-
-def _uploader(directory: Path) -> tuple[list[str], Path]:
-    asked, program = directory / "asked", directory / "uploader.py"
-    program.write_text(
-        "import pathlib, sys\n"
-        f"pathlib.Path({str(asked)!r}).open('a').write(' '.join(sys.argv[1:]) + chr(10))\n"
-        "(log,) = pathlib.Path(sys.argv[2]).glob('*.wandb')\n"
-        "log.with_suffix('.wandb.synced').touch()\n"
-    )
-    return [sys.executable, str(program)], asked
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    """A server that answers, and knows no page."""
-    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.progress import Failure, Phase, Progress, write_failure, write_progress
-from pipeline.workflow.runs import gather_pictures, read_run, record_run, run_artifacts, run_names
+from pipeline.workflow.runs import config_with, gather_pictures, read_run, record_run, run_artifacts, run_names
 from pipeline.workflow.summary import stage_state
 
 
@@ -36,6 +36,21 @@ def test_recording_a_run_again_under_its_name_replaces_it(tmp_path: Path):
     record(tmp_path, "first", stages=with_settings("decoder", note="other"))
     assert read_run(tmp_path, "first").fingerprint_of("decoder") != before
     assert run_names(tmp_path) == ["first"]
+
+
+def test_the_config_of_a_stage_that_a_run_no_longer_has_is_still_there(tmp_path: Path):
+    record(tmp_path, "first")
+    before = read_run(tmp_path, "first")
+    record(tmp_path, "first", stages=with_settings("decoder", note="other"))
+    now = read_run(tmp_path, "first")
+    fingerprints = [each.fingerprint_of("decoder") for each in (before, now)]
+    assert all(fingerprints)
+    assert [config_with(tmp_path, "first", "decoder", each or "") for each in fingerprints] == [
+        before.config,
+        now.config,
+    ]
+    assert config_with(tmp_path, "first", "decoder", "0" * 64) is None
+    assert config_with(tmp_path, "other", "decoder", "0" * 64) is None
 
 
 def test_run_names_begin_with_the_latest(tmp_path: Path):

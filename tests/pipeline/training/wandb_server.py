@@ -1,0 +1,205 @@
+"""A small stand-in for the W&B server: it speaks what the client asks of it to log, resume and sync runs."""
+
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from typing import Any
+
+
+class Health(Enum):
+    """`BROKEN` answers every request with status 500; `SILENT` with nothing, until it is well again."""
+
+    WELL = auto()
+    BROKEN = auto()
+    SILENT = auto()
+
+
+@dataclass
+class ServerRun:
+    """What the server has of a run: its rows by their place, and the statuses that it was ended with."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    ended_with: list[int] = field(default_factory=list)
+    preempted: int = 0
+    is_known: bool = False
+
+    def axis(self, name: str) -> list[int]:
+        """`samples_seen` of the rows that have this column, in the order in which they are there."""
+        return [row["samples_seen"] for row in self.rows if name in row]
+
+
+class WandbServer:
+    """Runs by id. `address` is the WANDB_BASE_URL."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, ServerRun] = {}
+        self.artifacts: list[str] = []
+        self.secrets: list[str] = []
+        self._health = Health.WELL
+        self._changed = Event()
+        handler = type("_BoundHandler", (_Handler,), {"owner": self})
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.http.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.http.server_port}"
+
+    @property
+    def health(self) -> Health:
+        return self._health
+
+    @health.setter
+    def health(self, health: Health) -> None:
+        self._health = health
+        self._changed.set()
+        self._changed = Event()
+
+    def wait_for_change(self) -> None:
+        self._changed.wait()
+
+    def run(self, name: str) -> ServerRun:
+        return self.runs.setdefault(name, ServerRun())
+
+    @property
+    def only_run(self) -> ServerRun:
+        (run,) = self.runs.values()
+        return run
+
+
+@contextmanager
+def serving() -> Iterator[WandbServer]:
+    """A server in a thread, for as long as the context lasts."""
+    server = WandbServer()
+    thread = Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.health = Health.WELL
+        server.http.shutdown()
+        thread.join()
+        server.http.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    owner: WandbServer
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        if self._is_well():
+            self._answer({})
+
+    def do_PUT(self) -> None:
+        self._body()
+        if self._is_well():
+            self._answer({})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if not self._is_well():
+            return
+        self.owner.secrets.append(self.headers.get("Authorization") or "")
+        if self.path.startswith("/sdk/"):  # telemetry
+            self._answer({})
+            return
+        asked = json.loads(body or b"{}")
+        if "file_stream" in self.path:
+            self._take_rows(self.owner.run(self.path.split("/")[-2]), asked)
+            self._answer({})
+        else:
+            self._graphql(asked.get("query", ""), asked.get("variables") or {})
+
+    def _body(self) -> bytes:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return gzip.decompress(content) if self.headers.get("Content-Encoding") == "gzip" else content
+
+    def _is_well(self) -> bool:
+        if self.owner.health is Health.BROKEN:
+            self._answer({"errors": [{"message": "down"}]}, 500)
+        if self.owner.health is Health.SILENT:
+            self.owner.wait_for_change()
+            self.close_connection = True
+            return False
+        return self.owner.health is Health.WELL
+
+    def _answer(self, content: object, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    @staticmethod
+    def _take_rows(run: ServerRun, asked: dict[str, Any]) -> None:
+        for name, part in (asked.get("files") or {}).items():
+            if name == "wandb-history.jsonl":
+                rows = [json.loads(line) for line in part["content"]]
+                assert part["offset"] <= len(run.rows), "a gap"
+                run.rows[part["offset"] : part["offset"] + len(rows)] = rows
+            elif name == "wandb-summary.json":
+                run.summary = json.loads(part["content"][-1])
+        if asked.get("complete") is not None:
+            run.ended_with.append(asked.get("exitcode") or 0)
+        run.preempted += bool(asked.get("preempting"))
+
+    def _graphql(self, query: str, values: dict[str, Any]) -> None:
+        named = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        operation = named.group(1) if named else ""
+        answers = {
+            "UpsertBucket": self._upsert,
+            "Viewer": self._viewer,
+            "ServerFeaturesQuery": self._viewer,
+            "CreateRunFiles": self._files,
+        }
+        if "ResumeStatus" in operation:
+            self._answer({"data": self._resume_status(values)})
+        elif operation in answers:
+            self._answer({"data": answers[operation](values)})
+        else:
+            if operation == "CreateArtifact":  # noted as asked for; what comes after it is not spoken
+                self.owner.artifacts.append(values["input"].get("artifactCollectionName", ""))
+            self._answer({"errors": [{"message": f"{operation} is not spoken here"}], "data": None})
+
+    def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
+        run = self.owner.run(values["name"])
+        is_new, run.is_known = not run.is_known, True
+        if values.get("config"):
+            run.config = json.loads(values["config"])
+        project = {"id": "p", "name": values.get("project") or "p", "entity": {"id": "e", "name": "me"}}
+        bucket = {
+            "id": "x", "name": values["name"], "displayName": "n", "description": None, "sweepName": None,
+            "config": json.dumps(run.config), "project": project, "historyLineCount": len(run.rows),
+            "summaryMetrics": json.dumps(run.summary), "runId": 1,
+        }  # fmt: skip
+        return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
+
+    def _resume_status(self, values: dict[str, Any]) -> dict[str, Any]:
+        run = self.owner.runs.get(values["name"])
+        bucket = None
+        if run is not None and run.is_known:
+            bucket = {
+                "id": "x", "name": values["name"], "displayName": "n", "logLineCount": 0, "eventsLineCount": 0,
+                "historyLineCount": len(run.rows), "summaryMetrics": json.dumps(run.summary), "eventsTail": "[]",
+                "historyTail": json.dumps([json.dumps(row) for row in run.rows[-1:]]), "tags": [],
+                "config": json.dumps({key: {"value": each.get("value")} for key, each in run.config.items()}),
+                "wandbConfig": json.dumps({"t": 1}),
+            }  # fmt: skip
+        return {"model": {"id": "m", "name": "p", "entity": {"id": "e", "name": "me"}, "bucket": bucket}}
+
+    def _viewer(self, _values: dict[str, Any]) -> dict[str, Any]:
+        viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        return {"viewer": viewer, "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None, "features": []}}
+
+    def _files(self, values: dict[str, Any]) -> dict[str, Any]:
+        files = [{"name": name, "uploadUrl": f"{self.owner.address}/up/{name}"} for name in values.get("files", [])]
+        return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
