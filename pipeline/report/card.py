@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +24,8 @@ def write_card(comparison: Comparison, path: Path | None) -> Path:
     run = comparison.runs[0]
     home = run_directory(comparison.outputs, run.name)
     target = (path or home / CARD).absolute()
-    pictures = gather_pictures(comparison.outputs, run.record)
-    if target.parent != home:
-        directory = target.parent / f"{target.stem}_{PICTURES}"
-        directory.mkdir(exist_ok=True)
-        pictures = [Path(shutil.copyfile(each, directory / each.name)) for each in pictures]
+    beside = None if target.parent == home else target.parent / f"{target.stem}_{PICTURES}"
+    pictures = gather_pictures(comparison.outputs, run.record, beside)
     links = [Path(os.path.relpath(each, target.parent)).as_posix() for each in pictures]
     target.write_text(card(comparison, links), encoding="utf-8")
     return target

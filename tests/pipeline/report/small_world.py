@@ -124,13 +124,20 @@ CATALOG = Catalog(
 
 
 def run(
-    outputs: Path, name: str, *, group: str | None = None, overrides: Sequence[str] = (), seed: int = 0, **painter: Any
+    outputs: Path,
+    name: str,
+    *,
+    group: str | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    strictness: float = 1.0,
+    **painter: Any,
 ) -> Plan:
     """Record a run and start its stages one after the other, until one does not finish."""
     stages: dict[str, dict[str, Any]] = {
         "prepare": {"kind": "source", "pictures": 10},
         "painter": {"kind": "painter", **painter},
-        "critic": {"kind": "critic"},
+        "critic": {"kind": "critic", "strictness": strictness},
     }
     changes = {"run": RunSettings(name=name, group=group), "catalog": "small_world:CATALOG", "seed": seed}
     plan = plan_run(run_config(outputs, stages, **changes), tuple(overrides))
@@ -143,7 +150,7 @@ def run(
 
 
 def compared(outputs: Path, *names: str) -> Comparison:
-    return read_comparison(outputs, select_runs(outputs, names))
+    return read_comparison(outputs, select_runs(outputs, names).records)
 
 
 def work_of(plan: Plan, name: str) -> Path:
