@@ -37,7 +37,8 @@ def compare(options: argparse.Namespace) -> int:
     comparison = read_comparison(outputs, selection.records)
     sweep = comparison.only(selection.members)
     metric = chosen_metric(sweep, options.metric[0] if options.metric else None) if sweep.runs else None
-    named_columns(columns(comparison), options.metric)
+    if options.metric:
+        named_columns(columns(comparison), options.metric)
     for line in selection.unreadable:
         print(f"left out: {line}", file=sys.stderr)
     if options.output is not None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.workflow.runs import RunRecord
@@ -17,7 +17,8 @@ def differing_settings(records: Sequence[RunRecord]) -> dict[str, list[str]]:
 
     Values are as JSON writes them, strings bare where that leaves no two alike; `ABSENT` where a run has no such key.
     """
-    return _differing([dict(_flattened(record.config)) for record in records])
+    forms = [dict(_flattened(record.config)) for record in records]
+    return _differing(forms, dict.fromkeys(key for values in forms for key in values))
 
 
 def differing_overrides(records: Sequence[RunRecord]) -> dict[str, list[str]]:
@@ -25,21 +26,19 @@ def differing_overrides(records: Sequence[RunRecord]) -> dict[str, list[str]]:
 
     Where the key is a setting, its values are those of the configs: a run whose line leaves it out has one too.
     """
-    configs = [dict(_flattened(record.config)) for record in records]
     lines = [dict(_split(override) for override in record.overrides) for record in records]
     keys = dict.fromkeys(key for line in lines for key in line)
-    settings = {key for key in keys if any(key in config for config in configs)}
-    found = [
-        {key: values[key] for key in keys if key in (values := config if key in settings else line)}
-        for config, line in zip(configs, lines, strict=True)
-    ]
-    return _differing(found)
+    # Looked up one by one: a config has hundreds of settings and a sweep varies a few.
+    found = [{key: value for key in keys if (value := _setting(record.config, key)) is not None} for record in records]
+    settings = {key for values in found for key in values}
+    for values, line in zip(found, lines, strict=True):
+        values |= {key: line[key] for key in keys if key in line and key not in settings}
+    return _differing(found, keys)
 
 
-def _differing(forms: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+def _differing(forms: Sequence[Mapping[str, str]], keys: Iterable[str]) -> dict[str, list[str]]:
     """Key -> what to show of each run, for the keys whose JSON is not the same in all."""
-    keys = dict.fromkeys(key for values in forms for key in values if key not in _IDENTITY)
-    found = {key: [values.get(key) for values in forms] for key in keys}
+    found = {key: [values.get(key) for values in forms] for key in keys if key not in _IDENTITY}
     return {key: _shown(values) for key, values in found.items() if len(set(values)) > 1}
 
 
@@ -54,6 +53,16 @@ def _shown(values: Sequence[str | None]) -> list[str]:
 def _bare(value: str) -> str:
     parsed = json.loads(value)
     return parsed if isinstance(parsed, str) else value
+
+
+def _setting(config: Mapping[str, Any], key: str) -> str | None:
+    """The JSON of a setting; None where there is none, or a whole group of them."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return None if isinstance(value, Mapping) and value else json.dumps(value, ensure_ascii=False)
 
 
 def _split(override: str) -> tuple[str, str]:

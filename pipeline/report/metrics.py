@@ -15,15 +15,18 @@ _BOUNDS = ("_low", "_high")
 def directions(comparison: Comparison) -> dict[str, Better]:
     """Which way `stage.metric` improves, for the metrics whose stage declares it."""
     catalogs = {run.catalog: _catalog(run.catalog) for run in comparison.runs}
-    found = {}
+    found: dict[str, Better] = {}
+    seen: dict[tuple[str, ...], Better | None] = {}
     for run in comparison.runs:
         catalog = catalogs[run.catalog]
         for stage in run.stages:
             declaration = catalog.stages.get(stage.kind) if catalog else None
             for metric in stage.metrics if declaration else ():
                 assert declaration is not None
-                better = _direction(metric, declaration.better)
-                if better is not None:
+                known = (stage.name, metric, stage.kind, run.catalog)
+                if known not in seen:
+                    seen[known] = _direction(metric, declaration.better)
+                if (better := seen[known]) is not None:
                     found[f"{stage.name}.{metric}"] = better
     return found
 

@@ -25,6 +25,7 @@ from pipeline.report.sweep import (
     effects,
     metric_names,
     metric_values,
+    parameters,
     settings,
 )
 from pipeline.report.table import columns, format_hours, run_cost, totals
@@ -106,9 +107,9 @@ def _sweep_data(sweep: SweepView, numbers: Mapping[str, int]) -> dict[str, Any]:
     places = [numbers[run.name] for run in comparison.runs]
     better = directions_of_effects(comparison)
     varying = [name for name in metric_names(comparison) if len(set(metric_values(comparison, name))) > 1]
-    metrics = {}
+    metrics, varied = {}, parameters(comparison)
     for name in dict.fromkeys([metric, *varying]):
-        found = [*effects(comparison, name), settings(comparison, name)]
+        found = [*effects(comparison, name, varied), settings(comparison, name, varied)]
         shown = [_effect_data(effect, places, better.get(name)) for effect in found if effect is not None]
         metrics[name] = {"better": better.get(name), "effects": shown}
     return {"metric": metric, "metrics": metrics}

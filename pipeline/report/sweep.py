@@ -80,20 +80,23 @@ def parameters(comparison: Comparison) -> dict[str, list[str]]:
     return differing_overrides([run.record for run in comparison.runs])
 
 
-def effects(comparison: Comparison, metric: str) -> list[Effect]:
-    """Each parameter's levels with the metric of their members: averages over all that else was varied."""
+def effects(comparison: Comparison, metric: str, varied: Mapping[str, list[str]] | None = None) -> list[Effect]:
+    """Each parameter's levels with the metric of their members: averages over all that else was varied.
+
+    `varied` are the sweep's `parameters`, for who asks for many metrics.
+    """
     measured = _measured(comparison, metric)
     found = []
-    for parameter, labels in parameters(comparison).items():
+    for parameter, labels in (varied or parameters(comparison)).items():
         is_numeric = all(_number(label) is not None for label in labels)
         order = sorted(dict.fromkeys(labels), key=lambda label: _number(label) or 0.0) if is_numeric else labels
         found.append(Effect(parameter, _levels(order, labels, measured), is_numeric))
     return found
 
 
-def settings(comparison: Comparison, metric: str) -> Effect | None:
+def settings(comparison: Comparison, metric: str, varied: Mapping[str, list[str]] | None = None) -> Effect | None:
     """The members by all their parameters but seeds, repetitions together; None where fewer than two are varied."""
-    varied = {key: labels for key, labels in parameters(comparison).items() if not _is_seed(key)}
+    varied = {key: labels for key, labels in (varied or parameters(comparison)).items() if not _is_seed(key)}
     if len(varied) < 2:
         return None
     labels = [

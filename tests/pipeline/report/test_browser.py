@@ -172,7 +172,9 @@ def test_runs_are_chosen_all_at_once_or_one_alone(page: Page):
     page.locator("#legend label", has_text="trial.2").click(modifiers=["Shift"])
     assert shown_runs(page) == ["trial.2"]
     page.locator("#legend").get_by_label("paused").click(modifiers=["Shift"])
-    page.wait_for_function("hiddenRuns.size === data.runs.length - 1 && !hiddenRuns.has(data.runs.indexOf('paused'))")
+    page.wait_for_function(
+        "() => hiddenRuns.size === data.runs.length - 1 && !hiddenRuns.has(data.runs.indexOf('paused'))"
+    )
     assert shown_runs(page) == ["paused"]
     page.locator("#legend").get_by_label("trial.0").focus()
     page.keyboard.press("Enter")
