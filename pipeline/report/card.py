@@ -22,8 +22,8 @@ from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
 CARD = "README.md"
 _ANY_CAPTION = "a caption of your own"
 _WEIGHTS = (
-    "weights: no licence is stated for what this project trains; who publishes them chooses one that the licences above "
-    "allow"
+    "weights: no licence is stated for what this project trains; who publishes them chooses one that the licences "
+    "above allow"
 )
 _SPECIAL = re.compile(r"([\\`*_\[\]|~<>&])")
 _HARDWARE_UNITS = {"memory_gib": "GiB of memory", "cpus": "CPUs", "nodes": "nodes"}

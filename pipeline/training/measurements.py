@@ -19,8 +19,8 @@ _LIGHTNING_FETCHES = "train_dataloader_next"
 _MIB = 2**20
 _DECIMALS = 6
 
-# Dense 16-bit peaks in TFLOP/s from NVIDIA's data sheets. The first that a device's name has as words counts, so that the
-# more exact ones come first.
+# Dense 16-bit peaks in TFLOP/s from NVIDIA's data sheets. The first whose words a device's name has counts, so that
+# the more exact ones come first.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,

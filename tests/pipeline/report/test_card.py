@@ -18,7 +18,8 @@ def test_a_card_tells_data_licence_metrics_training_config_and_use(outputs: Path
     assert path == outputs / "runs" / "trial.1" / "README.md"
     for fragment in (
         "Hang trial.1 (painter) on a wall, as 'a red \"circle\"'.",
-        'license: "cc0-1.0"', "weights: no licence is stated", "10 train", "| painter | accuracy | 0.55 (0.45 to 0.65) |",
+        'license: "cc0-1.0"', "weights: no licence is stated",
+        "10 train", "| painter | accuracy | 0.55 (0.45 to 0.65) |",
         '"weight": 0.1', "stage.painter.weight=0.1", "finished", "device-hours",
     ):  # fmt: skip
         assert fragment in text
