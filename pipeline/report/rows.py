@@ -31,7 +31,7 @@ def sampled_rows(path: Path, limit: int) -> SampledRows:
     the last are always there. A line that a kill cut short is left out, as is what is no row; no file has no rows.
     """
     content = _content(path)
-    if _line_count(content) <= limit:
+    if not _is_long(content, limit):
         return SampledRows(tuple(_parsed(content.splitlines())), is_whole=True)
     size = len(content)
     # The last line may have been cut short, and the one before it is then the last row.
@@ -62,10 +62,11 @@ def _content(path: Path) -> bytes:
         return b""
 
 
-def _line_count(content: bytes) -> int:
-    """How many lines there are, of a long file about: as many for each byte as at its beginning."""
+def _is_long(content: bytes, limit: int) -> bool:
+    """Whether it has more lines than `limit`; where it has many times as many, its beginning tells."""
     head = content[:_HEAD_BYTES]
-    return head.count(b"\n") * len(content) // max(1, len(head))
+    about = head.count(b"\n") * len(content) // max(1, len(head))
+    return about > 2 * limit or content.count(b"\n") > limit
 
 
 def _marked_lines(content: bytes) -> Iterator[int]:
