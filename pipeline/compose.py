@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from pipeline.config import RunConfig, RunSettings, validate
 from pipeline.errors import UserError
+from pipeline.secrecy import find_secret
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 _OF_ONE_STAGE = re.compile(r"(stage\.[^.=]+\.trainer|launch\.stages\.[^.=]+|launch\.environment)\.[^=]+=")
@@ -220,7 +221,11 @@ def _is_override(argument: str) -> bool:
 def _member(config: DictConfig, overrides: tuple[str, ...]) -> Member:
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict), "a composed config is a mapping"
-    return Member(validate(RunConfig, {str(key): value for key, value in values.items()}), overrides)
+    checked = validate(RunConfig, {str(key): value for key, value in values.items()})
+    secret = find_secret(checked.model_dump(mode="json"))
+    if secret is not None:
+        raise UserError(secret)
+    return Member(checked, overrides)
 
 
 def _numbered(members: list[Member]) -> list[Member]:

@@ -23,7 +23,10 @@ class RuntimeMarker:
 
 RUNTIME = RuntimeMarker()
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"KEY(?!RING|WORD|BOARD)|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|SIGNATURE", re.IGNORECASE
+)
+"""The names of variables that are likely to hold a secret."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -267,7 +270,7 @@ class SlurmResources(Settings):
 
     @model_validator(mode="after")
     def _keeps_no_secret(self) -> Self:
-        secret = [name for name in self.environment if _SECRET.search(name)]
+        secret = [name for name in self.environment if SECRET_NAME.search(name)]
         if secret:
             raise ValueError(
                 f"environment would write {', '.join(secret)} into a batch script; export it before `unclip submit`, "

@@ -65,6 +65,7 @@ CATALOG = Catalog(
             inputs=(Input("data"),),
             identity=clip_identity,
             better=_RETRIEVAL,
+            origin="stages.usage:clip_origin",
         ),
         "embed": StageDeclaration(
             version=1,

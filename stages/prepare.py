@@ -13,7 +13,12 @@ from stages.settings import EmojiSettings, PrepareSettings, ScenesSettings, WebD
 from stages.sources import emoji, scenes, webdataset
 from stages.sources.registry import make_samples
 
-LICENCES = {"scenes": scenes.LICENCE, "emoji": emoji.LICENCE, "webdataset": webdataset.LICENCE}
+LICENCES = {
+    "scenes": (scenes.LICENCE, scenes.LICENCE_ID),
+    "emoji": (emoji.LICENCE, emoji.LICENCE_ID),
+    "webdataset": (webdataset.LICENCE, webdataset.LICENCE_ID),
+}
+"""What a source's licence says, and its name among model hubs."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -34,7 +39,8 @@ def run(context: StageContext) -> StageResult:
         case ScenesSettings() | EmojiSettings():
             index, splits = make_prepared(context.output, _made(context, data), data.shard_samples)
     counts = {split.value: int((splits == split.code).sum()) for split in Split}
-    numbers = {"samples": counts, "licence": LICENCES[data.source]}
+    licence, licence_id = LICENCES[data.source]
+    numbers = {"samples": counts, "licence": licence, "licence_id": licence_id}
     metrics = {f"{name}_samples": float(count) for name, count in counts.items()}
     left_out = sum((Counter(shard.left_out) for shard in index.shards), Counter[str]())
     metrics |= {f"left_out_{reason}": float(count) for reason, count in sorted(left_out.items())}

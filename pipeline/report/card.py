@@ -3,19 +3,28 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from PIL import Image
+
 from pipeline.report.metrics import format_number, is_bound
+from pipeline.report.pictures import latest_grid
 from pipeline.report.records import Comparison, RunReport, StageReport
 from pipeline.report.table import format_hours, run_cost
 from pipeline.workflow.declaration import Catalog, resolve
 from pipeline.workflow.display import format_duration
+from pipeline.workflow.picture_grid import read_layout
 from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
 
 CARD = "README.md"
+_ANY_CAPTION = "a caption of your own"
+_WEIGHTS = (
+    "weights: no licence is stated for what this project trains; who publishes them chooses one that the licences "
+    "above allow"
+)
 _SPECIAL = re.compile(r"([\\`*_\[\]|~<>&])")
 _HARDWARE_UNITS = {"memory_gib": "GiB of memory", "cpus": "CPUs", "nodes": "nodes"}
 
@@ -25,11 +34,8 @@ def write_card(comparison: Comparison, path: Path | None) -> Path:
     run = comparison.runs[0]
     home = run_directory(comparison.outputs, run.name)
     target = (path or home / CARD).absolute()
-    pictures = gather_pictures(comparison.outputs, run.record)
-    if target.parent != home:
-        directory = target.parent / f"{target.stem}_{PICTURES}"
-        directory.mkdir(exist_ok=True)
-        pictures = [Path(shutil.copyfile(each, directory / each.name)) for each in pictures]
+    beside = None if target.parent == home else target.parent / f"{target.stem}_{PICTURES}"
+    pictures = gather_pictures(comparison.outputs, run.record, beside)
     links = [Path(os.path.relpath(each, target.parent)).as_posix() for each in pictures]
     target.write_text(card(comparison, links), encoding="utf-8")
     return target
@@ -53,7 +59,7 @@ def card(comparison: Comparison, pictures: Sequence[str]) -> str:
 
 def _front_matter(run: RunReport) -> str:
     """What model hubs read; JSON is YAML."""
-    values = {"tags": ["unclip"], "model_name": run.name}
+    values = {"license": _licence_id(run), "tags": ["unclip"], "model_name": run.name}
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in values.items()), "---"])
 
 
@@ -71,14 +77,47 @@ def _summary(comparison: Comparison, run: RunReport) -> str:
     return f"Run `{_code(run.name)}`, started {_escaped(run.record.started_at)}: {state}, made{made} in {hours}."
 
 
+def _licence_id(run: RunReport) -> str:
+    """What the run's data declares, by its name among hubs; `other` where something else is mixed in."""
+    numbers = [stage.artifact.numbers for stage in run.stages if stage.artifact is not None]
+    declared = {str(each.get("licence_id", "unknown")) for each in numbers if "licence" in each}
+    if _origins(run) or len(declared) > 1:
+        return "other"
+    return next(iter(declared), "unknown")
+
+
+def _origins(run: RunReport) -> list[str]:
+    """What the stages say of others' work that they were made from."""
+    catalog = cast(Catalog, resolve(run.catalog))
+    found = []
+    for stage in run.stages:
+        origin = catalog.stages[stage.kind].origin if stage.kind in catalog.stages else None
+        if origin is not None and stage.artifact is not None:
+            found.append(resolve(origin)(stage.artifact))
+    return [each for each in found if each]
+
+
+def _caption(run: RunReport) -> str:
+    """The first caption that the run itself was sampled under."""
+    for stage in run.stages:
+        path = latest_grid(stage) if stage.is_finished else None
+        if path is not None:
+            with suppress(OSError), Image.open(path) as image:
+                layout = read_layout(image)
+                if layout is not None and layout.captions:
+                    return " ".join(layout.captions[0].split())
+    return _ANY_CAPTION
+
+
 def _usage(run: RunReport) -> str:
     """What the stages say of their outputs' use."""
-    catalog = cast(Catalog, resolve(run.record.config["catalog"]))
+    catalog = cast(Catalog, resolve(run.catalog))
+    caption = _caption(run)
     said = []
     for stage in run.stages:
         usage = catalog.stages[stage.kind].usage if stage.kind in catalog.stages else None
         if usage is not None and stage.artifact is not None:
-            said.append(resolve(usage)(run.name, stage.artifact))
+            said.append(resolve(usage)(run.name, stage.artifact, caption))
     return "\n\n".join(said) or "Nothing of this run can be used yet: no stage with an output for others has finished."
 
 
@@ -92,7 +131,8 @@ def _data(run: RunReport) -> str:
         if isinstance(samples, dict):
             counts = ", ".join(f"{count:,} {_escaped(split)}" for split, count in samples.items())
             lines.append(f"- samples: {counts}")
-    return "\n".join(lines) or "No stage of this run has said yet what data it was trained on."
+    lines = lines or ["- No stage of this run has said yet what data it was trained on."]
+    return "\n".join([*lines, *(f"- {each}" for each in _origins(run)), f"- {_WEIGHTS}"])
 
 
 def _metrics(run: RunReport) -> str:

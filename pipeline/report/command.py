@@ -8,9 +8,9 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from pipeline.report.records import read_comparison
-from pipeline.report.select import select_runs, sweep_members
+from pipeline.report.select import select_runs
 from pipeline.report.sweep import SweepView, chosen_metric
-from pipeline.report.table import table_csv, table_json
+from pipeline.report.table import columns, named_columns, table_csv, table_json
 from pipeline.report.terminal import print_comparison, print_effects
 from pipeline.workflow.runs import read_run
 
@@ -33,9 +33,14 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
 def compare(options: argparse.Namespace) -> int:
     """Print the table, CSV or JSON, and write the HTML file where one is asked for."""
     outputs = options.outputs.absolute()
-    comparison = read_comparison(outputs, select_runs(outputs, options.runs))
-    sweep = comparison.only(sweep_members(outputs, options.runs))
+    selection = select_runs(outputs, options.runs)
+    comparison = read_comparison(outputs, selection.records)
+    sweep = comparison.only(selection.members)
     metric = chosen_metric(sweep, options.metric[0] if options.metric else None) if sweep.runs else None
+    if options.metric:
+        named_columns(columns(comparison), options.metric)
+    for line in selection.unreadable:
+        print(f"left out: {line}", file=sys.stderr)
     if options.output is not None:
         from pipeline.report.page import write_page
 
@@ -57,7 +62,11 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def _require_directory(file: Path) -> None:
-    if not file.absolute().parent.is_dir() or file.is_dir():
+    try:
+        is_possible = file.absolute().parent.is_dir() and not file.is_dir()
+    except OSError:
+        is_possible = False
+    if not is_possible:
         raise UserError(f"--output {file} cannot be written; give a file in a directory that is there")
 
 
@@ -74,6 +83,13 @@ def card(options: argparse.Namespace) -> int:
     outputs = options.outputs.absolute()
     if options.output is not None:
         _require_directory(options.output)
-    written = write_card(read_comparison(outputs, [read_run(outputs, options.run)]), options.output)
+    comparison = read_comparison(outputs, [read_run(outputs, options.run)])
+    try:
+        written = write_card(comparison, options.output)
+    except OSError as error:
+        remedy = "give --output a file in a directory of yours"
+        raise UserError(
+            f"the card of {options.run} cannot be written ({error.strerror}: {error.filename}); {remedy}"
+        ) from error
     print(f"card: {written}")
     return 0

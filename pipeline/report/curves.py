@@ -1,23 +1,29 @@
 """Loss and metric curves of compared stages, thinned to what a page can draw."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from pipeline.report.records import ELAPSED, Comparison, StageReport, read_rows
+from pipeline.report.records import Comparison, StageReport
+from pipeline.report.rows import ELAPSED, elapsed, sampled_rows
 from pipeline.workflow.metrics import AXIS
 
+ROWS_OF_A_PAGE = 200_000
+FEWEST_ROWS = 150
 POINTS_OF_A_PAGE = 240_000
 MOST_POINTS = 600
 FEWEST_POINTS = 60
 _OLD_NAMES = {"samples_per_s": "system/samples_per_s"}
+_AXES = frozenset({AXIS, ELAPSED})
+_NUMBERS = frozenset({int, float})
 _DIGITS = 5
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one stage: samples seen, hours of training (None where the record lacks them) and values."""
+    """One metric of one stage: samples seen, hours of training (None where the record lacks them) and values.
+
+    `is_whole`: the stage's rows were all read, so that no spike is missing.
+    """
 
     stage: str
     metric: str
@@ -25,64 +31,81 @@ class Curve:
     samples: tuple[int, ...]
     hours: tuple[float, ...] | None
     values: tuple[float, ...]
+    is_whole: bool
+
+
+@dataclass
+class _Points:
+    samples: list[int] = field(default_factory=list)
+    hours: list[float | None] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
 
 
 def curves(comparison: Comparison) -> list[Curve]:
     """Every metric of every distinct stage that logged at least two finite values of it."""
-    whole = [curve for stage in comparison.distinct_stages for curve in _stage_curves(stage)]
-    limit = max(FEWEST_POINTS, min(MOST_POINTS, POINTS_OF_A_PAGE // max(1, len(whole))))
-    return [_thinned(curve, limit) for curve in whole]
+    stages = comparison.distinct_stages
+    rows = max(FEWEST_ROWS, ROWS_OF_A_PAGE // max(1, len(stages)))
+    found = [(stage, *_stage_points(stage, rows)) for stage in stages]
+    count = sum(len(points) for _, points, _ in found)
+    limit = max(FEWEST_POINTS, min(MOST_POINTS, POINTS_OF_A_PAGE // max(1, count)))
+    return [
+        _curve(stage, metric, points, limit, is_whole=is_whole)
+        for stage, metrics, is_whole in found
+        for metric, points in metrics.items()
+    ]
 
 
-def _stage_curves(stage: StageReport) -> list[Curve]:
-    points: dict[str, list[tuple[int, float | None, float]]] = {}
+def _stage_points(stage: StageReport, limit: int) -> tuple[dict[str, _Points], bool]:
+    """The points of each metric, from so many rows, and whether these are all."""
+    found: dict[str, _Points] = {}
     elapsed_s: float | None = None
-    for row in read_rows(stage.rows_path):
-        elapsed_s = row.get(ELAPSED, elapsed_s)
+    rows = sampled_rows(stage.rows_path, limit)
+    for row in rows.rows:
+        elapsed_s = elapsed(row, elapsed_s)
         hours = None if elapsed_s is None else elapsed_s / 3600
-        for name, value in _logged(row).items():
-            points.setdefault(name, []).append((row[AXIS], hours, value))
-    return [_curve(stage, metric, found) for metric, found in points.items() if len(found) > 1]
+        samples = row[AXIS]
+        for name, value in row.items():
+            # As `is_finite_number`, without a call for each value: inf and nan minus themselves are nan.
+            if name in _AXES or type(value) not in _NUMBERS or value - value != 0:
+                continue
+            points = found.get(name)
+            if points is None:
+                points = found[name] = _Points()
+            points.samples.append(samples)
+            points.hours.append(hours)
+            points.values.append(value)
+    named = {_OLD_NAMES.get(name, name): points for name, points in found.items() if len(points.values) > 1}
+    return named, rows.is_whole
 
 
-def _logged(row: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        _OLD_NAMES.get(name, name): float(value)
-        for name, value in row.items()
-        if name not in (AXIS, ELAPSED) and isinstance(value, int | float) and math.isfinite(value)
-    }
-
-
-def _curve(stage: StageReport, metric: str, points: Sequence[tuple[int, float | None, float]]) -> Curve:
-    hours = [hour for _, hour, _ in points if hour is not None]
+def _curve(stage: StageReport, metric: str, points: _Points, limit: int, *, is_whole: bool) -> Curve:
+    places = thinned(points.values, limit)
+    hours = [hour for place in places if (hour := points.hours[place]) is not None]
     return Curve(
         stage=stage.name,
         metric=metric,
         fingerprint=stage.fingerprint,
-        samples=tuple(samples for samples, _, _ in points),
-        hours=tuple(_rounded(hour) for hour in hours) if len(hours) == len(points) else None,
-        values=tuple(_rounded(value) for _, _, value in points),
+        samples=tuple(points.samples[place] for place in places),
+        hours=tuple(map(_rounded, hours)) if None not in points.hours else None,
+        values=tuple(_rounded(points.values[place]) for place in places),
+        is_whole=is_whole,
     )
 
 
-def _thinned(curve: Curve, limit: int) -> Curve:
-    """At most `limit` of its points: the lowest and the highest of each stretch, so that no spike is lost."""
-    count = len(curve.values)
+def thinned(values: Sequence[float], limit: int) -> Sequence[int]:
+    """The places of at most `limit` values (4 or more): both ends, and the lowest and the highest of each stretch.
+
+    So no spike is lost, and a curve goes on to where its record ends.
+    """
+    count = len(values)
     if count <= limit:
-        return curve
-    stretches = limit // 2
-    kept: list[int] = []
+        return range(count)
+    stretches = (limit - 2) // 2
+    kept = {0, count - 1}
     for number in range(stretches):
         places = range(number * count // stretches, (number + 1) * count // stretches)
-        kept += sorted({min(places, key=curve.values.__getitem__), max(places, key=curve.values.__getitem__)})
-    return Curve(
-        curve.stage,
-        curve.metric,
-        curve.fingerprint,
-        tuple(curve.samples[place] for place in kept),
-        tuple(curve.hours[place] for place in kept) if curve.hours else None,
-        tuple(curve.values[place] for place in kept),
-    )
+        kept |= {min(places, key=values.__getitem__), max(places, key=values.__getitem__)}
+    return sorted(kept)
 
 
 def _rounded(value: float) -> float:

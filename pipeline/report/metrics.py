@@ -14,16 +14,19 @@ _BOUNDS = ("_low", "_high")
 
 def directions(comparison: Comparison) -> dict[str, Better]:
     """Which way `stage.metric` improves, for the metrics whose stage declares it."""
-    catalogs = {run.record.config["catalog"]: _catalog(run.record.config["catalog"]) for run in comparison.runs}
-    found = {}
+    catalogs = {run.catalog: _catalog(run.catalog) for run in comparison.runs}
+    found: dict[str, Better] = {}
+    seen: dict[tuple[str, ...], Better | None] = {}
     for run in comparison.runs:
-        catalog = catalogs[run.record.config["catalog"]]
+        catalog = catalogs[run.catalog]
         for stage in run.stages:
             declaration = catalog.stages.get(stage.kind) if catalog else None
             for metric in stage.metrics if declaration else ():
                 assert declaration is not None
-                better = _direction(metric, declaration.better)
-                if better is not None:
+                known = (stage.name, metric, stage.kind, run.catalog)
+                if known not in seen:
+                    seen[known] = _direction(metric, declaration.better)
+                if (better := seen[known]) is not None:
                     found[f"{stage.name}.{metric}"] = better
     return found
 
@@ -36,8 +39,13 @@ def is_bound(metric: str, metrics: Mapping[str, float]) -> bool:
     )
 
 
+def finite(value: float | None) -> float | None:
+    """The number, or None for what cannot be compared, drawn or written as JSON: nan and the infinities."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def format_number(value: float | None) -> str:
-    """Four digits that count; whole numbers in full; nothing for None."""
+    """Four digits that count; whole numbers in full; `nan` and `inf` by these names; nothing for None."""
     if value is None:
         return ""
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:

@@ -10,22 +10,40 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.errors import UserError
 from pipeline.report.curves import Curve, curves
 from pipeline.report.differences import ABSENT, differing_settings
 from pipeline.report.graph import sharing_graph
-from pipeline.report.metrics import directions, format_number
+from pipeline.report.metrics import finite, format_number
 from pipeline.report.pictures import picture_tables
 from pipeline.report.records import Comparison
-from pipeline.report.sweep import Effect, SweepView, effects, metric_names, metric_values, settings
+from pipeline.report.sweep import (
+    Effect,
+    SweepView,
+    best_levels,
+    directions_of_effects,
+    effects,
+    metric_names,
+    metric_values,
+    parameters,
+    settings,
+)
 from pipeline.report.table import columns, format_hours, run_cost, totals
+from pipeline.workflow.declaration import Better
 from pipeline.workflow.display import format_duration
 
 _ASSETS = "assets"
 
 
 def write_page(comparison: Comparison, path: Path, sweep: SweepView | None = None) -> None:
-    """Write the page; with a sweep, it has the effects of its parameters."""
-    path.write_text(page(comparison, sweep), encoding="utf-8")
+    """Write the page; with a sweep, it has the effects of its parameters. Raises `UserError` where it cannot."""
+    content = page(comparison, sweep)
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--output {path} cannot be written ({error.strerror}); give a file in a directory of yours"
+        ) from error
 
 
 def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
@@ -35,10 +53,11 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
-    environment.filters |= {"duration": format_duration, "hours": format_hours, "number": format_number}
+    environment.filters |= {"duration": format_duration, "hours": format_hours}
+    environment.filters |= {"number": format_number, "finite": finite}
     records = [run.record for run in comparison.runs]
     found = columns(comparison)
-    most = max(map(comparison.count_distinct, comparison.stage_names))
+    most = max(map(comparison.count_distinct, comparison.stage_names), default=0)
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         runs=comparison.runs,
@@ -79,31 +98,34 @@ def _data(comparison: Comparison, sweep: SweepView | None) -> dict[str, Any]:
 
 
 def _curve_data(curve: Curve, runs: list[int]) -> dict[str, Any]:
-    return {"runs": runs, "samples": curve.samples, "hours": curve.hours, "values": curve.values}
+    of_curve = {"runs": runs, "samples": curve.samples, "hours": curve.hours, "values": curve.values}
+    return of_curve | {"isWhole": curve.is_whole}
 
 
 def _sweep_data(sweep: SweepView, numbers: Mapping[str, int]) -> dict[str, Any]:
     comparison, metric = sweep.members, sweep.metric
     places = [numbers[run.name] for run in comparison.runs]
-    better = directions(comparison)
+    better = directions_of_effects(comparison)
     varying = [name for name in metric_names(comparison) if len(set(metric_values(comparison, name))) > 1]
-    metrics = {}
+    metrics, varied = {}, parameters(comparison)
     for name in dict.fromkeys([metric, *varying]):
-        found = [*effects(comparison, name), settings(comparison, name)]
-        shown = [_effect_data(effect, places) for effect in found if effect is not None]
+        found = [*effects(comparison, name, varied), settings(comparison, name, varied)]
+        shown = [_effect_data(effect, places, better.get(name)) for effect in found if effect is not None]
         metrics[name] = {"better": better.get(name), "effects": shown}
     return {"metric": metric, "metrics": metrics}
 
 
-def _effect_data(effect: Effect, places: Sequence[int]) -> dict[str, Any]:
+def _effect_data(effect: Effect, places: Sequence[int], better: Better | None) -> dict[str, Any]:
     """An effect with the numbers that its members have among all runs of the page."""
+    best = best_levels(effect, better)
     levels = [
         {
             "label": level.label,
-            "members": level.members,
+            "count": level.count,
             "mean": level.mean,
             "deviation": level.deviation,
-            "points": [(places[member], value) for member, value in level.points],
+            "isBest": level in best,
+            "points": [([places[member] for member in point.runs], point.value) for point in level.points],
         }
         for level in effect.levels
     ]

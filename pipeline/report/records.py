@@ -1,19 +1,20 @@
 """What the report reads of runs: each stage's state, cost, metrics and hardware, finished or not."""
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+from pipeline.report.rows import VALIDATION, elapsed, sampled_rows
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
-from pipeline.workflow.metrics import AXIS, METRICS
-from pipeline.workflow.progress import HARDWARE, latest_checkpoint_samples, read_progress
-from pipeline.workflow.runs import RECORD, RunRecord, RunStage, read_run, run_directory
+from pipeline.workflow.metrics import METRICS
+from pipeline.workflow.progress import latest_checkpoint_samples, read_hardware, read_progress
+from pipeline.workflow.runs import RunRecord, RunStage, read_run
 from pipeline.workflow.summary import stage_state
 
-ELAPSED = "system/elapsed_s"
+ROWS_SO_FAR = 100
 _SECONDS_PER_HOUR = 3600
 
 
@@ -88,6 +89,11 @@ class RunReport:
         return self.record.name
 
     @property
+    def catalog(self) -> str:
+        """Where the run's classes of stages are declared; "" in a record that does not say."""
+        return str(self.record.config.get("catalog", ""))
+
+    @property
     def state(self) -> State:
         """The most telling of its stages' states; finished when all are."""
         states = {stage.state for stage in self.stages}
@@ -149,21 +155,6 @@ def read_comparison(outputs: Path, records: Sequence[RunRecord]) -> Comparison:
     return Comparison(outputs, tuple(runs), {fingerprint: tuple(names) for fingerprint, names in users.items()})
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a line that a kill cut short is left out, as is what is no row."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get(AXIS), int):
-            yield row
-
-
 def _read_stage(store: ArtifactStore, record: RunRecord, stage: RunStage) -> StageReport:
     work = store.work(stage.name, stage.fingerprint)
     artifact = store.find(stage.name, stage.fingerprint)
@@ -174,7 +165,7 @@ def _read_stage(store: ArtifactStore, record: RunRecord, stage: RunStage) -> Sta
         maker = record if hardware else _maker(store.outputs, manifest.made_by_run) or record
         metrics, samples_seen, duration_s = manifest.metrics, manifest.samples_seen, manifest.duration_s
     else:
-        maker, hardware = record, _read_hardware(work)
+        maker, hardware = record, read_hardware(work)
         metrics, samples_seen, duration_s = _so_far(work)
     return StageReport(
         name=stage.name,
@@ -197,9 +188,9 @@ def _so_far(work: Path) -> tuple[dict[str, float], int, float | None]:
     """The last validation, the counter and the seconds of a stage in progress."""
     metrics: dict[str, float] = {}
     elapsed_s = None
-    for row in read_rows(work / METRICS):
-        metrics |= {name.removeprefix("validation/"): row[name] for name in row if name.startswith("validation/")}
-        elapsed_s = row.get(ELAPSED, elapsed_s)
+    for row in sampled_rows(work / METRICS, ROWS_SO_FAR).rows:
+        metrics |= {name.removeprefix(VALIDATION): row[name] for name in row if name.startswith(VALIDATION)}
+        elapsed_s = elapsed(row, elapsed_s)
     progress = read_progress(work)
     samples_seen = progress.samples_seen if progress else latest_checkpoint_samples(work) or 0
     if elapsed_s is None and progress is not None and progress.started_at:
@@ -211,20 +202,15 @@ def _devices(hardware: Mapping[str, Any], config: Mapping[str, Any], stage: str)
     """Devices of all nodes: as recorded, else as the config of the run that made the stage asks for."""
     if "devices" in hardware:
         return int(hardware["devices"])
-    trainer = {**config["trainer"], **config["stage"].get(stage, {}).get("trainer", {})}
-    return int(trainer["devices"]) * int(trainer["num_nodes"])
+    trainer = {**config.get("trainer", {}), **config.get("stage", {}).get(stage, {}).get("trainer", {})}
+    return int(trainer.get("devices", 1)) * int(trainer.get("num_nodes", 1))
 
 
 def _maker(outputs: Path, name: str) -> RunRecord | None:
-    return read_run(outputs, name) if (run_directory(outputs, name) / RECORD).exists() else None
-
-
-def _read_hardware(work: Path) -> dict[str, Any]:
     try:
-        values = json.loads((work / HARDWARE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        return read_run(outputs, name)
+    except UserError:
+        return None
 
 
 def _is_number(value: object) -> bool:

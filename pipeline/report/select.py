@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,38 +13,68 @@ SWEEP = "sweep:"
 _WILD = re.compile(r"[*?\[]")
 
 
-def select_runs(outputs: Path, names: Sequence[str]) -> list[RunRecord]:
-    """The runs that are meant, each once, in the order of the names. Raises `UserError` that lists what there is."""
-    found = {record.name: record for name in names for record in _selected(outputs, name)}
-    return list(found.values())
+@dataclass(frozen=True)
+class Selection:
+    """The runs that are meant, each once, in the order of the names.
+
+    `members` are the names of those that were asked for as members of a sweep, by `sweep:NAME`. `unreadable` says of
+    runs in passing, a line each, why they were left out.
+    """
+
+    records: tuple[RunRecord, ...]
+    members: tuple[str, ...]
+    unreadable: tuple[str, ...]
 
 
-def sweep_members(outputs: Path, names: Sequence[str]) -> list[str]:
-    """The runs that were asked for as members of a sweep, by `sweep:NAME`."""
-    return [record.name for name in names if name.startswith(SWEEP) for record in _selected(outputs, name)]
+def select_runs(outputs: Path, names: Sequence[str]) -> Selection:
+    """Find the runs by their names. Raises `UserError` that lists what there is."""
+    found: dict[str, RunRecord] = {}
+    members: list[str] = []
+    unreadable: dict[str, None] = {}
+    for name in names:
+        records, left_out = _selected(outputs, name)
+        found |= {record.name: record for record in records if record.name not in found}
+        unreadable |= dict.fromkeys(left_out)
+        if name.startswith(SWEEP):
+            members += [record.name for record in records]
+    return Selection(tuple(found.values()), tuple(members), tuple(unreadable))
 
 
-def _selected(outputs: Path, name: str) -> list[RunRecord]:
+def _selected(outputs: Path, name: str) -> tuple[list[RunRecord], list[str]]:
     if name.startswith(SWEEP):
         return _sweep(outputs, name.removeprefix(SWEEP))
     if not _WILD.search(name):
-        return read_runs(outputs, name)
+        return read_runs(outputs, name), []
     there = run_names(outputs)
     matching = sorted((each for each in there if fnmatchcase(each, name)), key=_natural)
     if not matching:
         known = f"runs there: {', '.join(there)}" if there else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run matches {name!r} under {outputs}; {known}")
-    return [read_run(outputs, each) for each in matching]
+    records, unreadable = _readable(outputs, matching)
+    if not records:
+        raise UserError(unreadable[0])
+    return records, unreadable
 
 
-def _sweep(outputs: Path, name: str) -> list[RunRecord]:
-    records = [read_run(outputs, each) for each in sorted(run_names(outputs), key=_natural)]
+def _sweep(outputs: Path, name: str) -> tuple[list[RunRecord], list[str]]:
+    records, unreadable = _readable(outputs, sorted(run_names(outputs), key=_natural))
     members = [record for record in records if record.group == name]
     if not members:
         sweeps = list(dict.fromkeys(record.group for record in records if record.group != record.name))
         known = f"sweeps there: {', '.join(sweeps)}" if sweeps else "start one with `unclip run -m`"
         raise UserError(f"no sweep {name!r} under {outputs}; {known}")
-    return members
+    return members, unreadable
+
+
+def _readable(outputs: Path, names: Sequence[str]) -> tuple[list[RunRecord], list[str]]:
+    """Records, and why others cannot be read: one broken run must not stand in the way of all."""
+    records, unreadable = [], []
+    for name in names:
+        try:
+            records.append(read_run(outputs, name))
+        except UserError as error:
+            unreadable.append(str(error))
+    return records, unreadable
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

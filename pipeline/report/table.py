@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.report.differences import differing_settings
-from pipeline.report.metrics import directions, format_number, is_bound
+from pipeline.report.metrics import directions, finite, format_number, is_bound
 from pipeline.report.records import Comparison, RunReport, StageReport
 from pipeline.workflow.declaration import Better
 from pipeline.workflow.display import format_duration
@@ -51,6 +52,11 @@ class Column:
     is_headline: bool
     cells: tuple[Cell, ...]
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether some run has an interval beside the value."""
+        return any(cell.low is not None for cell in self.cells)
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -77,31 +83,55 @@ def columns(comparison: Comparison) -> list[Column]:
     return [column for name in comparison.stage_names for column in _stage_columns(comparison, name, better)]
 
 
+def named_columns(found: Sequence[Column], keys: Sequence[str]) -> list[Column]:
+    """The columns of those keys. Raises `UserError` that lists all there are."""
+    by_key = {column.key: column for column in found}
+    unknown = next((key for key in keys if key not in by_key), None)
+    if unknown is not None:
+        known = ", ".join(by_key) or "none, as no stage has begun"
+        raise UserError(f"--metric {unknown!r} is no column of these runs; there are {known}")
+    return [by_key[key] for key in keys]
+
+
 def run_cost(comparison: Comparison, run: RunReport) -> Totals:
     """Time and cost of all stages of one run, those included that others share."""
     return totals(run.stages, comparison)
 
 
 def table_csv(comparison: Comparison) -> str:
-    """One row for each run: name, group, state, what differs, and all columns by their keys."""
+    """One row for each run: name, group, state, what differs, and all columns by their keys.
+
+    A metric's interval follows it, as `stage.metric_low` and `stage.metric_high`.
+    """
     differences = differing_settings([run.record for run in comparison.runs])
     found = columns(comparison)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     costs = ["total.time_s", "total.device_hours"]
-    writer.writerow(["run", "group", "state", *differences, *costs, *(column.key for column in found)])
+    writer.writerow(
+        ["run", "group", "state", *differences, *costs, *(key for column in found for key in _csv_keys(column))]
+    )
     for number, run in enumerate(comparison.runs):
         cost = run_cost(comparison, run)
         settings = [values[number] for values in differences.values()]
-        cells = [column.cells[number] for column in found]
-        values = [cell.text if cell.value is None else repr(cell.value) for cell in cells]
+        values = [value for column in found for value in _csv_values(column, column.cells[number])]
         row = [run.name, run.record.group, run.state.value, *settings, cost.duration_s, cost.device_hours, *values]
         writer.writerow(row)
     return file.getvalue()
 
 
+def _csv_keys(column: Column) -> list[str]:
+    return [column.key, f"{column.key}_low", f"{column.key}_high"] if column.has_interval else [column.key]
+
+
+def _csv_values(column: Column, cell: Cell) -> list[str]:
+    value = cell.text if cell.value is None else repr(cell.value)
+    ends = ["" if end is None else repr(end) for end in (cell.low, cell.high)]
+    return [value, *ends] if column.has_interval else [value]
+
+
 def table_json(comparison: Comparison) -> str:
-    """All that the table shows, run by run and stage by stage."""
+    """All that the table shows, run by run and stage by stage; null for nan and the infinities, which JSON lacks."""
     differences = differing_settings([run.record for run in comparison.runs])
     everything = totals(comparison.distinct_stages, comparison)
     better = directions(comparison)
@@ -121,7 +151,19 @@ def table_json(comparison: Comparison) -> str:
         })  # fmt: skip
     total = {"duration_s": everything.duration_s, "device_hours": everything.device_hours}
     content = {"runs": runs, "total_shared_once": total, "better": better}
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(_json_value(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _json_value(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _json_value(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_json_value(each) for each in value]
+        case float():
+            return finite(value)
+        case _:
+            return value
 
 
 def _stage_json(comparison: Comparison, run: RunReport, stage: StageReport) -> dict[str, Any]:
@@ -150,7 +192,7 @@ def _stage_columns(comparison: Comparison, name: str, better: dict[str, Better])
         cells = [_quantity_cell(comparison, run, quantity, name) for run in comparison.runs]
         direction = Better.LOW if quantity in (Quantity.TIME, Quantity.COST) else None
         title = quantity.value.replace("_s", "").replace("_", " ") if quantity is Quantity.TIME else quantity.value
-        is_headline = quantity is Quantity.TIME
+        is_headline = quantity in (Quantity.TIME, Quantity.COST)
         key = f"{name}.{quantity.value}"
         found.append(_column(key, name, title.replace("_", " "), quantity, direction, is_headline, cells, stages))
     for place, metric in enumerate(metrics):
@@ -172,11 +214,11 @@ def _column(
     cells: Sequence[Cell],
     stages: Sequence[StageReport | None],
 ) -> Column:
-    """A column with its best marked: of finished stages, and only where they are not all the same."""
+    """A column with its best marked: of finished stages with a finite number, and only where they are not all alike."""
     ready = [
-        cell.value
+        value
         for cell, stage in zip(cells, stages, strict=True)
-        if stage is not None and stage.is_finished and cell.value is not None
+        if stage is not None and stage.is_finished and (value := finite(cell.value)) is not None
     ]
     best = None
     if better is not None and len(set(ready)) > 1:

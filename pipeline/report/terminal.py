@@ -1,18 +1,18 @@
 """The comparison in a terminal: a row for each run, as many columns as fit."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import UserError
 from pipeline.report.differences import differing_overrides, differing_settings
-from pipeline.report.metrics import directions, format_number
+from pipeline.report.metrics import format_number
 from pipeline.report.records import Comparison
-from pipeline.report.sweep import Effect, best_level, effects, settings, short_key
-from pipeline.report.table import Column, Quantity, columns, format_hours, run_cost, totals
+from pipeline.report.sweep import Effect, Level, best_levels, directions_of_effects, effects, settings, short_key
+from pipeline.report.table import Column, Quantity, columns, format_hours, named_columns, run_cost, totals
 from pipeline.workflow.display import format_duration
 
 _BORDER = 3
@@ -40,9 +40,12 @@ def print_comparison(console: Console, comparison: Comparison, metrics: Sequence
     """The table, its total, and what was left out; `metrics` are the columns to show instead of the first that fit."""
     asked, others = _chosen(comparison, metrics)
     least = _as_shown(asked[0]).width if asked else 0
-    differences = _SHOWN_DIFFERENCES
-    while (room := _room(console, fixed := _fixed(comparison, differences))) < least and differences:
-        differences -= 1
+    records = [run.record for run in comparison.runs]
+    settings = differing_settings(records)
+    varied = differing_overrides(records) or settings
+    count = min(_SHOWN_DIFFERENCES, len(varied))
+    while (room := _room(console, fixed := _fixed(comparison, dict(islice(varied.items(), count))))) < least and count:
+        count -= 1
     fitting: list[Column] = []
     for column in asked:
         room -= _as_shown(column).width
@@ -58,49 +61,51 @@ def print_comparison(console: Console, comparison: Comparison, metrics: Sequence
         cells = [column.values[number] for column in shown]
         table.add_row(*(Text(cell, style="bold green" if cell.endswith(_BEST) else "") for cell in cells))
     console.print(table)
-    _print_notes(console, comparison, [*asked[len(fitting) :], *others])
+    hidden = len(varied.keys() | settings.keys()) - count
+    _print_notes(console, comparison, [*asked[len(fitting) :], *others], hidden)
 
 
 def print_effects(console: Console, comparison: Comparison, metric: str) -> None:
     """What each parameter of a sweep does to a metric, and the members by their settings."""
-    better = directions(comparison).get(metric)
+    better = directions_of_effects(comparison).get(metric)
     direction = f" ({better.value} is better)" if better else ""
-    console.print(f"{metric}{direction}: means over the members, ± standard deviation", markup=False, soft_wrap=True)
+    console.print(
+        f"{metric}{direction}: means over the members' distinct stages, ± standard deviation",
+        markup=False,
+        soft_wrap=True,
+    )
     for effect in [*effects(comparison, metric), settings(comparison, metric)]:
         if effect is not None:
-            console.print(_effect_table(effect, best_level(effect, better)))
+            console.print(_effect_table(effect, best_levels(effect, better)))
 
 
 def _room(console: Console, fixed: Sequence[_Shown]) -> int:
     return console.width - 1 - sum(column.width for column in fixed)
 
 
-def _effect_table(effect: Effect, best: object) -> Table:
+def _effect_table(effect: Effect, best: Collection[Level]) -> Table:
     table = Table()
     table.add_column(effect.parameter, overflow="fold")
     for heading in ("runs", "mean", "±", "lowest", "highest"):
         table.add_column(heading, no_wrap=True, justify="right")
     for level in effect.levels:
-        values = [value for _, value in level.points]
-        mean = (format_number(level.mean) or "-") + (f" {_BEST}" if level is best else "")
-        ends = [format_number(min(values)), format_number(max(values))] if values else ["", ""]
-        runs = str(level.members) if len(values) == level.members else f"{len(values)} of {level.members}"
-        style = "bold green" if level is best else ""
-        table.add_row(Text(level.label), runs, Text(mean, style=style), format_number(level.deviation), *ends)
+        is_best = level in best
+        mean = (format_number(level.mean) or "-") + (f" {_BEST}" if is_best else "")
+        ends = [format_number(choose(level.values)) for choose in (min, max)] if level.points else ["", ""]
+        style = "bold green" if is_best else ""
+        table.add_row(Text(level.label), level.count, Text(mean, style=style), format_number(level.deviation), *ends)
     return table
 
 
-def _fixed(comparison: Comparison, differences: int) -> list[_Shown]:
+def _fixed(comparison: Comparison, varied: Mapping[str, Sequence[str]]) -> list[_Shown]:
     """The columns that are always there: names, what differs, state, time, cost."""
-    records = [run.record for run in comparison.runs]
-    varied = differing_overrides(records) or differing_settings(records)
     costs = [run_cost(comparison, run) for run in comparison.runs]
     everything = totals(comparison.distinct_stages, comparison)
     return [
         _Shown("run", tuple(run.name for run in comparison.runs), "all"),
         *(
-            _Shown(short_key(key).replace(".", "\n"), tuple(value[:_LONGEST_VALUE] for value in values))
-            for key, values in list(varied.items())[:differences]
+            _Shown(short_key(key).replace(".", "\n"), tuple(map(_cut, values)))
+            for key, values in varied.items()
         ),
         _Shown("state", tuple(run.state.value for run in comparison.runs)),
         _Shown(
@@ -118,12 +123,7 @@ def _chosen(comparison: Comparison, metrics: Sequence[str]) -> tuple[list[Column
     """The columns to show, the most telling first, and the rest: those of stages that all runs share, and details."""
     found = columns(comparison)
     if metrics:
-        by_key = {column.key: column for column in found}
-        unknown = next((metric for metric in metrics if metric not in by_key), None)
-        if unknown is not None:
-            known = ", ".join(by_key) or "none, as no stage has begun"
-            raise UserError(f"--metric {unknown!r} is no column of these runs; there are {known}")
-        return [by_key[metric] for metric in metrics], []
+        return named_columns(found, metrics), []
     telling = [
         column
         for column in found
@@ -145,11 +145,18 @@ def _as_shown(column: Column) -> _Shown:
     return _Shown(f"{column.stage}\n{column.title}", values, is_number=True)
 
 
-def _print_notes(console: Console, comparison: Comparison, left_out: Sequence[Column]) -> None:
+def _cut(value: str) -> str:
+    return value if len(value) <= _LONGEST_VALUE else f"{value[: _LONGEST_VALUE - 1]}…"
+
+
+def _print_notes(console: Console, comparison: Comparison, left_out: Sequence[Column], hidden: int) -> None:
+    """What the table leaves out: columns, and so many of the settings that differ."""
     notes = [f"{_BEST} the best of its column, where the stage says which way is better"]
     everything = totals(comparison.distinct_stages, comparison)
     if everything.shared_stages:
         notes.append(f"{_count(everything.shared_stages, 'stage')} shared by several runs: once in the total")
+    if hidden:
+        notes.append(f"{_count(hidden, 'more setting')} differ{'s' if hidden == 1 else ''}: --output, --csv or --json")
     if left_out:
         notes.append(f"{_count(len(left_out), 'more column')}: --csv, --json, --output, or --metric {left_out[0].key}")
     for run in comparison.runs:

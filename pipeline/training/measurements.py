@@ -1,7 +1,7 @@
 """What is measured while a stage trains: time, waiting for data, memory, and the use of the device's arithmetic."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytorch_lightning as pl
@@ -19,8 +19,8 @@ _LIGHTNING_FETCHES = "train_dataloader_next"
 _MIB = 2**20
 _DECIMALS = 6
 
-# Dense 16-bit peaks in TFLOP/s from NVIDIA's data sheets. The first part that a device's name has counts, so that the
-# more exact ones come first.
+# Dense 16-bit peaks in TFLOP/s from NVIDIA's data sheets. The first whose words a device's name has counts, so that
+# the more exact ones come first.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -33,13 +33,16 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """A GPU's highest rate in FLOP/s; None where it is not known.
+    """A GPU's highest rate in FLOP/s; None where it is not known, as for a slice of one (MIG).
 
     In float32 torch runs convolutions in TF32 and matrix products without it, so that no one peak holds for a network.
     """
-    if precision is Precision.FLOAT32:
+    words = device_name.replace("-", " ").split()
+    if precision is Precision.FLOAT32 or "MIG" in words:
         return None
-    return next((1e12 * tflops for part, tflops in _PEAK_TFLOPS.items() if part in device_name), None)
+    # Whole words: an A1000 is no A100.
+    name = f" {' '.join(words)} "
+    return next((1e12 * tflops for part, tflops in _PEAK_TFLOPS.items() if f" {part} " in name), None)
 
 
 def device_peak_flops(device: torch.device, precision: Precision) -> float | None:
@@ -65,21 +68,34 @@ class LoaderWait(Profiler):
     def __init__(self) -> None:
         super().__init__()
         self.waited_s = 0.0
-        self._started = 0.0
+        self.began = 0.0
+        """When the last fetch began, on the monotonic clock."""
 
     def start(self, action_name: str) -> None:
         """A named piece of Lightning's work begins."""
         if action_name.endswith(_LIGHTNING_FETCHES):
-            self._started = time.monotonic()
+            self.began = time.monotonic()
 
     def stop(self, action_name: str) -> None:
         """It ends."""
         if action_name.endswith(_LIGHTNING_FETCHES):
-            self.waited_s += time.monotonic() - self._started
+            self.waited_s += time.monotonic() - self.began
+
+
+class _Mark(NamedTuple):
+    """Where a row's measuring begins: time, samples seen, and the seconds so far of waiting and of work aside."""
+
+    time: float = 0.0
+    samples_seen: int = 0
+    waited_s: float = 0.0
+    aside_s: float = 0.0
 
 
 class Measurements(pl.Callback):
     """Gives the `system/` columns of a row. Where several processes train, the one that waits or holds most counts.
+
+    Rate, waiting and utilisation are of training alone: what other callbacks do between two batches, which is to
+    validate, draw and save, is left out of their time.
 
     The model FLOPs utilisation, `system/mfu`, stands there for GPUs whose peak is known. The FLOPs of a sample are
     counted once, forward and backward, over the first micro-batch; what is computed a second time to save memory counts
@@ -94,7 +110,9 @@ class Measurements(pl.Callback):
         self._counter: FlopCounterMode | None = None
         self._is_counting = False
         self._flops_per_sample: float | None = None
-        self._last = (0.0, 0, 0.0)
+        self._aside_s = 0.0
+        self._batch_ended: float | None = None
+        self._last = _Mark()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning's hook: the first row is measured from here."""
@@ -103,12 +121,16 @@ class Measurements(pl.Callback):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._peak_flops = device_peak_flops(device, self._precision)
-        self._last = (time.monotonic(), pl_module.samples_seen, self.loader_wait.waited_s)
+        self._batch_ended = None
+        self._last = _Mark(time.monotonic(), pl_module.samples_seen, self.loader_wait.waited_s, self._aside_s)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook: begin to count in the first micro-batch."""
+        """Lightning's hook: what was done aside is over, and the first micro-batch is counted."""
+        if self._batch_ended is not None:
+            # The loader was asked when the other callbacks were done.
+            self._aside_s += max(0.0, self.loader_wait.began - self._batch_ended)
         if self._peak_flops is not None and self._flops_per_sample is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
@@ -117,7 +139,8 @@ class Measurements(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook: what was counted is known."""
+        """Lightning's hook: what was counted is known, and the callbacks that come after this one do their work."""
+        self._batch_ended = time.monotonic()
         if self._counter is not None:
             assert isinstance(batch, ImageBatch)
             self._flops_per_sample = self._counter.get_total_flops() / len(batch)
@@ -133,14 +156,14 @@ class Measurements(pl.Callback):
 
     def take(self, trainer: pl.Trainer, samples_seen: int) -> dict[str, float]:
         """The columns of a row, over the time since the last one; all ranks call this."""
-        now, (then, samples_before, waited_before_s) = time.monotonic(), self._last
-        wall_s = max(1e-9, now - then)
-        waited_share = (self.loader_wait.waited_s - waited_before_s) / wall_s
-        self._last = (now, samples_seen, self.loader_wait.waited_s)
+        before, now = self._last, _Mark(time.monotonic(), samples_seen, self.loader_wait.waited_s, self._aside_s)
+        trained_s = max(1e-9, now.time - before.time - (now.aside_s - before.aside_s))
+        waited_share = (now.waited_s - before.waited_s) / trained_s
+        self._last = now
         device = trainer.strategy.root_device
         own = torch.tensor([waited_share, _memory_mib(device)], device=device)
         waited_share, memory_mib = of_all_ranks(trainer, own).amax(0).tolist()
-        samples_per_s = (samples_seen - samples_before) / wall_s
+        samples_per_s = (now.samples_seen - before.samples_seen) / trained_s
         row = {
             "elapsed_s": self._clock.elapsed_s,
             "samples_per_s": samples_per_s,

@@ -41,7 +41,8 @@ class StageDeclaration:
     `identity` turns settings into what counts in the fingerprint, for settings that point to files outside the project.
     A `repeatable` output may have several producers in a workflow (two upsamplers).
     `better` says which way final metrics improve, by shell patterns of their names; a report marks the best of those.
-    `usage` names a function (run's name, artifact) -> Markdown that tells a model card's reader how to use the output.
+    `usage` names a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
+    the output, `origin` one (artifact) -> Markdown that says what of others' work it was made from, "" for none.
     """
 
     version: int
@@ -53,6 +54,7 @@ class StageDeclaration:
     identity: Callable[[Any], dict[str, Any]] | None = None
     better: Mapping[str, Better] = field(default_factory=dict)
     usage: str | None = None
+    origin: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from pipeline.workflow.artifacts import write_json_atomically
 
 PROGRESS = "progress.json"
@@ -73,6 +75,10 @@ class Failure:
     is_user_error: bool
 
 
+_PROGRESS = TypeAdapter(Progress)
+_FAILURE = TypeAdapter(Failure)
+
+
 def write_progress(work: Path, progress: Progress) -> None:
     """Publish progress; not flushed to disk, as losing it costs nothing."""
     temporary = work / f".{PROGRESS}"
@@ -81,9 +87,11 @@ def write_progress(work: Path, progress: Progress) -> None:
 
 
 def read_progress(work: Path) -> Progress | None:
-    """The last published progress, or None."""
-    values = _read_json(work / PROGRESS)
-    return None if values is None else Progress(**{**values, "phase": Phase(values["phase"])})
+    """The last published progress; None without one, or where the file holds something else."""
+    try:
+        return _PROGRESS.validate_python(_read_json(work / PROGRESS))
+    except ValidationError:
+        return None
 
 
 def write_failure(work: Path, failure: Failure) -> None:
@@ -92,14 +100,17 @@ def write_failure(work: Path, failure: Failure) -> None:
 
 
 def read_failure(work: Path) -> Failure | None:
-    """Why the last attempt failed, or None."""
-    values = _read_json(work / FAILURE)
-    return None if values is None else Failure(**values)
+    """Why the last attempt failed; None where it did not, or where the file holds something else."""
+    try:
+        return _FAILURE.validate_python(_read_json(work / FAILURE))
+    except ValidationError:
+        return None
 
 
 def read_hardware(work: Path) -> dict[str, Any]:
     """What the stage runs on, as its process found it; {} before it started."""
-    return _read_json(work / HARDWARE) or {}
+    values = _read_json(work / HARDWARE)
+    return values if isinstance(values, dict) else {}
 
 
 def latest_checkpoint_samples(work: Path) -> int | None:
@@ -108,10 +119,10 @@ def latest_checkpoint_samples(work: Path) -> int | None:
     return int(records[-1].stem.removeprefix("samples-")) if records else None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
 
 

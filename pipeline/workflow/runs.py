@@ -96,14 +96,16 @@ def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[
 
 
 def read_run(outputs: Path, name: str) -> RunRecord:
-    """A recorded run. Raises `UserError` that lists the runs there are."""
+    """A recorded run. Raises `UserError` that lists the runs there are, or says that its record is broken."""
     path = run_directory(outputs, name) / RECORD
     try:
-        return validate(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
+        return validate(RunRecord, json.loads(path.read_bytes()), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run {name} again, or remove {path.parent}") from error
 
 
 def read_runs(outputs: Path, name: str) -> list[RunRecord]:
@@ -133,9 +135,12 @@ def is_finished(outputs: Path, record: RunRecord) -> bool:
     return len(run_artifacts(outputs, record)) == len(record.stages)
 
 
-def gather_pictures(outputs: Path, record: RunRecord) -> list[Path]:
-    """Copy the PNGs that a run's artifacts hold at their top level to `runs/<name>/pictures/<stage>-<file>`."""
-    directory = run_directory(outputs, record.name) / PICTURES
+def gather_pictures(outputs: Path, record: RunRecord, directory: Path | None = None) -> list[Path]:
+    """Copy the PNGs that a run's artifacts hold at their top level to `<directory>/<stage>-<file>`.
+
+    The directory is `runs/<name>/pictures` unless another is given.
+    """
+    directory = directory or run_directory(outputs, record.name) / PICTURES
     directory.mkdir(parents=True, exist_ok=True)
     copies = []
     for stage, artifact in run_artifacts(outputs, record).items():

@@ -25,6 +25,7 @@ LICENCE = (
     "contributors, licensed under CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/). Their names come from the "
     "Unicode CLDR by way of the Python package emoji."
 )
+LICENCE_ID = "cc-by-4.0"
 
 LANGUAGES = tuple(emoji.LANGUAGES)
 """The 14 languages that names are known in."""

@@ -18,7 +18,11 @@ from stages.settings import ScenesSettings
 from stages.sources.scene_drawing import Background, Colour, Position, Scene, SceneObject, Shape, Size, draw
 from stages.sources.split_keys import split_of_sample
 
-LICENCE = "The pictures and captions of data=scenes are made by this project and share its licence."
+LICENCE = (
+    "The pictures and captions of data=scenes are drawn and written by this project's code, and nobody else has rights "
+    "in them; the project states no licence."
+)
+LICENCE_ID = "other"
 
 Pair = tuple[Colour, Shape]
 

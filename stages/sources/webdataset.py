@@ -15,6 +15,7 @@ from stages.settings import WebDatasetSettings
 from stages.sources.split_keys import SAMPLE_KEY, split_by
 
 LICENCE = "The pictures and captions of data=webdataset are the user's own."
+LICENCE_ID = "other"
 
 
 def summary(settings: WebDatasetSettings, cache_dir: Path) -> IndexSummary:

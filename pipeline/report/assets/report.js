@@ -5,6 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = 10;
 const MOST_PLACES = 1500; // of a chart's horizontal axis: more than it has pixels
 const SHOWN_IN_TIP = 12;
+const NEAR = 0.02; // of an axis: a value from farther away says where it is from
 const LEAST_TICK_GAP = 0.08; // of an axis, so that the ticks' labels do not touch
 
 const byId = (id) => document.getElementById(id);
@@ -31,7 +32,7 @@ function axisNumber(value) {
   if (size >= 1e9) return `${Number((value / 1e9).toPrecision(4))}G`;
   if (size >= 1e6) return `${Number((value / 1e6).toPrecision(4))}M`;
   if (size >= 1e4) return `${Number((value / 1e3).toPrecision(4))}k`;
-  if (size && size < 1e-3) return value.toExponential(0);
+  if (size && size < 1e-3) return Number(value.toPrecision(3)).toExponential();
   return Number(value.toPrecision(4)).toString();
 }
 
@@ -50,9 +51,9 @@ function sortBy(table, heading) {
   for (const each of heading.parentElement.children) each.setAttribute("aria-sort", "none");
   heading.setAttribute("aria-sort", isDescending ? "descending" : "ascending");
   const rows = [...table.tBodies[0].rows];
-  const isEmpty = (row) => row.cells[place].textContent.trim() === "";
+  const isEmpty = (row) => (row.cells[place].dataset.value ?? row.cells[place].textContent).trim() === "";
   rows.sort((a, b) => {
-    if (isEmpty(a) || isEmpty(b)) return isEmpty(a) - isEmpty(b); // what a run does not have comes last either way
+    if (isEmpty(a) || isEmpty(b)) return isEmpty(a) - isEmpty(b); // what a run does not have, and nan, comes last either way
     return compareCells(a.cells[place], b.cells[place]) * (isDescending ? -1 : 1);
   });
   table.tBodies[0].append(...rows);
@@ -101,13 +102,16 @@ function aligned(lines) {
   return [places, ...columns];
 }
 
-/** The index of the value of a line that is nearest to where the cursor is; null where it has none. */
+/** The index of the value of a line that is nearest to the cursor; null before its first value and after its last. */
 function nearest(u, series, index) {
   const values = u.data[series];
-  for (let away = 0; away < values.length; away++) {
-    if (values[index - away] != null) return index - away;
-    if (values[index + away] != null) return index + away;
-  }
+  const [before, after] = [lookFrom(values, index, -1), lookFrom(values, index, 1)];
+  if (before === null || after === null) return null;
+  return index - before <= after - index ? before : after;
+}
+
+function lookFrom(values, index, step) {
+  for (let at = index; at >= 0 && at < values.length; at += step) if (values[at] != null) return at;
   return null;
 }
 
@@ -123,15 +127,18 @@ function showTip(u, tip, spec) {
   const found = [];
   for (let series = 1; series < u.data.length; series++) {
     const place = placeOf(u, series, index, spec.lines[series - 1]);
-    if (place !== null) found.push({ line: spec.lines[series - 1], value: u.data[series][place] });
+    if (place !== null) found.push({ line: spec.lines[series - 1], value: u.data[series][place], x: u.data[0][place] });
   }
   found.sort((a, b) => b.value - a.value);
-  tip.replaceChildren(element("b", spec.xText(u.data[0][index])));
-  for (const { line, value } of found.slice(0, SHOWN_IN_TIP)) {
+  const x = u.data[0][index];
+  const near = NEAR * (u.data[0][u.data[0].length - 1] - u.data[0][0]);
+  tip.replaceChildren(element("b", spec.xText(x)));
+  for (const { line, value, x: own } of found.slice(0, SHOWN_IN_TIP)) {
     const row = element("div");
     const mark = element("i");
     mark.style.background = line.colour;
     row.append(mark, element("span", line.label), element("span", shortNumber(value)));
+    if (Math.abs(own - x) > near) row.append(element("small", `at ${spec.xText(own)}`));
     tip.append(row);
   }
   if (found.length > SHOWN_IN_TIP) tip.append(element("div", `and ${found.length - SHOWN_IN_TIP} more below`));
@@ -276,11 +283,30 @@ function drawCurves() {
     const xText = (x) => (axis === "hours" ? `${shortNumber(x)} h` : `${shortNumber(Math.round(x))} samples`);
     boxes.push(chart({ title: metric, lines: ready, xLabel: axis === "hours" ? "hours of training" : "samples seen", xText, isLog }));
   }
+  const isSampled = Object.values(data.curves[stage] ?? {}).flat().some((curve) => !curve.isWhole);
+  if (isSampled) notes.add("Long records are drawn from an even sample of their rows and from all validations: a short spike may be missing.");
+  if (!boxes.length && hiddenRuns.size === data.runs.length) notes.add("No run is chosen.");
   if (notPositive.length) notes.add(`A log scale leaves out what is not positive, here in ${notPositive.join(", ")}.`);
   if (!Object.keys(data.curves).length) notes.add("No stage of these runs has logged a curve yet.");
   if (stage && data.common.includes(stage) && data.runs.length > 1) notes.add(`All runs share this ${stage}.`);
   byId("curve-note").textContent = [...notes].join(" ");
   replaceCharts(byId("charts"), boxes);
+}
+
+/** Runs that are shown, chosen all at once and drawn once. */
+function showRuns(isShown) {
+  hiddenRuns.clear();
+  [...byId("legend").querySelectorAll("input")].forEach((box, run) => {
+    box.checked = isShown(run);
+    if (!box.checked) hiddenRuns.add(run);
+  });
+  drawCurves();
+}
+
+/** One run alone, or all again where it is alone already. */
+function showOnly(run) {
+  const isAlone = !hiddenRuns.has(run) && hiddenRuns.size === data.runs.length - 1;
+  showRuns((each) => isAlone || each === run);
 }
 
 function setUpCurves() {
@@ -293,6 +319,13 @@ function setUpCurves() {
     const label = element("label");
     const box = element("input", "", { type: "checkbox" });
     box.checked = true;
+    label.addEventListener("click", (event) => {
+      if (!event.shiftKey) return;
+      event.preventDefault();
+      // The browser puts the box back to what it was when this event began; what is shown is set after that.
+      if (event.target === box) setTimeout(() => showOnly(run)); else showOnly(run);
+    });
+    box.addEventListener("keydown", (event) => { if (event.key === "Enter") showOnly(run); });
     box.addEventListener("change", () => { box.checked ? hiddenRuns.delete(run) : hiddenRuns.add(run); drawCurves(); });
     const mark = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     mark.setAttribute("width", 22);
@@ -305,6 +338,8 @@ function setUpCurves() {
     label.append(box, mark, element("span", name));
     byId("legend").append(label);
   });
+  byId("all-runs").addEventListener("click", () => showRuns(() => true));
+  byId("no-runs").addEventListener("click", () => showRuns(() => false));
   for (const id of ["curve-stage", "log-scale"]) byId(id).addEventListener("change", drawCurves);
   for (const id of ["smoothing", "metric-filter"]) byId(id).addEventListener("input", drawCurves);
   for (const radio of document.querySelectorAll("input[name=axis]")) radio.addEventListener("change", drawCurves);
@@ -313,27 +348,19 @@ function setUpCurves() {
 
 // --- effects of a sweep ----------------------------------------------------------------------------------------------
 
-function bestMean(levels, better) {
-  const means = levels.map((level) => level.mean).filter((mean) => mean !== null);
-  if (!better || new Set(means).size < 2) return null;
-  return better === "low" ? Math.min(...means) : Math.max(...means);
-}
-
-function effectTable(effect, better) {
+function effectTable(effect) {
   const table = element("table");
   const head = table.createTHead().insertRow();
   const first = effect.parameter === "setting" ? "setting" : "value";
   for (const title of [first, "runs", "mean", "±", "lowest", "highest"]) head.append(element("th", title, { scope: "col" }));
-  const best = bestMean(effect.levels, better);
   const body = table.createTBody();
   for (const level of effect.levels) {
     const row = body.insertRow();
     row.append(element("th", level.label, { scope: "row" }));
     const values = level.points.map(([, value]) => value);
-    row.append(element("td", values.length === level.members ? `${level.members}` : `${values.length} of ${level.members}`));
-    const isBest = best !== null && level.mean === best;
-    const mean = element("td", shortNumber(level.mean), isBest ? { class: "best" } : {});
-    if (isBest) mean.append(element("span", "★", { class: "star", role: "img", "aria-label": " best" }));
+    row.append(element("td", level.count));
+    const mean = element("td", shortNumber(level.mean), level.isBest ? { class: "best" } : {});
+    if (level.isBest) mean.append(element("span", "★", { class: "star", role: "img", "aria-label": " best" }));
     const ends = values.length ? [Math.min(...values), Math.max(...values)] : [null, null];
     row.append(mean, ...[level.deviation, ...ends].map((value) => element("td", shortNumber(value))));
   }
@@ -347,8 +374,8 @@ function effectChart(effect, metric) {
   const levels = effect.levels.map((level, number) => ({ ...level, place: placeOf(level, number) })).filter((level) => level.mean !== null);
   const lines = [{ label: "mean", colour: styleOf("--accent"), dash: [], x: levels.map((level) => level.place), y: levels.map((level) => level.mean) }];
   for (const level of levels) {
-    for (const [run, value] of level.points) {
-      lines.push({ label: data.runs[run], colour: colourOf(run), dash: [], points: true, x: [level.place], y: [value] });
+    for (const [runs, value] of level.points) {
+      lines.push({ label: labelOf(runs), colour: colourOf(runs[0]), dash: [], points: true, x: [level.place], y: [value] });
     }
   }
   const labels = effect.levels.map((level) => level.label);
@@ -362,13 +389,14 @@ function effectChart(effect, metric) {
 function drawEffects() {
   const metric = byId("effect-metric").value;
   const { better, effects } = data.sweep.metrics[metric];
-  byId("effect-note").textContent = `Means over the members with that value, whatever else they vary; ± is the standard deviation.${better ? ` ${better === "low" ? "Lower" : "Higher"} is better.` : ""}`;
+  byId("effect-note").textContent = `Means over the members with that value, whatever else they vary; ± is the standard deviation. Members that share the stage count once.${better ? ` ${better === "low" ? "Lower" : "Higher"} is better.` : ""}`;
   const boxes = effects.map((effect) => {
     const isSetting = effect.parameter === "setting";
     const box = element("div", "", { class: isSetting ? "effect wide" : "effect" });
     box.append(element("h3", isSetting ? "by setting, seeds together" : effect.parameter));
-    if (!isSetting) box.append(effectChart(effect, metric));
-    box.append(effectTable(effect, better));
+    const isMeasured = effect.levels.some((level) => level.mean !== null);
+    if (!isSetting && isMeasured) box.append(effectChart(effect, metric));
+    box.append(effectTable(effect));
     return box;
   });
   replaceCharts(byId("effect-tables"), boxes);
@@ -389,6 +417,8 @@ function setUpGraph() {
   const boxes = [...document.querySelectorAll(".graph .box")];
   const light = () => {
     const chosen = new Set(boxes.filter((box) => box.matches(":hover, :focus")).map((box) => box.dataset.users));
+    const shown = boxes.find((box) => box.matches(":hover")) ?? boxes.find((box) => box.matches(":focus"));
+    byId("graph-note").textContent = shown ? `Of ${shown.getAttribute("aria-label")}.` : "";
     for (const edge of document.querySelectorAll(".graph .edge")) {
       edge.classList.toggle("lit", chosen.has(edge.dataset.from) || chosen.has(edge.dataset.to));
     }

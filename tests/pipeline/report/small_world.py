@@ -48,7 +48,11 @@ class CriticSettings(Settings):
 
 def gather(context: StageContext) -> StageResult:
     pictures = context.settings_as(SourceSettings).pictures
-    return StageResult({"samples": {"train": pictures}, "licence": f"free | {HARM}"}, {"pictures": pictures}, pictures)
+    return StageResult(
+        {"samples": {"train": pictures}, "licence": f"free | {HARM}", "licence_id": "cc0-1.0"},
+        {"pictures": pictures},
+        pictures,
+    )
 
 
 def paint(context: StageContext) -> StageResult:
@@ -103,8 +107,12 @@ def draw(path: Path, weight: float) -> None:
     save_grid(image, GridLayout(captions=CAPTIONS, seeds=SEEDS, pictures=names, sizes=sizes, boxes=tuple(boxes)), path)
 
 
-def painter_usage(run: str, artifact: Artifact) -> str:
-    return f"Hang {run} ({artifact.manifest.stage}) on a wall."
+def painter_usage(run: str, artifact: Artifact, caption: str) -> str:
+    return f"Hang {run} ({artifact.manifest.stage}) on a wall, as {caption!r}."
+
+
+def painter_origin(artifact: Artifact) -> str:
+    return f"{artifact.manifest.stage} began as another's." if artifact.manifest.config["note"] else ""
 
 
 CATALOG = Catalog(
@@ -113,6 +121,7 @@ CATALOG = Catalog(
         "painter": StageDeclaration(
             version=1, settings=PainterSettings, run="small_world:paint", output="painting", inputs=(Input("data"),),
             better={"error": Better.LOW, "accuracy": Better.HIGH}, usage="small_world:painter_usage",
+            origin="small_world:painter_origin",
         ),
         "critic": StageDeclaration(
             version=1, settings=CriticSettings, run="small_world:judge", output="verdict", inputs=(Input("painting"),),
@@ -124,13 +133,20 @@ CATALOG = Catalog(
 
 
 def run(
-    outputs: Path, name: str, *, group: str | None = None, overrides: Sequence[str] = (), seed: int = 0, **painter: Any
+    outputs: Path,
+    name: str,
+    *,
+    group: str | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    strictness: float = 1.0,
+    **painter: Any,
 ) -> Plan:
     """Record a run and start its stages one after the other, until one does not finish."""
     stages: dict[str, dict[str, Any]] = {
         "prepare": {"kind": "source", "pictures": 10},
         "painter": {"kind": "painter", **painter},
-        "critic": {"kind": "critic"},
+        "critic": {"kind": "critic", "strictness": strictness},
     }
     changes = {"run": RunSettings(name=name, group=group), "catalog": "small_world:CATALOG", "seed": seed}
     plan = plan_run(run_config(outputs, stages, **changes), tuple(overrides))
@@ -143,7 +159,7 @@ def run(
 
 
 def compared(outputs: Path, *names: str) -> Comparison:
-    return read_comparison(outputs, select_runs(outputs, names))
+    return read_comparison(outputs, select_runs(outputs, names).records)
 
 
 def work_of(plan: Plan, name: str) -> Path:

@@ -3,11 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_world
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from pipeline.cli import main
 
@@ -38,8 +40,15 @@ def report(outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(browser: Browser, report: Path) -> Iterator[Page]:
-    """One page for all tests; whatever it says on the console or asks of the network fails the test that sees it."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    """One page for the tests that do not need another."""
+    with opened(browser, report, viewport={"width": 1280, "height": 900}, color_scheme="light") as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: Browser, report: Path, **options: Any) -> Iterator[Page]:
+    """A page of its own; whatever it says on the console or asks of the network fails the test that opened it."""
+    context = browser.new_context(**options)
     page = context.new_page()
     page.set_default_timeout(5000)
     complaints: list[str] = []
@@ -112,10 +121,11 @@ def test_columns_of_other_stages_and_metrics_come_when_asked_for(page: Page):
     assert not prepared.evaluate(is_shown)
     page.get_by_label("prepare").check()
     assert prepared.evaluate(is_shown)
-    cost = page.locator("table.results th[data-stage=painter]", has_text="device hours")
-    assert not cost.evaluate(is_shown)
+    assert page.locator("table.results th[data-stage=painter]", has_text="device hours").evaluate(is_shown)
+    samples = page.locator("table.results th[data-stage=painter]", has_text="samples seen")
+    assert not samples.evaluate(is_shown)
     page.get_by_label("all metrics").check()
-    assert cost.evaluate(is_shown)
+    assert samples.evaluate(is_shown)
 
 
 def test_hovering_over_a_curve_shows_every_run_s_value(page: Page):
@@ -126,6 +136,64 @@ def test_hovering_over_a_curve_shows_every_run_s_value(page: Page):
     assert "samples" in tip.inner_text()
     for name in ("trial.0", "trial.1, again", "trial.2", "paused"):
         assert name in tip.inner_text()
+
+
+def test_a_curve_has_no_value_where_it_ended_or_had_not_begun(page: Page):
+    chart = page.locator("#charts .chart").first
+    chart.scroll_into_view_if_needed()
+    chart.locator(".plot").focus()
+    page.keyboard.press("End")
+    tip = chart.locator(".tip")
+    assert tip.inner_text().startswith("320 samples")
+    assert "trial.0" in tip.inner_text()
+    assert "paused" not in tip.inner_text()  # which was interrupted at 200 samples
+    assert "killed" not in tip.inner_text()
+    page.keyboard.press("Escape")
+
+
+def test_ticks_of_small_numbers_keep_the_digits_that_tell_them_apart(page: Page):
+    shown = page.evaluate("[0.00015, 0.0002, 0.00025, 0, 0.001, -0.00025].map(axisNumber)")
+    assert shown == ["1.5e-4", "2e-4", "2.5e-4", "0", "0.001", "-2.5e-4"]
+
+
+def shown_runs(page: Page) -> list[str]:
+    return [label.inner_text() for label in page.locator("#legend label").all() if label.locator("input").is_checked()]
+
+
+def test_runs_are_chosen_all_at_once_or_one_alone(page: Page):
+    everyone = shown_runs(page)
+    page.get_by_role("button", name="None", exact=True).click()
+    assert shown_runs(page) == []
+    assert page.locator("#charts .chart").count() == 0
+    assert "No run is chosen." in page.locator("#curve-note").inner_text()
+    page.get_by_role("button", name="All", exact=True).click()
+    assert shown_runs(page) == everyone
+    assert charts(page)[0] == "train/error"
+    page.locator("#legend label", has_text="trial.2").click(modifiers=["Shift"])
+    assert shown_runs(page) == ["trial.2"]
+    page.locator("#legend").get_by_label("paused").click(modifiers=["Shift"])
+    page.wait_for_function(
+        "() => hiddenRuns.size === data.runs.length - 1 && !hiddenRuns.has(data.runs.indexOf('paused'))"
+    )
+    assert shown_runs(page) == ["paused"]
+    page.locator("#legend").get_by_label("trial.0").focus()
+    page.keyboard.press("Enter")
+    assert shown_runs(page) == ["trial.0"]
+    page.keyboard.press("Enter")
+    assert shown_runs(page) == everyone
+
+
+def sharing_of(page: Page, run: str) -> Locator:
+    return page.locator("table.results tr", has_text=run).locator("td[data-stage=painter] details").first
+
+
+def test_who_shares_a_stage_can_be_read_by_keyboard(page: Page):
+    sharing = sharing_of(page, "trial.1")
+    assert "with again" not in sharing.inner_text()
+    sharing.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert "with again" in sharing.inner_text()
+    page.keyboard.press("Enter")
 
 
 def test_arrow_keys_read_the_values(page: Page):
@@ -198,28 +266,24 @@ def test_captions_are_text_and_pictures_have_words(page: Page):
 def test_the_graph_lights_the_lines_of_the_box_in_focus(page: Page):
     page.mouse.move(0, 0)
     page.locator(".graph .box").first.focus()
+    assert page.locator("#graph-note").inner_text().startswith("Of trial.0, trial.1, trial.2, again")
     assert page.locator(".graph .edge.lit").count() == page.locator(".graph .edge").count() > 0
     page.locator(".graph .box").first.blur()
     assert page.locator(".graph .edge.lit").count() == 0
 
 
 def test_a_phone_scrolls_tables_and_never_the_page(browser: Browser, report: Path):
-    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    page = context.new_page()
-    page.set_default_timeout(5000)
-    page.goto(report.as_uri())
-    charts(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    assert page.evaluate("window.visualViewport.scale") == 1
-    context.close()
+    phone: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with opened(browser, report, **phone) as page:
+        charts(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate("window.visualViewport.scale") == 1
+        sharing = sharing_of(page, "trial.1")
+        sharing.locator("summary").tap()
+        assert "with again" in sharing.inner_text()
 
 
 def test_dark_is_dark_in_page_and_charts_and_follows_a_change(browser: Browser, report: Path):
-    context = browser.new_context(color_scheme="dark")
-    page = context.new_page()
-    page.set_default_timeout(5000)
-    page.goto(report.as_uri())
-    charts(page)
     look = """() => {
         const page = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number);
         const canvas = document.querySelector("#charts canvas");
@@ -228,13 +292,14 @@ def test_dark_is_dark_in_page_and_charts_and_follows_a_change(browser: Browser, 
         for (let at = 0; at < pixels.length; at += 4) drawn.add([...pixels.slice(at, at + 3)].join());
         return [Math.max(...page), [...drawn]];
     }"""
-    page_in_dark, drawn_in_dark = page.evaluate(look)
-    old = page.locator("#charts canvas").first.element_handle()
-    page.emulate_media(color_scheme="light")
-    page.wait_for_function("canvas => !canvas.isConnected", arg=old)
-    charts(page)
-    page_in_light, drawn_in_light = page.evaluate(look)
+    with opened(browser, report, color_scheme="dark") as page:
+        charts(page)
+        page_in_dark, drawn_in_dark = page.evaluate(look)
+        old = page.locator("#charts canvas").first.element_handle()
+        page.emulate_media(color_scheme="light")
+        page.wait_for_function("canvas => !canvas.isConnected", arg=old)
+        charts(page)
+        page_in_light, drawn_in_light = page.evaluate(look)
     assert page_in_dark < 60 < 200 < page_in_light
     assert "98,174,255" in set(drawn_in_dark) - set(drawn_in_light)  # the first run's blue in either scheme
     assert "10,102,194" in set(drawn_in_light) - set(drawn_in_dark)
-    context.close()

@@ -1,10 +1,12 @@
+import itertools
 import json
 import time
 from pathlib import Path
 
 from small_world import compared
 
-from pipeline.report.records import RunReport, State, read_rows
+from pipeline.report.records import RunReport, State
+from pipeline.report.rows import sampled_rows
 
 
 def run_of(outputs: Path, name: str) -> RunReport:
@@ -34,14 +36,14 @@ def test_a_row_that_a_kill_cut_short_is_left_out(outputs: Path):
     painter = run_of(outputs, "killed").stage("painter")
     assert painter is not None
     assert painter.rows_path.read_text().endswith('"train/err')
-    assert [row["samples_seen"] for row in read_rows(painter.rows_path)][-1] == 15 * 8
+    assert [row["samples_seen"] for row in sampled_rows(painter.rows_path, 1000).rows][-1] == 15 * 8
 
 
 def test_rows_that_are_none_are_left_out(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('[1]\n{"loss": 1}\n{"samples_seen": 3, "loss": NaN}\nnull\n')
-    assert [row["samples_seen"] for row in read_rows(path)] == [3]
-    assert list(read_rows(tmp_path / "nothing")) == []
+    assert [row["samples_seen"] for row in sampled_rows(path, 1000).rows] == [3]
+    assert sampled_rows(tmp_path / "nothing", 1000).rows == ()
 
 
 def test_a_stage_that_runs_share_is_read_once_and_names_its_users(outputs: Path):
@@ -66,3 +68,24 @@ def test_a_stage_that_was_heard_of_just_now_is_running(outputs: Path):
         assert run_of(outputs, "killed").state is State.RUNNING
     finally:
         path.write_text(before)
+
+
+def test_of_a_long_record_rows_are_taken_evenly_with_its_ends_and_all_its_validations(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(20_000):
+            row = {"samples_seen": step, "train/loss": 1 / (1 + step)}
+            if step % 1000 == 999:
+                row = {"samples_seen": step, "validation/loss": 2.0}
+            file.write(json.dumps(row) + "\n")
+        file.write('{"samples_seen": 20000, "train/lo')
+    sampled = sampled_rows(path, 200)
+    places = [row["samples_seen"] for row in sampled.rows]
+    assert not sampled.is_whole
+    assert 200 <= len(places) <= 250
+    assert places == sorted(set(places))
+    assert (places[0], places[-1]) == (0, 19_999)
+    assert {row["samples_seen"] for row in sampled.rows if "validation/loss" in row} == set(range(999, 20_000, 1000))
+    assert max(after - before for before, after in itertools.pairwise(places)) < 200
+    assert sampled_rows(path, 20_001).is_whole
+    assert len(sampled_rows(path, 20_001).rows) == 20_000

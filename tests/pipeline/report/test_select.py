@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.report.select import select_runs, sweep_members
+from pipeline.report.select import select_runs
 
 
 def names(outputs: Path, *asked: str) -> list[str]:
-    return [record.name for record in select_runs(outputs, asked)]
+    return [record.name for record in select_runs(outputs, asked).records]
 
 
 @pytest.mark.parametrize("asked", ["trial", "sweep:trial", "trial.*", "tr?al.[0-2]"])
@@ -33,5 +33,5 @@ def test_an_unknown_name_lists_what_there_is(outputs: Path, asked: str, message:
 
 
 def test_only_what_was_asked_for_as_a_sweep_counts_as_its_member(outputs: Path):
-    assert sweep_members(outputs, ["sweep:trial", "again"]) == ["trial.0", "trial.1", "trial.2"]
-    assert sweep_members(outputs, ["trial"]) == []
+    assert select_runs(outputs, ["sweep:trial", "again"]).members == ("trial.0", "trial.1", "trial.2")
+    assert select_runs(outputs, ["trial"]).members == ()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import small_world
 from small_world import compared
 
 from pipeline.cli import main
@@ -70,6 +71,38 @@ def test_csv_has_every_column_and_full_precision(trial: Comparison):
     assert [row["stage.painter.weight"] for row in rows] == ["0.0", "0.1", "0.3"]
     assert float(rows[1]["painter.error"]) == 1.1 / 40
     assert {each.key for each in columns(trial)} <= rows[0].keys()
+
+
+def test_csv_has_both_ends_of_every_interval(outputs: Path):
+    rows = list(csv.DictReader(io.StringIO(table_csv(compared(outputs, "trial.1", "paused")))))
+    ends = [(row["painter.accuracy_low"], row["painter.accuracy"], row["painter.accuracy_high"]) for row in rows]
+    assert [float(end) for end in ends[0]] == pytest.approx([0.45, 0.55, 0.65])
+    assert ends[1] == ("", "", "")
+    assert "painter.error_low" not in rows[0]
+
+
+@pytest.mark.parametrize("form", [["--csv"], ["--json"], ["--output", "report.html"], []])
+def test_an_unknown_column_is_refused_in_every_form(
+    outputs: Path, tmp_path: Path, capsys, monkeypatch, form: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "again", "paused", "--metric", "painter.joy", *form, "--outputs", str(outputs)]) == 2
+    shown = capsys.readouterr()
+    assert "'painter.joy' is no column of these runs" in shown.err
+    assert shown.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_terminal_says_what_it_cuts_and_which_settings_it_hides(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    long = "a note that is longer than a column"
+    small_world.run(tmp_path, "one", weight=0.1, note=long, seed=1)
+    small_world.run(tmp_path, "two", weight=0.2, note=f"{long} too", seed=2, strictness=0.5, stops_at=3)
+    assert main(["compare", "one", "two", "--outputs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "a note that is …" in shown
+    assert "a note that is l" not in shown
+    assert "2 more settings differ: --output, --csv or --json" in shown
 
 
 def test_json_tells_each_stage_with_its_fingerprint_and_cost(outputs: Path):

@@ -1,7 +1,9 @@
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -78,11 +80,35 @@ def test_the_use_of_a_gpu_follows_from_counted_operations_rate_and_peak(
     assert all("system/mfu" not in row for row in rows(whole))
 
 
+def test_what_is_done_between_batches_is_no_time_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ahead_s = 0.0
+    validate = tiny.LearnerModule.validation_metrics
+
+    def validate_for_hours(module: tiny.LearnerModule, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        nonlocal ahead_s
+        ahead_s += 10_000.0
+        return validate(module, batches)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s)
+    monkeypatch.setattr(measurements, "time", clock)
+    monkeypatch.setattr(tiny.LearnerModule, "validation_metrics", validate_for_hours)
+    stage = frozen(tmp_path, validate_every_samples=8)
+    run(stage)
+    training = [row for row in rows(stage) if "train/loss" in row]
+    assert len(training) == 10
+    assert training[-1]["system/elapsed_s"] > 9 * 10_000
+    # 8 samples in the 10,000 s of each validation would be less than 0.001 per second.
+    assert all(row["system/samples_per_s"] > 0.01 for row in training)
+
+
 def test_only_known_peaks_in_16_bits_count():
     assert peak_flops("NVIDIA H100 80GB HBM3", Precision.BFLOAT16_MIXED) == 989e12
     assert peak_flops("NVIDIA H100 PCIe", Precision.FLOAT16_MIXED) == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3", Precision.FLOAT32) is None
     assert peak_flops("Another GPU", Precision.BFLOAT16_MIXED) is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB", Precision.BFLOAT16_MIXED) == 312e12
+    assert peak_flops("NVIDIA RTX A1000", Precision.BFLOAT16_MIXED) is None
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", Precision.BFLOAT16_MIXED) is None
 
 
 def test_what_a_stage_runs_on_is_in_its_work_and_its_manifest(tmp_path: Path):

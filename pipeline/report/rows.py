@@ -1,0 +1,97 @@
+"""The rows of a `metrics.jsonl`, all of them or, of a long file, so many as a report can read in time."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from pipeline.workflow.metrics import AXIS, MEASURED
+
+ELAPSED = f"{MEASURED}elapsed_s"
+VALIDATION = "validation/"
+_HEAD_BYTES = 1 << 18
+_MARK = f'"{VALIDATION}'.encode()
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Rows in their order. `is_whole`: none of the file's was left out."""
+
+    rows: tuple[dict[str, Any], ...]
+    is_whole: bool
+
+
+def sampled_rows(path: Path, limit: int) -> SampledRows:
+    """About `limit` rows, spread evenly over the file, and as many of its validations; a short file whole.
+
+    Rows are found by their place in the file, so that the others are neither split off nor parsed. The first row and
+    the last are always there. A line that a kill cut short is left out, as is what is no row; no file has no rows.
+    """
+    content = _content(path)
+    if not _is_long(content, limit):
+        return SampledRows(tuple(_parsed(content.splitlines())), is_whole=True)
+    size = len(content)
+    # The last line may have been cut short, and the one before it is then the last row.
+    last = content.rfind(b"\n", 0, size - 1)
+    ends = [content.rfind(b"\n", 0, last) + 1, last + 1]
+    starts = {_line_start(content, number * size // limit) for number in range(limit)}
+    validations = list(_marked_lines(content))
+    every = -(-len(validations) // limit) or 1
+    chosen = sorted({*starts, *ends, *validations[::every], *validations[-1:]})
+    return SampledRows(tuple(_parsed(_line(content, start) for start in chosen)), is_whole=False)
+
+
+def elapsed(row: Mapping[str, Any], before: float | None) -> float | None:
+    """The seconds of training at a row; those of the rows before where it has none."""
+    value = row.get(ELAPSED)
+    return value if is_finite_number(value) else before
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether it can be drawn: no text, no truth value, not nan, not infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+
+
+def _is_long(content: bytes, limit: int) -> bool:
+    """Whether it has more lines than `limit`; where it has many times as many, its beginning tells."""
+    head = content[:_HEAD_BYTES]
+    about = head.count(b"\n") * len(content) // max(1, len(head))
+    return about > 2 * limit or content.count(b"\n") > limit
+
+
+def _marked_lines(content: bytes) -> Iterator[int]:
+    """Where each line begins that holds a validation."""
+    at = content.find(_MARK)
+    while at >= 0:
+        yield _line_start(content, at)
+        end = content.find(b"\n", at)
+        at = -1 if end < 0 else content.find(_MARK, end)
+
+
+def _line_start(content: bytes, at: int) -> int:
+    return content.rfind(b"\n", 0, at) + 1
+
+
+def _line(content: bytes, start: int) -> bytes:
+    end = content.find(b"\n", start)
+    return content[start:] if end < 0 else content[start:end]
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = from_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get(AXIS), int):
+            yield row
