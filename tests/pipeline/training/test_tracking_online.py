@@ -9,11 +9,11 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+import wandb
 from tiny import SCRIPT, run
 from tracked import KEY, axis, no_secret_below, records, start, tracked, wait_until
 from wandb_server import Health, WandbServer, serving
 
-import wandb
 from pipeline.config import TrackingMode
 from pipeline.errors import UserError
 from pipeline.training.context import StageContext

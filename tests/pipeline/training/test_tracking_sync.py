@@ -9,11 +9,11 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import wandb
 from tiny import SCRIPT, run
 from tracked import UNREACHABLE, records, tracked
 from wandb_server import WandbServer, serving
 
-import wandb
 from pipeline.errors import UserError
 from pipeline.training.tracking import sync as sync_module
 from pipeline.training.tracking import wandb_session
