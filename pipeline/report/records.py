@@ -49,6 +49,7 @@ class StageReport:
     detail: str
     samples_seen: int
     duration_s: float | None
+    device_s: float | None
     devices: int
     metrics: Mapping[str, float]
     hardware: Mapping[str, Any]
@@ -62,8 +63,8 @@ class StageReport:
 
     @property
     def device_hours(self) -> float | None:
-        """Its cost: devices times hours."""
-        return None if self.duration_s is None else self.duration_s * self.devices / _SECONDS_PER_HOUR
+        """Its cost: devices times hours, over all starts, whatever devices each had."""
+        return None if self.device_s is None else self.device_s / _SECONDS_PER_HOUR
 
     @property
     def rows_path(self) -> Path:
@@ -164,9 +165,15 @@ def _read_stage(store: ArtifactStore, record: RunRecord, stage: RunStage) -> Sta
         hardware: Mapping[str, Any] = manifest.hardware
         maker = record if hardware else _maker(store.outputs, manifest.made_by_run) or record
         metrics, samples_seen, duration_s = manifest.metrics, manifest.samples_seen, manifest.duration_s
+        device_s = manifest.device_s
     else:
         maker, hardware = record, read_hardware(work)
         metrics, samples_seen, duration_s = _so_far(work)
+        progress = read_progress(work)
+        device_s = progress.device_s if progress else None
+    devices = _devices(hardware, maker.config, stage.name)
+    if device_s is None and duration_s is not None:
+        device_s = duration_s * devices
     return StageReport(
         name=stage.name,
         kind=stage.kind,
@@ -176,7 +183,8 @@ def _read_stage(store: ArtifactStore, record: RunRecord, stage: RunStage) -> Sta
         detail=detail,
         samples_seen=samples_seen,
         duration_s=duration_s,
-        devices=_devices(hardware, maker.config, stage.name),
+        device_s=device_s,
+        devices=devices,
         metrics={name: float(value) for name, value in metrics.items() if _is_number(value)},
         hardware=hardware,
         work=work,

@@ -15,7 +15,7 @@ from pipeline.training.tracking import Tracker
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost
-from pipeline.workflow.progress import Phase, Progress, write_progress
+from pipeline.workflow.progress import Phase, Progress, read_progress, write_progress
 
 HEARTBEAT_SECONDS = 5.0
 SECONDS_BETWEEN_WRITES = 0.25
@@ -29,14 +29,24 @@ class ProgressWriter:
     Of the processes that train one stage together the first one publishes, as long as the stage is its own.
     """
 
-    def __init__(self, work: Path, ownership: Ownership | None) -> None:
+    def __init__(self, work: Path, ownership: Ownership | None, devices: int) -> None:
         now = time.time()
+        last = read_progress(work)
+        # What had published was another training of the same.
+        earlier_device_s = last.device_s if last is not None and last.phase is not Phase.PUBLISHING else 0.0
         self._work = work
         self._ownership = ownership
-        self._progress = Progress(Phase.STARTING, started_at=now, updated_at=now)
+        self._progress = Progress(
+            Phase.STARTING, started_at=now, updated_at=now, devices=devices, earlier_device_s=earlier_device_s
+        )
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    @property
+    def earlier_device_s(self) -> float:
+        """Devices times seconds that the earlier starts of this training cost."""
+        return self._progress.earlier_device_s
 
     def __enter__(self) -> "ProgressWriter":
         self._write()

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,15 @@ from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.metrics import METRICS
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
 from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, read_hardware, write_failure
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a stage took: the seconds that its result is the work of, and devices times seconds of all its starts."""
+
+    duration_s: float
+    device_s: float
+
 
 _MIN_FREE_BYTES = 2**20
 
@@ -53,7 +63,7 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
             return Outcome.REUSED
         if ownership is not None:
             (frozen.work / FAILURE).unlink(missing_ok=True)
-        with ProgressWriter(frozen.work, ownership) as progress:
+        with ProgressWriter(frozen.work, ownership, frozen.tasks.total) as progress:
             return _attempt(frozen, progress, interruption, ownership)
     except StageInterrupted:
         return Outcome.INTERRUPTED
@@ -188,15 +198,16 @@ def _run_and_publish(
         tracker.summarise(result.metrics)
         if ownership is not None:
             progress.update(phase=Phase.PUBLISHING, activity="publishing")
-            duration_s = elapsed_before_s + time.monotonic() - started
-            tracker.log_artifact(_publish(frozen, output, result, duration_s, tracker.wandb_record, ownership))
+            here_s = time.monotonic() - started
+            spent = Spent(elapsed_before_s + here_s, progress.earlier_device_s + here_s * frozen.tasks.total)
+            tracker.log_artifact(_publish(frozen, output, result, spent, tracker.wandb_record, ownership))
 
 
 def _publish(
     frozen: FrozenStage,
     output: Path,
     result: StageResult,
-    duration_s: float,
+    spent: Spent,
     wandb_run: WandbRecord | None,
     ownership: Ownership,
 ) -> Artifact:
@@ -214,7 +225,8 @@ def _publish(
         code_version=code_version(),
         made_by_run=frozen.run,
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        duration_s=round(duration_s, 3),
+        duration_s=round(spent.duration_s, 3),
+        device_s=round(spent.device_s, 3),
         samples_seen=result.samples_seen,
         numbers=result.numbers,
         metrics=result.metrics,

@@ -42,6 +42,7 @@ class Manifest(Settings):
     made_by_run: str
     finished_at: str
     duration_s: float
+    device_s: float | None = None
     samples_seen: int
     numbers: dict[str, Any]
     metrics: dict[str, Any]

@@ -43,7 +43,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """The one counter, `samples_seen`, and what follows from it. Times are seconds since the epoch."""
+    """The one counter, `samples_seen`, and what follows from it. Times are seconds since the epoch.
+
+    `devices` is how many this start works on, and `earlier_device_s` what earlier starts cost, work that was lost too.
+    """
 
     phase: Phase
     samples_seen: int = 0
@@ -53,6 +56,13 @@ class Progress:
     activity: str = ""
     started_at: float = 0.0
     updated_at: float = 0.0
+    devices: int = 1
+    earlier_device_s: float = 0.0
+
+    @property
+    def device_s(self) -> float:
+        """Devices times seconds, of all starts up to `updated_at`."""
+        return self.earlier_device_s + max(0.0, self.updated_at - self.started_at) * self.devices
 
     @property
     def time_left_s(self) -> float | None:
