@@ -375,32 +375,3 @@ def _existing(location: list[str], values: Any, kind: str) -> list[str]:
 def stage_trainer(config: RunConfig, overrides: Mapping[str, Any], path: str) -> TrainerSettings:
     """The trainer settings of one stage: the run's, with the stage's own on top."""
     return validate(TrainerSettings, {**config.trainer.model_dump(), **overrides}, path)
-
-
-def largest_piece(share: int, limit: int | None) -> int:
-    """The largest number of samples that divides a device's share of the batch and is at most `limit`."""
-    return next(size for size in range(min(share, limit or share), 0, -1) if share % size == 0)
-
-
-def check_batch(global_batch_size: int, trainer: TrainerSettings, path: str) -> None:
-    """Refuse a global batch that the devices cannot share, or that micro-batches of the allowed size hardly make."""
-    devices, limit = trainer.world_size, trainer.micro_batch_size
-    if global_batch_size % devices:
-        raise UserError(
-            f"{path}.global_batch_size={global_batch_size} is not divisible by {devices} devices; "
-            f"use {_nearest_multiples(global_batch_size, devices)}"
-        )
-    share = global_batch_size // devices
-    if limit is None or 2 * largest_piece(share, limit) > min(share, limit):
-        return
-    larger = next(size for size in range(limit, share + 1) if share % size == 0)
-    raise UserError(
-        f"{path}.global_batch_size={global_batch_size} on {devices} devices is {share} samples each, of which "
-        f"micro_batch_size={limit} makes pieces of {largest_piece(share, limit)}; use micro_batch_size={larger}, or a "
-        f"global_batch_size of {_nearest_multiples(global_batch_size, devices * limit)}"
-    )
-
-
-def _nearest_multiples(value: int, divisor: int) -> str:
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below else f"{divisor}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from pipeline.data.shards import expand_shards
 from pipeline.errors import UserError
+from pipeline.workflow.batch_shape import nearest_multiples
 from pipeline.workflow.declaration import StageSettings
 from stages.settings import (
     ClipNetworkSettings,
@@ -34,7 +35,7 @@ def check_clip_network(network: ClipNetworkSettings, path: str) -> None:
     if network.image_size % network.patch_size:
         raise UserError(
             f"{path}.image_size {network.image_size} is not divisible by patch_size {network.patch_size}; "
-            f"use {_nearest_multiples(network.image_size, network.patch_size)}"
+            f"use {nearest_multiples(network.image_size, network.patch_size)}"
         )
     for tower, width, heads in (
         ("vision", network.vision_width, network.vision_heads),
@@ -43,7 +44,7 @@ def check_clip_network(network: ClipNetworkSettings, path: str) -> None:
         if width % heads:
             raise UserError(
                 f"{path}.{tower}_width {width} is not divisible by {tower}_heads {heads}; "
-                f"use a width of {_nearest_multiples(width, heads)}"
+                f"use a width of {nearest_multiples(width, heads)}"
             )
     if network.text_width != network.embed_dim:
         raise UserError(
@@ -70,19 +71,19 @@ def check_unet(
     if image_size % halvings:
         raise UserError(
             f"{size_path or path} {image_size} is not divisible by {halvings}, as the {levels} levels of "
-            f"{path}.channels need; use {_nearest_multiples(image_size, halvings)}, or fewer levels"
+            f"{path}.channels need; use {nearest_multiples(image_size, halvings)}, or fewer levels"
         )
     for level, (channels, attends) in enumerate(zip(network.channels, network.attention, strict=True)):
         if channels % network.norm_groups:
             raise UserError(
                 f"{path}.channels[{level}] {channels} is not divisible by norm_groups {network.norm_groups}; "
-                f"use {_nearest_multiples(channels, network.norm_groups)}"
+                f"use {nearest_multiples(channels, network.norm_groups)}"
             )
         middle_attends = context_length is not None and level == levels - 1
         if (attends or middle_attends) and channels % network.attention_head_dim:
             raise UserError(
                 f"{path}.channels[{level}] {channels} is not divisible by attention_head_dim "
-                f"{network.attention_head_dim}; use {_nearest_multiples(channels, network.attention_head_dim)}"
+                f"{network.attention_head_dim}; use {nearest_multiples(channels, network.attention_head_dim)}"
             )
         if context_length is None or not (attends or middle_attends):
             continue
@@ -113,7 +114,7 @@ def check_upsampler(settings: UpsamplerSettings, path: str) -> None:
         step = settings.high_size // math.gcd(settings.high_size, settings.low_size)
         raise UserError(
             f"{path}.crop_size {settings.crop_size} is no whole number of low-resolution pixels at "
-            f"{settings.low_size} -> {settings.high_size}; use {_nearest_multiples(settings.crop_size, step)}"
+            f"{settings.low_size} -> {settings.high_size}; use {nearest_multiples(settings.crop_size, step)}"
         )
     check_unet(settings.network, settings.high_size, f"{path}.network", f"{path}.high_size")
     check_unet(settings.network, settings.crop_size, f"{path}.network", f"{path}.crop_size")
@@ -136,11 +137,6 @@ def check_diffusion(schedule: ScheduleSettings, objective: ObjectiveSettings, sa
             f"{path}.sampler.steps {sampling_steps} is more than the schedule's {schedule.timesteps} timesteps; "
             f"use at most {schedule.timesteps}"
         )
-
-
-def _nearest_multiples(value: int, divisor: int) -> str:
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
 def check_workflow(stages: Mapping[str, StageSettings]) -> None:

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from pipeline.config import TrainerSettings, largest_piece
+from pipeline.config import TrainerSettings
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import evaluation_loader
@@ -20,6 +20,7 @@ from pipeline.training.context import StageContext
 from pipeline.training.measurements import TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.ranks import any_of_all_ranks, gather_objects
+from pipeline.workflow.batch_shape import largest_piece
 from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.picture_grid import save_grid

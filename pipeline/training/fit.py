@@ -7,7 +7,6 @@ from functools import partial
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 
-from pipeline.config import TrainerSettings, largest_piece
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
@@ -23,6 +22,7 @@ from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
 from pipeline.training.strategies.launcher import StageLauncher
 from pipeline.training.strategies.portable import PortableStrategy
+from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.progress import Failure, Phase, read_failure, write_failure
 
 
@@ -32,21 +32,6 @@ class FitResult:
 
     samples_seen: int
     metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """How a global batch is cut: `micro_batch_size` samples at once on each device, `accumulation` times per step."""
-
-    micro_batch_size: int
-    accumulation: int
-
-
-def shape_of_batch(global_batch_size: int, settings: TrainerSettings) -> BatchShape:
-    """The largest micro-batch that divides a device's share and does not exceed the allowed size."""
-    share = global_batch_size // settings.world_size
-    micro_batch_size = largest_piece(share, settings.micro_batch_size)
-    return BatchShape(micro_batch_size, share // micro_batch_size)
 
 
 def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> FitResult:

@@ -11,12 +11,12 @@ from pipeline.config import (
     Settings,
     TrainerSettings,
     TrainingStageSettings,
-    check_batch,
     stage_trainer,
     validate,
 )
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.batch_shape import check_batch
 from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, resolve
 from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage

@@ -9,10 +9,10 @@ from tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 from pipeline.config import Precision, StrategyName
 from pipeline.training.checkpoints import latest_checkpoint
-from pipeline.training.fit import BatchShape, shape_of_batch
 from pipeline.training.optimizer import learning_rate_factor
 from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import file_sha256
+from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.progress import Outcome, Phase, read_failure, read_progress
 
 
