@@ -112,7 +112,10 @@ def test_a_truncated_tar_keeps_the_samples_before_the_break(tmp_path: Path):
     assert index.shards[0].left_out == {"missing_caption": 1, "truncated": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no tar" * 100, gzip.compress(b"x" * 3000)])
+NO_TARS = {"empty": b"", "text": b"this is no tar" * 100, "gzip": gzip.compress(b"x" * 3000, mtime=0)}
+
+
+@pytest.mark.parametrize("content", NO_TARS.values(), ids=NO_TARS)
 def test_a_file_that_is_no_tar_is_refused_by_name(tmp_path: Path, content: bytes):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"data\.shards: .*/a\.tar is no uncompressed tar"):
