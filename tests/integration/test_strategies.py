@@ -120,7 +120,7 @@ class Tolerance:
     gradient_norm: float
 
 
-FLOAT32 = Tolerance(share=2e-3, elements=1e-3, rtol=1e-3, atol=1e-5, loss=1e-5, gradient_norm=1e-5)
+FLOAT32 = Tolerance(share=1e-2, elements=1e-3, rtol=1e-3, atol=1e-5, loss=1e-5, gradient_norm=1e-5)
 ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2e-3, gradient_norm=2e-2)
 
 
