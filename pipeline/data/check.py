@@ -10,7 +10,8 @@ from pathlib import Path
 from pipeline.data.decode import DecodeError, decode_rgb
 from pipeline.data.index import ShardIndex, SizeCheck, read_index
 from pipeline.data.reader import SampleReader
-from pipeline.data.shards import index_directory, is_url, local_shard, shard_names
+from pipeline.data.remote import local_shard
+from pipeline.data.shards import index_directory, is_url, shard_names
 from pipeline.data.walk import walk_shard
 from pipeline.errors import UserError
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.data.decode import DecodeError, DecodeFault
 from pipeline.data.index import ShardIndex
-from pipeline.data.shards import is_url, local_shard
+from pipeline.data.remote import local_shard
+from pipeline.data.shards import is_url
 from pipeline.errors import UserError
 
 _MAX_OPEN_SHARDS = 128

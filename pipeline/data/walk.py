@@ -12,7 +12,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, SizeCheck, concatenate, read_index, write_index
-from pipeline.data.shards import index_directory, is_url, local_shard, shard_names
+from pipeline.data.remote import local_shard
+from pipeline.data.shards import index_directory, is_url, shard_names
 from pipeline.data.summary import SUMMARY_FILE, ShardEntry
 from pipeline.errors import UserError
 

@@ -1,0 +1,118 @@
+"""Where the bytes of a shard are found: a local one where it lies, a remote one in the cache. Imports no torch."""
+
+import errno
+import os
+import re
+import shutil
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
+from uuid import uuid4
+
+from filelock import FileLock
+
+from pipeline.data.shards import is_url
+from pipeline.errors import UserError
+
+READ_ATTEMPTS = 5
+FIRST_WAIT_S = 1.0
+"""Doubled before every further attempt at a remote shard."""
+
+_LOCK = ".lock"
+_PARTIAL = ".partial"
+_CACHED = re.compile(r"^[0-9a-f]{16}-")
+
+
+def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None, expected_bytes: int | None = None) -> Path:
+    """Give a file with the shard's bytes: a local shard as it is, a remote one from the cache, streamed there once.
+
+    Several processes may ask for the same shard: one streams it, the others wait. A broken transfer leaves nothing.
+    Where the cache has grown past `cache_bytes`, the shards that were asked for the longest ago are removed; who has
+    one of them open goes on reading it. A transfer that does not give `expected_bytes` is a broken one.
+
+    Raises:
+        UserError: the remote shard cannot be read.
+    """
+    if not is_url(shard):
+        return Path(shard)
+    cached = cache_dir / _cache_name(shard)
+    if _is_kept(cached):
+        return cached
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cached.with_name(cached.name + _LOCK)):
+        if not _is_kept(cached):
+            _stream(shard, cached, expected_bytes)
+            if cache_bytes is not None:
+                _evict(cache_dir, cache_bytes, cached)
+    return cached
+
+
+def _is_kept(cached: Path) -> bool:
+    try:
+        os.utime(cached)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # somebody else's cache
+        return cached.exists()
+    return True
+
+
+def _evict(cache_dir: Path, cache_bytes: int, newest: Path) -> None:
+    found = []
+    for path in cache_dir.iterdir():
+        with suppress(FileNotFoundError):
+            # Only what is named like a cached shard: the directory may hold the user's own files too.
+            if _CACHED.match(path.name) and path.suffix not in (_LOCK, _PARTIAL) and path.is_file():
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= cache_bytes:
+            return
+        if path != newest:
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def _stream(url: str, target: Path, expected_bytes: int | None) -> None:
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+    retrying = Retrying(
+        stop=stop_after_attempt(READ_ATTEMPTS),
+        wait=wait_exponential(multiplier=FIRST_WAIT_S),
+        retry=retry_if_exception(lambda error: isinstance(error, OSError) and not _is_disk_full(error)),
+        reraise=True,
+    )
+    try:
+        retrying(_stream_once, url, target, expected_bytes)
+    except (OSError, ValueError) as error:
+        if _is_disk_full(error):
+            raise
+        raise UserError(
+            f"data.shards: {url} cannot be read after {READ_ATTEMPTS} attempts ({error}); check the URL and the network"
+        ) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _stream_once(url: str, target: Path, expected_bytes: int | None) -> None:
+    from webdataset.gopen import gopen  # imports torch: only who reads a remote shard pays for it
+
+    partial = target.with_name(f"{target.name}.{uuid4().hex}{_PARTIAL}")
+    try:
+        with gopen(url, "rb") as source, partial.open("wb") as copy:
+            shutil.copyfileobj(source, copy, length=1 << 20)
+        found = partial.stat().st_size
+        if expected_bytes not in (None, found):
+            raise OSError(f"{found} bytes, and {expected_bytes} when it was indexed")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cache_name(url: str) -> str:
+    base = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(urlparse(url).path).name)[-80:]
+    return f"{blake2b(url.encode(), digest_size=8).hexdigest()}-{base or 'shard'}"
