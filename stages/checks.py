@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping
 
 from pipeline.data.shards import expand_shards
+from pipeline.data.splits import check_batches_are_distinct
 from pipeline.errors import UserError
 from pipeline.workflow.batch_shape import nearest_multiples
 from pipeline.workflow.declaration import StageSettings
 from stages.settings import (
     ClipNetworkSettings,
     ClipSettings,
+    DataSettings,
     DecoderCondition,
     DecoderSettings,
     ObjectiveSettings,
@@ -22,6 +24,7 @@ from stages.settings import (
     UpsamplerSettings,
     WebDatasetSettings,
 )
+from stages.sources.registry import split_counts
 
 CLIP_EXTRA_CONTEXT_TOKENS = 4
 """Tokens that the image embedding adds to the caption's (unCLIP, section 2.1)."""
@@ -147,8 +150,8 @@ def check_workflow(stages: Mapping[str, StageSettings]) -> None:
     for name, stage in stages.items():
         path = f"stage.{name}"
         match stage.settings:
-            case PrepareSettings(data=WebDatasetSettings() as data):
-                expand_shards(data.shards, allow_shell_urls=data.allow_shell_urls)
+            case PrepareSettings(data=data):
+                _check_data(data, stages)
             case ClipSettings() as settings:
                 check_clip_network(settings.network, f"{path}.network")
                 if settings.max_samples == 0 and settings.checkpoint is None:
@@ -168,6 +171,20 @@ def check_workflow(stages: Mapping[str, StageSettings]) -> None:
                 check_diffusion(settings.schedule, settings.objective, settings.sampler.steps, path)
                 check_upsampler(settings, path)
     _check_chain(stages)
+
+
+def _check_data(data: DataSettings, stages: Mapping[str, StageSettings]) -> None:
+    """What is known of the data before it is prepared: that it is there, and enough for each stage."""
+    if isinstance(data, WebDatasetSettings):
+        expand_shards(data.parts, allow_shell_urls=data.allow_shell_urls)
+    counts = split_counts(data)
+    if counts is None:
+        return
+    for name, stage in stages.items():
+        if isinstance(stage.settings, ClipSettings) and stage.settings.max_samples:
+            check_batches_are_distinct(
+                counts.training, stage.settings.global_batch_size, f"stage.{name}.global_batch_size"
+            )
 
 
 def _check_condition(settings: DecoderSettings, kinds: set[str], path: str) -> None:

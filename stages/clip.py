@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.data.batch import ImageBatch, signed
 from pipeline.data.dataset import CaptionedImages
+from pipeline.data.order import epoch_samples
+from pipeline.data.splits import Split, check_batches_are_distinct
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -26,9 +28,8 @@ def run(context: StageContext) -> StageResult:
     clip = _initial_clip(settings)
     metrics, samples_seen = {}, 0
     if settings.max_samples > 0:
-        images = CaptionedImages(
-            context.input("data").path, settings.network.image_size, context.frozen.trainer.cache_mib
-        )
+        images = context.images(settings.network.image_size, context.frozen.trainer.cache_mib)
+        _check_batches(images, settings.global_batch_size, f"stage.{context.frozen.stage}.global_batch_size")
         result = fit(context, ClipModule(clip, settings), images)
         metrics, samples_seen = result.metrics, result.samples_seen
     if context.is_first_process:
@@ -37,8 +38,22 @@ def run(context: StageContext) -> StageResult:
         "embed_dim": settings.network.embed_dim,
         "context_length": settings.network.context_length,
         "image_size": settings.network.image_size,
+        "checkpoint": None if settings.checkpoint is None else settings.checkpoint.name,
     }
     return StageResult(numbers, metrics, samples_seen)
+
+
+def _check_batches(images: CaptionedImages, global_batch_size: int, key: str) -> None:
+    """Raise `UserError` where the loss would take a picture for its own negative, and say where it might."""
+    data = images.data
+    samples = epoch_samples(data.samples_in(Split.TRAIN), data.index.shard, data.mixture)
+    check_batches_are_distinct(samples, global_batch_size, key)
+    if max(data.mixture.weights) > 1:
+        print(
+            "warning: data.weights above 1 show a picture several times an epoch; two showings in one batch are each "
+            "other's negatives",
+            flush=True,
+        )
 
 
 def _initial_clip(settings: ClipSettings) -> ClipModel:

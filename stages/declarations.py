@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from pipeline.data.summary import index_identity
+from pipeline.data.place import ShardPlace
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.declaration import Arity, Better, Blocked, Catalog, Input, StageDeclaration
@@ -25,20 +25,30 @@ from stages.sources import webdataset
 
 
 def prepare_identity(settings: PrepareSettings) -> dict[str, Any]:
-    """Made data is its settings; the user's own shards are their index (names, sizes, counts), wherever they are."""
+    """Made data is its settings; the user's own shards are what is read of them, wherever they are."""
     counted = counted_settings(settings)
     if isinstance(settings.data, WebDatasetSettings):
         try:
-            summary = webdataset.summary(settings.data, settings.data.cache_dir)
+            summary = webdataset.summary(settings.data)
         except UserError as error:
             raise Blocked(str(error)) from error
-        counted["data"] |= {"shards": index_identity(summary)}
+        counted["data"] = {
+            "source": settings.data.source,
+            "split_key": settings.data.split_key,
+            "validation_fraction": settings.data.validation_fraction,
+            **webdataset.identity(settings.data, summary),
+        }
     return counted
+
+
+def prepare_place(settings: PrepareSettings) -> ShardPlace | None:
+    """Where this run finds the user's own shards, which the artifact refers to and does not hold."""
+    return webdataset.place_of(settings.data) if isinstance(settings.data, WebDatasetSettings) else None
 
 
 def clip_identity(settings: ClipSettings, stage: str = "clip") -> dict[str, Any]:
     """A checkpoint to start from counts by its contents, not by its path."""
-    counted = counted_settings(settings)
+    counted: dict[str, Any] = {**counted_settings(settings), "checkpoint": None}
     if settings.checkpoint is not None:
         try:
             counted["checkpoint"] = file_sha256(settings.checkpoint)
@@ -55,7 +65,12 @@ _RETRIEVAL = {"R@*": Better.HIGH}
 CATALOG = Catalog(
     stages={
         "prepare": StageDeclaration(
-            version=2, settings=PrepareSettings, run="stages.prepare:run", output="data", identity=prepare_identity
+            version=3,
+            settings=PrepareSettings,
+            run="stages.prepare:run",
+            output="data",
+            identity=prepare_identity,
+            place=prepare_place,
         ),
         "clip": StageDeclaration(
             version=2,

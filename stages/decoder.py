@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.prepared import PreparedData
@@ -40,7 +39,7 @@ def run(context: StageContext) -> StageResult:
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
-    images = CaptionedImages(context.input("data").path, settings.image_size, context.frozen.trainer.cache_mib)
+    images = context.images(settings.image_size, context.frozen.trainer.cache_mib)
     decoder = Decoder(settings.network, settings.image_size, clip.settings.embed_dim)
     _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))

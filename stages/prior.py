@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
@@ -37,7 +36,7 @@ def run(context: StageContext) -> StageResult:
     prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
     set_whitening(prior, embeddings.whitening)
     # The pictures themselves are not needed: the smallest size costs next to nothing to decode.
-    images = CaptionedImages(context.input("data").path, image_size=1, cache_mib=context.frozen.trainer.cache_mib)
+    images = context.images(1, context.frozen.trainer.cache_mib)
     result = fit(context, PriorModule(prior, settings, clip, embeddings), images)
     if context.is_first_process:
         save_weights(prior, context.output)

@@ -1,10 +1,11 @@
 """The settings of every stage, typed. Their defaults are in `conf/stage/` and `conf/model/`. Imports no torch."""
 
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import (
     RUNTIME,
@@ -56,6 +57,8 @@ class SamplerSettings(Settings):
     guidance_scale: NotNegativeFloat
 
 
+DEFAULT_CAPTION = "txt"
+
 # --- prepare ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,16 +94,48 @@ class EmojiSettings(SourceSettings):
 
 
 class WebDatasetSettings(SourceSettings):
-    """The user's own shards: a directory, a brace pattern, or URLs, as img2dataset writes them.
+    """The user's own shards: directories, brace patterns or URLs, as img2dataset writes them.
 
-    Remote shards are kept in `cache_dir` once they were read, at most `cache_gib` of them.
+    `weights` say how often an epoch shows the samples of each of `shards`. `caption` is the extension of the captions'
+    files, or `json:field`; `captions` are several of these, with the weights by which one is drawn at each showing.
+    `index_dir` is where the index is, if not beside the shards. Remote shards are kept in `cache_dir` once they were
+    read, at most `cache_gib` of them.
     """
 
     source: Literal["webdataset"]
-    shards: str | tuple[str, ...]
+    shards: Annotated[str | tuple[str, ...], RUNTIME]
+    weights: tuple[Annotated[Decimal, Field(gt=0, le=1000, allow_inf_nan=False)], ...] | None
+    caption: str
+    captions: dict[str, PositiveFloat] | None
+    index_dir: Annotated[Path | None, RUNTIME]
     allow_shell_urls: Annotated[bool, RUNTIME]
     cache_dir: Annotated[Path, RUNTIME]
     cache_gib: Annotated[PositiveFloat | None, RUNTIME]
+
+    @model_validator(mode="after")
+    def _is_said_once(self) -> Self:
+        if self.captions is not None and self.caption != DEFAULT_CAPTION:
+            raise ValueError(
+                f"caption={self.caption} and captions={self.captions} both say where captions are; set one of them"
+            )
+        if self.captions is not None and not self.captions:
+            raise ValueError("captions={} names none; give for example captions={txt: 1}")
+        if self.weights is not None and len(self.weights) != len(self.parts):
+            raise ValueError(
+                f"weights has {len(self.weights)} entries for {len(self.parts)} parts of shards; give one for each, as "
+                "in shards=[/data/a,/data/b] weights=[1,0.5]"
+            )
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The directories, patterns and URLs that `shards` names."""
+        return (self.shards,) if isinstance(self.shards, str) else self.shards
+
+    @property
+    def caption_weights(self) -> dict[str, float]:
+        """Where captions are, with weights."""
+        return self.captions if self.captions is not None else {self.caption: 1.0}
 
 
 DataSettings = Annotated[ScenesSettings | EmojiSettings | WebDatasetSettings, Field(discriminator="source")]
@@ -148,7 +183,7 @@ class ClipSettings(TrainingStageSettings):
 
     network: ClipNetworkSettings
     loss: ContrastiveLoss
-    checkpoint: Path | None
+    checkpoint: Annotated[Path | None, RUNTIME]  # counted by its contents
 
 
 class EmbedSettings(Settings):

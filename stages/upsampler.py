@@ -8,7 +8,6 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.splits import Split
@@ -32,7 +31,7 @@ MEASURED_PICTURES = 32
 def run(context: StageContext) -> StageResult:
     """Train on random crops of pictures and their degraded reductions; needs the pictures alone."""
     settings = context.settings_as(UpsamplerSettings)
-    images = CaptionedImages(context.input("data").path, settings.high_size, context.frozen.trainer.cache_mib)
+    images = context.images(settings.high_size, context.frozen.trainer.cache_mib)
     upsampler = build_upsampler(settings.network, settings.high_size)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     result = fit(context, UpsamplerModule(upsampler, settings, shown), images)

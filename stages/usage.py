@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 from pipeline.workflow.artifacts import Artifact
@@ -36,11 +35,11 @@ def exported(run: str, artifact: Artifact, caption: str) -> str:
 
 def clip_origin(artifact: Artifact) -> str:
     """The checkpoint that a CLIP was started from, whose licence goes with it."""
-    checkpoint = artifact.manifest.config.get("checkpoint")
+    checkpoint = artifact.numbers["checkpoint"]
     if checkpoint is None:
         return ""
     return (
-        f"`{artifact.manifest.stage}` was started from the open_clip checkpoint `{Path(checkpoint).name}`; its licence "
+        f"`{artifact.manifest.stage}` was started from the open_clip checkpoint `{checkpoint}`; its licence "
         "and its training data's are not known here, and hold for all that was made from it."
     )
 

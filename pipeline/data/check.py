@@ -1,18 +1,20 @@
 """Reads shards from end to end and says what in them cannot be used."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
+from pipeline.data.captions import CaptionSources
 from pipeline.data.decode import DecodeError, decode_rgb
-from pipeline.data.index import ShardIndex, SizeCheck, read_index
+from pipeline.data.index import ShardIndex
+from pipeline.data.location import open_index
+from pipeline.data.place import ShardPlace
 from pipeline.data.reader import SampleReader
 from pipeline.data.remote import local_shard
-from pipeline.data.shards import index_directory, is_url, shard_names
-from pipeline.data.walk import walk_shard
+from pipeline.data.summary import SizeCheck
+from pipeline.data.walk import is_the_same, walk_shard
 from pipeline.errors import UserError
 
 CHANGED = "changed_since_indexed"
@@ -28,38 +30,35 @@ class ShardReport:
     faults: Mapping[str, int]
 
 
-def check_shards(
-    shards: Sequence[str], cache_dir: Path, cache_bytes: int | None, workers: int
-) -> Iterator[ShardReport]:
-    """Walk, read and decode every sample of indexed shards (as `expand_shards` lists them), `workers` shards at once.
+def check_shards(place: ShardPlace, captions: CaptionSources, workers: int) -> Iterator[ShardReport]:
+    """Walk, read and decode every sample of indexed shards, `workers` shards at once.
 
     Raises:
         UserError: there is no index, or it lacks a shard.
     """
-    directory = index_directory(shards, cache_dir)
-    names = shard_names(shards, directory)
-    index = read_index(directory, size_check=SizeCheck.SKIP).select(names, str(directory))
+    index = open_index(place, size_check=SizeCheck.SKIP)
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(
-            partial(_check_shard, directory, cache_dir, cache_bytes), map(index.only, range(len(names)))
-        )
+        yield from pool.map(partial(_check_shard, place, captions), map(index.only, range(len(index.shards))))
 
 
-def _check_shard(directory: Path, cache_dir: Path, cache_bytes: int | None, index: ShardIndex) -> ShardReport:
+def _check_shard(place: ShardPlace, captions: CaptionSources, index: ShardIndex) -> ShardReport:
     (entry,) = index.shards
-    name = entry.name
     faults: Counter[str] = Counter(entry.left_out)
+    path = local_shard(entry.name, place.cache_dir, place.cache_bytes)
     try:
-        walked = walk_shard(local_shard(name, cache_dir, cache_bytes) if is_url(name) else directory / name, name)
+        walked = walk_shard(path, entry.name)
     except (UserError, OSError):
-        return ShardReport(name, entry.samples, {UNREADABLE: 1})
-    if walked.shards[0].digest != entry.digest:
-        return ShardReport(name, entry.samples, {CHANGED: 1})
-    reader = SampleReader(index, directory, cache_dir, cache_bytes)
+        return ShardReport(entry.name, entry.samples, {UNREADABLE: 1})
+    if not is_the_same(walked.shards[0], entry):
+        return ShardReport(entry.name, entry.samples, {CHANGED: 1})
+    reader = SampleReader(index.renamed([str(path)]), path.parent, place.cache_dir, captions=captions)
     for row in range(len(index)):
         try:
             reader.caption(row)
             decode_rgb(reader.image(row))
         except DecodeError as error:
             faults[error.fault.value] += 1
-    return ShardReport(name, entry.samples, dict(faults))
+        except UserError:
+            faults[CHANGED] += 1
+    reader.close()
+    return ShardReport(entry.name, entry.samples, dict(faults))

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.data.batch import ImageBatch
+from pipeline.data.captions import MAIN_CAPTION
 from pipeline.data.decode import DecodeError, DecodeFault
 from pipeline.data.mixing import purpose_key, sample_seed
+from pipeline.data.place import ShardPlace
 from pipeline.data.prepared import read_prepared
 from pipeline.data.splits import Split
 from pipeline.data.square import central_square
@@ -28,10 +30,14 @@ _MAX_REPLACEMENTS = 64
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What the order asks the data set for: a row of the index, and the seed of its draws in this epoch."""
+    """What the order asks the data set for: a row of the index, and the seed of its draws in this pass.
+
+    `caption_draw` in [0, 1) chooses among several captions.
+    """
 
     sample: int
     sample_seed: int
+    caption_draw: float = MAIN_CAPTION
 
 
 class CaptionedImages(Dataset[ImageBatch]):
@@ -44,8 +50,9 @@ class CaptionedImages(Dataset[ImageBatch]):
     read one and the same cache.
     """
 
-    def __init__(self, directory: Path, image_size: int, cache_mib: int = 0) -> None:
-        self.data = read_prepared(directory)
+    def __init__(self, directory: Path, image_size: int, cache_mib: int = 0, place: ShardPlace | None = None) -> None:
+        """`place` is where the shards are that do not lie in the artifact at `directory`."""
+        self.data = read_prepared(directory, place)
         self.image_size = image_size
         shape = (len(self.data.index), 3, image_size, image_size)
         # What is known of each sample: 0 nothing, 1 it is good, 2 + n it has the n-th fault.
@@ -67,7 +74,7 @@ class CaptionedImages(Dataset[ImageBatch]):
         rows, captions = [], []
         faults: Counter[DecodeFault] = Counter()
         for place, request in zip(image.numpy(), requests, strict=True):
-            row = self._show(request.sample, place, captions)
+            row = self._show(request, place, captions)
             rows.append(row)
             if row != request.sample:
                 faults[self._fault_of(request.sample)] += 1
@@ -89,12 +96,13 @@ class CaptionedImages(Dataset[ImageBatch]):
         # A spawned worker gets no cache: shared memory is inherited, not sent.
         return {**self.__dict__, "_status": self._status.copy(), "_pictures": None}
 
-    def _show(self, sample: int, place: NDArray[np.uint8], captions: list[str]) -> int:
+    def _show(self, request: SampleRequest, place: NDArray[np.uint8], captions: list[str]) -> int:
         """Put the sample's picture in its place and append its caption; give the row that is shown."""
+        sample = request.sample
         row = self._replacement.get(sample, sample)
         for attempt in range(_MAX_REPLACEMENTS):
             try:
-                caption = self._read(row, place)
+                caption = self._read(row, place, request.caption_draw)
             except DecodeError as error:
                 self._status[row] = _FIRST_FAULT + _FAULTS.index(error.fault)
                 row = self._candidate(sample, attempt)
@@ -106,17 +114,17 @@ class CaptionedImages(Dataset[ImageBatch]):
         index = self.data.index
         raise UserError(
             f"{index.shards[index.shard[sample]].name}: sample {index.key(sample)} and {_MAX_REPLACEMENTS} others of "
-            "its split cannot be decoded; replace that shard and run `unclip shards index` on it"
+            f"its split cannot be decoded; replace that shard and run `{self.data.reader.remedy}`"
         )
 
     def _fault_of(self, row: int) -> DecodeFault:
         return _FAULTS[self._status[row] - _FIRST_FAULT]
 
-    def _read(self, row: int, place: NDArray[np.uint8]) -> str:
+    def _read(self, row: int, place: NDArray[np.uint8], caption_draw: float) -> str:
         status = self._status[row]
         if status >= _FIRST_FAULT:
             raise DecodeError(self._fault_of(row))
-        caption = self.data.caption(row)
+        caption = self.data.caption(row, caption_draw)
         if self._pictures is not None and status == _GOOD:
             place[:] = self._pictures[row]
             return caption

@@ -23,6 +23,8 @@ class DecodeFault(StrEnum):
     EMPTY_CAPTION = "empty_caption"
     CAPTION_NOT_UTF8 = "caption_not_utf8"
     SHORT_READ = "short_read"
+    MISSING_CAPTION = "missing_caption"
+    CHANGED = "changed_since_indexed"
 
 
 class DecodeError(Exception):

@@ -10,11 +10,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, SampleRequest
-from pipeline.data.mixing import sample_seed
+from pipeline.data.mixing import sample_seed, uniform
 from pipeline.data.order import GlobalBatches
 from pipeline.data.prefetch import ShardPrefetch
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
+
+_CAPTION_DRAW = "caption of several"
+"""The purpose of the draw that chooses a caption."""
 
 
 class RankBatches(Sampler[list[SampleRequest]]):
@@ -70,9 +73,10 @@ class RankBatches(Sampler[list[SampleRequest]]):
             if self._prefetch is not None:
                 here, following = self._order.shards_after(k)
                 self._prefetch.want([*here, *following])
-            epoch, sample = self._order.batch(k)
-            seeds = sample_seed(self._seed, epoch, sample)
-            requests = list(map(SampleRequest, sample[mine].tolist(), seeds[mine].tolist()))
+            shown = self._order.batch(k)
+            sample, seeds = shown.sample[mine], sample_seed(self._seed, shown.number_of_pass, shown.sample)[mine]
+            draws = uniform(seeds, _CAPTION_DRAW)
+            requests = list(map(SampleRequest, sample.tolist(), seeds.tolist(), draws.tolist()))
             for start in range(0, self._share, self._micro_batch_size):
                 yield requests[start : start + self._micro_batch_size]
 
@@ -102,7 +106,7 @@ def training_loader(
         raise UserError(f"the split {split} has no samples; change data.validation_fraction or add samples")
     prefetch = ShardPrefetch(images.data.reader)
     batch_sampler = RankBatches(
-        GlobalBatches(rows, images.data.index.shard, seed, global_batch_size),
+        GlobalBatches(rows, images.data.index.shard, seed, global_batch_size, mixture=images.data.mixture),
         seed=seed,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -127,7 +131,7 @@ def evaluation_loader(
 ) -> DataLoader[ImageBatch]:
     """`limit` samples of a split (of every split where None) from its `first` on, in the order of the index.
 
-    They draw as in epoch 0.
+    They draw as in epoch 0, and of several captions the main one is taken.
 
     The last batch may be short; an empty split gives no batch.
     """

@@ -7,12 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.index import ShardIndex
-from pipeline.data.prepared import write_prepared
+from pipeline.data.indexing import index_shards, without_times
+from pipeline.data.prepared import SHARDS, write_prepared
 from pipeline.data.splits import Split
-from pipeline.data.walk import index_shards, without_times
 from pipeline.data.write import SourceSample, write_shards
-
-SHARDS = "shards"
 
 
 def make_prepared(
@@ -28,7 +26,7 @@ def make_prepared(
 
     shards = write_shards(directory / SHARDS, noting_splits(), shard_samples)
     names = [shard.name for shard in shards]
-    index = without_times(index_shards(names, directory / SHARDS, directory / SHARDS))
+    index = without_times(index_shards(names, directory / SHARDS))
     codes = np.array(splits, np.uint8)
-    write_prepared(directory, index=index, splits=codes, shards_root=directory / SHARDS)
+    write_prepared(directory, index=index, splits=codes)
     return index, codes

@@ -31,6 +31,12 @@ def purpose_key(purpose: str) -> int:
     return int.from_bytes(blake2b(purpose.encode(), digest_size=8, person=b"purpose").digest())
 
 
+def uniform(seeds: NDArray[np.int64], purpose: str) -> NDArray[np.float64]:
+    """Uniform in [0, 1), in steps of 2^-24, for the seeds of samples: what `SampleDraws.uniform` gives for them."""
+    state = mix(mix(seeds.view(np.uint64) ^ np.uint64(purpose_key(purpose))))
+    return (state >> np.uint64(40)).astype(np.float64) * 2.0**-24
+
+
 def named_seed(seed: int, name: str, number: int = 0) -> int:
     """A seed in [0, 2^63) for something that has a name and perhaps a number, such as a stage's initial weights."""
     state = mix(np.full(1, seed % 2**64, np.uint64))

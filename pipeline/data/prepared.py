@@ -1,34 +1,43 @@
-"""The data artifact: an index, each sample's split, and where the shards are. Imports no torch.
+"""The data artifact: an index, each sample's split, and where captions are read. Imports no torch.
 
-`shards_root` in `prepared.json` is relative to the artifact where the shards are in it (the artifact can be moved), and
-absolute where they are the user's own.
+Shards that were made lie in the artifact. The user's own do not: each run says where it finds them (`ShardPlace`), and
+the artifact names no place, so that data can move and others can use the artifact.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.captions import MAIN_CAPTION, TEXT, CaptionSources, parse_sources
 from pipeline.data.index import ShardIndex, read_index, write_index
+from pipeline.data.mixture import Mixture
+from pipeline.data.place import ShardPlace
 from pipeline.data.reader import SampleReader
 from pipeline.data.splits import Split
+from pipeline.data.summary import IndexSummary, SizeCheck, check_shard_sizes
 from pipeline.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+SHARDS = "shards"
+"""The directory of shards that were made."""
+
 _LAYOUT_FILE = "prepared.json"
 _SPLITS_FILE = "splits.npy"
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedData:
-    """Indexed samples with their splits; N samples."""
+    """Indexed samples with their splits; N samples. `mixture` says how often an epoch shows those of each source."""
 
     index: ShardIndex
     split_of_sample: NDArray[np.uint8]  # [N], codes of Split
     reader: SampleReader
+    mixture: Mixture
 
     def samples_in(self, split: Split | None) -> NDArray[np.int64]:
         """The rows of a split in the order of the index, int64; of every split where None."""
@@ -40,9 +49,9 @@ class PreparedData:
         """The split of a row."""
         return next(split for split in Split if split.code == self.split_of_sample[sample])
 
-    def caption(self, sample: int) -> str:
-        """The caption of a row."""
-        return self.reader.caption(sample)
+    def caption(self, sample: int, draw: float = MAIN_CAPTION) -> str:
+        """The caption of a row: of several, the one that a draw in [0, 1) chooses."""
+        return self.reader.caption(sample, draw)
 
     def attributes(self, sample: int) -> dict[str, Any]:
         """The JSON's fields of a row; empty where it has none."""
@@ -54,37 +63,33 @@ def write_prepared(
     *,
     index: ShardIndex,
     splits: NDArray[np.uint8],
-    shards_root: Path,
-    cache_dir: Path | None = None,
-    cache_bytes: int | None = None,
+    captions: CaptionSources = TEXT,
+    mixture: Mixture | None = None,
 ) -> None:
-    """Write the artifact's files.
-
-    `cache_dir` is where remote shards are kept (default: `cache` in the artifact), at most `cache_bytes` of them.
+    """Write the artifact's files. The shards are in `shards` beside them, or wherever a run says.
 
     Raises:
         UserError: no sample is in the training split.
     """
     if len(splits) != len(index):
         raise ValueError(f"{len(splits)} splits for {len(index)} samples")
-    if not (splits == Split.TRAIN.code).any():
-        raise UserError(
-            f"data.validation_fraction leaves none of {len(splits)} samples to train on; make it smaller or add samples"
-        )
-    write_index(directory, index)
+    write_index(directory, index.renamed([_file_name(shard.name) for shard in index.shards]))
     np.save(directory / _SPLITS_FILE, splits.astype(np.uint8), allow_pickle=False)
     layout = {
         "schema_version": SCHEMA_VERSION,
-        "shards_root": _relative(shards_root, directory),
-        "cache_dir": "cache" if cache_dir is None else _relative(cache_dir, directory),
-        "cache_bytes": cache_bytes,
         "samples": {split.value: int((splits == split.code).sum()) for split in Split},
+        "captions": captions.weights(),
+        "mixture": (mixture or Mixture.even(len(index.shards))).as_json(),
     }
     (directory / _LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
 
 
-def read_prepared(directory: Path) -> PreparedData:
-    """Open a data artifact.
+def _file_name(shard: str) -> str:
+    return PurePosixPath(shard.partition("?")[0]).name
+
+
+def read_prepared(directory: Path, place: ShardPlace | None = None) -> PreparedData:
+    """Open a data artifact whose shards are at a place, or in it.
 
     Raises:
         UserError: a file of it is missing or damaged, or a shard changed since.
@@ -93,19 +98,33 @@ def read_prepared(directory: Path) -> PreparedData:
         layout = json.loads((directory / _LAYOUT_FILE).read_text(encoding="utf-8"))
         if layout["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema {layout['schema_version']}, this version reads {SCHEMA_VERSION}")
-        root, cache_dir = directory / layout["shards_root"], directory / layout["cache_dir"]
-        cache_bytes = layout.get("cache_bytes")
+        captions = parse_sources(layout["captions"])
+        mixture = Mixture.of_json(layout["mixture"])
         splits = np.load(directory / _SPLITS_FILE, allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} is no data artifact ({error}); delete it and run `prepare` again") from error
-    index = read_index(directory, root=root)
+    index = read_index(directory, size_check=SizeCheck.SKIP)
     if splits.shape != (len(index),):
         raise UserError(
             f"{directory}: {len(splits)} splits for {len(index)} samples; delete it and run `prepare` again"
         )
-    return PreparedData(index=index, split_of_sample=splits, reader=SampleReader(index, root, cache_dir, cache_bytes))
+    if place is None:
+        root = directory / SHARDS
+        reader = SampleReader(index, root, directory / "cache", captions=captions)
+    else:
+        index = index.renamed(_places(index, place))
+        reader = SampleReader(
+            index, Path("/"), place.cache_dir, place.cache_bytes, captions, remedy=place.index_command
+        )
+    check_shard_sizes(IndexSummary(index.shards, ""), reader.root, reader.remedy)
+    return PreparedData(index, splits, reader, mixture)
 
 
-def _relative(path: Path, directory: Path) -> str:
-    path, directory = path.absolute(), directory.absolute()
-    return str(path.relative_to(directory)) if path.is_relative_to(directory) else str(path)
+def _places(index: ShardIndex, place: ShardPlace) -> Sequence[str]:
+    shards = place.expand()
+    if len(shards) != len(index.shards):
+        raise UserError(
+            f"data.shards names {len(shards)} shards now, and {len(index.shards)} when this run was planned; put them "
+            "back, or run the same command again"
+        )
+    return shards

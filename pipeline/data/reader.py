@@ -1,20 +1,23 @@
 """Reads samples at their byte offsets; nothing is read to be skipped. Imports no torch."""
 
-import json
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.captions import JSON, MAIN_CAPTION, TEXT, CaptionSources, parse_attributes
 from pipeline.data.decode import DecodeError, DecodeFault
-from pipeline.data.index import ShardIndex
+from pipeline.data.index import ABSENT, Members, ShardIndex
 from pipeline.data.remote import local_shard
 from pipeline.data.shards import is_url
+from pipeline.data.summary import index_command
+from pipeline.data.tar import BLOCK, member_digest, parse_header
 from pipeline.errors import UserError
 
 _MAX_OPEN_SHARDS = 128
 _OPEN_ATTEMPTS = 3
+_NAME_BYTES = 80
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,27 @@ class RawSample:
 class SampleReader:
     """Reads the rows of an index whose local shards lie under `root`; remote ones are streamed to `cache_dir`.
 
+    Whatever is read is what was indexed: each member is compared, with its header, with the digest in the index.
     The cache keeps to `cache_bytes` where that is given.
     Files stay open, the last 128 of them. `pread` carries its own position, so that forked loader workers can share
     them; a pickled reader opens its own.
     """
 
-    def __init__(self, index: ShardIndex, root: Path, cache_dir: Path, cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        root: Path,
+        cache_dir: Path,
+        cache_bytes: int | None = None,
+        captions: CaptionSources = TEXT,
+        remedy: str | None = None,
+    ) -> None:
         self.index = index
         self.root = root
         self.cache_dir = cache_dir
         self.cache_bytes = cache_bytes
+        self.captions = captions
+        self.remedy = remedy or index_command(root)
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read(self, sample: int) -> RawSample:
@@ -47,32 +61,41 @@ class SampleReader:
         return RawSample(self.index.key(sample), self.image(sample), self.caption(sample), self.attributes(sample))
 
     def image(self, sample: int) -> bytes:
-        """The encoded picture."""
-        index = self.index
-        return self._read(sample, int(index.image_offset[sample]), int(index.image_size[sample]))
+        """The encoded picture.
 
-    def caption(self, sample: int) -> str:
-        """The caption without surrounding white space; raises DecodeError where nothing is left or it is not UTF-8."""
-        index = self.index
-        content = self._read(sample, int(index.caption_offset[sample]), int(index.caption_size[sample]))
-        try:
-            caption = content.decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise DecodeError(DecodeFault.CAPTION_NOT_UTF8, str(error)) from error
-        if not caption:
-            raise DecodeError(DecodeFault.EMPTY_CAPTION)
-        return caption
+        Raises:
+            DecodeError: it is not the picture that was indexed, as a disk can damage it.
+            UserError: as `text`.
+        """
+        content = self._read(sample, self.index.image)
+        if content is None:
+            raise DecodeError(DecodeFault.CHANGED, self.index.key(sample))
+        return content
+
+    def text(self, sample: int, extension: str) -> bytes | None:
+        """A text of the sample; None where it has none of that extension.
+
+        Raises:
+            UserError: the shard holds something else there than what was indexed.
+        """
+        members = self.index.texts.get(extension)
+        if members is None or members.offset[sample] == ABSENT:
+            return None
+        content = self._read(sample, members)
+        if content is None:
+            raise self._changed(sample)
+        return content
+
+    def caption(self, sample: int, draw: float = MAIN_CAPTION) -> str:
+        """The caption that a draw in [0, 1) chooses, without surrounding white space; raises DecodeError for none."""
+        extensions = self.captions.extensions
+        found = {extension: self.text(sample, extension) for extension in extensions}
+        return self.captions.choose({name: text for name, text in found.items() if text is not None}, draw)
 
     def attributes(self, sample: int) -> dict[str, Any] | None:
         """The JSON's fields; None where there is no JSON or it holds no object."""
-        index = self.index
-        if index.json_offset[sample] < 0:
-            return None
-        try:
-            content = json.loads(self._read(sample, int(index.json_offset[sample]), int(index.json_size[sample])))
-        except ValueError:
-            return None
-        return content if isinstance(content, dict) else None
+        content = self.text(sample, JSON)
+        return None if content is None else parse_attributes(content)
 
     def fetch(self, shard: int) -> Path:
         """A file with the shard's bytes, by its number in the index; streams a remote one that is not in the cache."""
@@ -92,11 +115,39 @@ class SampleReader:
     def __del__(self) -> None:
         self.close()
 
-    def _read(self, sample: int, offset: int, size: int) -> bytes:
-        content = os.pread(self._descriptor(int(self.index.shard[sample])), size, offset)
-        if len(content) != size:
-            raise DecodeError(DecodeFault.SHORT_READ, f"{len(content)} of {size} bytes of {self.index.key(sample)}")
-        return content
+    def _read(self, sample: int, members: Members) -> bytes | None:
+        """A member's content; None where it is another one under the header that was indexed.
+
+        Raises:
+            DecodeError: the shard ends before.
+            UserError: another header stands there than the one that was indexed.
+        """
+        offset, size = int(members.offset[sample]), int(members.size[sample])
+        found = os.pread(self._descriptor(int(self.index.shard[sample])), BLOCK + size, offset - BLOCK)
+        if len(found) != BLOCK + size:
+            detail = f"{len(found)} of {BLOCK + size} bytes of {self.index.key(sample)}"
+            raise DecodeError(DecodeFault.SHORT_READ, detail)
+        header, content = found[:BLOCK], found[BLOCK:]
+        if member_digest(header, content) == members.digest[sample]:
+            return content
+        if not self._is_header_of(sample, header, size):
+            raise self._changed(sample)
+        return None
+
+    def _is_header_of(self, sample: int, block: bytes, size: int) -> bool:
+        header = parse_header(block)
+        if header is None or header.size != size:
+            return False
+        key = self.index.key(sample)
+        # Long names and those of other alphabets stand in a header of their own.
+        return len(key) > _NAME_BYTES or not key.isascii() or header.name.startswith(f"{key}.".encode())
+
+    def _changed(self, sample: int) -> UserError:
+        shard = self.index.shards[self.index.shard[sample]]
+        return UserError(
+            f"data.shards: {shard.name} holds something else at sample {self.index.key(sample)} than when it was "
+            f"indexed; put the shard back, or run `{self.remedy}`"
+        )
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._open:

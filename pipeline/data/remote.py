@@ -48,6 +48,12 @@ def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None, exp
     return cached
 
 
+def forget(shard: str, cache_dir: Path) -> None:
+    """Drop the copy of a remote shard, so that the next reader fetches it anew."""
+    if is_url(shard):
+        (cache_dir / _cache_name(shard)).unlink(missing_ok=True)
+
+
 def _is_kept(cached: Path) -> bool:
     try:
         os.utime(cached)

@@ -18,6 +18,7 @@ REMOTE_SCHEMES = frozenset({"http", "https", "hf", "gs", "htgs", "ais", "sftp", 
 SHELL_SCHEMES = frozenset({"pipe"})
 """What webdataset's `gopen` hands to a shell."""
 
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -44,12 +45,23 @@ def expand_shards(shards: str | Sequence[str], *, allow_shell_urls: bool) -> lis
     return expanded
 
 
+def shard_parent(shard: str) -> str:
+    """The directory of a local shard (absolute), or what stands before the last part of a URL."""
+    if not is_url(shard):
+        return str(Path(shard).parent)
+    scheme = _scheme(shard)
+    return f"{scheme}:" if scheme in SHELL_SCHEMES else shard.rpartition("/")[0]
+
+
 def index_directory(shards: Sequence[str], cache_dir: Path) -> Path:
-    """Where the index of these shards belongs: beside them, or in the cache where they share no local directory."""
-    parents = {None if is_url(shard) else Path(shard).parent for shard in shards}
-    if len(parents) == 1 and (parent := parents.pop()) is not None:
-        return parent
-    digest = blake2b("\n".join(shards).encode(), digest_size=8).hexdigest()
+    """Where the index of shards with one parent belongs: beside them, or in the cache where they are remote."""
+    parent = shard_parent(shards[0])
+    return index_in_cache(parent, cache_dir) if is_url(parent) else Path(parent)
+
+
+def index_in_cache(parent: str, cache_dir: Path) -> Path:
+    """The place in the cache for the index of what has this parent."""
+    digest = blake2b(parent.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     return cache_dir / f"index-{digest}"
 
 
@@ -94,10 +106,30 @@ def _expand_part(part: str, allow_shell_urls: bool) -> list[str]:
 
 
 def _tars_in(directory: Path) -> list[str]:
-    tars = sorted(str(path.absolute()) for path in directory.glob("*.tar") if path.is_file())
+    tars = sorted(str(path.absolute()) for path in directory.glob("*.tar") if _is_shard(path))
     if not tars:
-        raise UserError(f"data.shards: {directory} holds no *.tar; give the directory that holds the shards")
+        beside = passed_over(directory)
+        found = f" ({', '.join(f'{count} {what}' for what, count in beside.items())})" if beside else ""
+        raise UserError(f"data.shards: {directory} holds no *.tar{found}; give the directory that holds the shards")
     return tars
+
+
+def _is_shard(path: Path) -> bool:
+    # macOS puts `._00000.tar` beside `00000.tar` on foreign disks.
+    return path.is_file() and not path.name.startswith("._")
+
+
+def passed_over(directory: Path) -> dict[str, int]:
+    """What a directory of shards holds beside them that somebody may take for shards, by what it is."""
+    compressed = [path for path in directory.iterdir() if path.name.lower().endswith(_COMPRESSED)]
+    apple = [path for path in directory.glob("._*.tar") if path.is_file()]
+    below = [path for path in directory.glob("*/**/*.tar") if _is_shard(path)]
+    counts = {
+        "compressed tars, which cannot be read from the middle: unpack them": len(compressed),
+        "AppleDouble files ._*.tar, which macOS adds": len(apple),
+        "tars in sub-directories: name those directories too": len(below),
+    }
+    return {what: count for what, count in counts.items() if count}
 
 
 def _check_scheme(shard: str, allow_shell_urls: bool) -> None:

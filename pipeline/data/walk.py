@@ -1,210 +1,229 @@
-"""Makes the shard index by reading tar headers alone; nothing is extracted."""
+"""Walks one shard: groups its members into samples, and says what is none. Imports no torch."""
 
-import tarfile
+import mmap
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, cast
 
 import numpy as np
 
-from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, SizeCheck, concatenate, read_index, write_index
-from pipeline.data.remote import local_shard
-from pipeline.data.shards import index_directory, is_url, shard_names
-from pipeline.data.summary import SUMMARY_FILE, ShardEntry
+from pipeline.data.index import ABSENT, IMAGE_EXTENSIONS, Members, ShardIndex
+from pipeline.data.shards import is_url
+from pipeline.data.summary import PICTURES, ShardContents, ShardEntry
+from pipeline.data.tar import Damage, Member, read_members
 from pipeline.errors import UserError
 
 
-class _Digest(Protocol):
-    def update(self, content: bytes, /) -> None: ...
-
-
 class LeftOut(StrEnum):
-    """Why something in a shard is not a sample of the index."""
+    """Why a sample is not in the index. `Damage` and `NotAFile` say what else can be wrong with a shard."""
 
     MISSING_CAPTION = "missing_caption"
     MISSING_IMAGE = "missing_image"
     DUPLICATE_KEY = "duplicate_key"
-    TRUNCATED = "truncated"
+    DOTTED_KEY = "dotted_key"
 
 
-def update_index(shards: Sequence[str], cache_dir: Path, cache_bytes: int | None = None) -> tuple[Path, ShardIndex]:
-    """Write the index of these shards (as `expand_shards` lists them), walking only what is new or changed.
+class Skipped(StrEnum):
+    """What is no sample, and is not meant to be one."""
 
-    Returns:
-        The directory of the index, and the part of the index that describes `shards`. An index that is already there
-        keeps the other shards that it describes.
-
-    Raises:
-        UserError: a shard is no tar, or no sample is complete.
-    """
-    directory = index_directory(shards, cache_dir)
-    names = shard_names(shards, directory)
-    previous = _previous(directory)
-    index = index_shards(names, directory, cache_dir, previous, cache_bytes)
-    others = [] if previous is None else _others(previous, set(names), directory)
-    try:
-        write_index(directory, concatenate([index, *others]))
-    except OSError as error:
-        raise UserError(f"the index cannot be written to {directory} ({error}); make the directory writable") from error
-    return directory, index
+    APPLE_DOUBLE = "apple_double"
+    METADATA = "metadata"
+    NO_KEY = "no_key"
+    FURTHER_TEXT = "further_text"
 
 
-def index_shards(
-    names: Sequence[str],
-    root: Path,
-    cache_dir: Path,
-    previous: ShardIndex | None = None,
-    cache_bytes: int | None = None,
-) -> ShardIndex:
-    """Index shards (names relative to `root`, absolute paths, URLs), reusing what `previous` knows of unchanged ones.
+MAX_TEXTS = 16
+"""So many kinds of text are indexed of a shard, the most frequent ones."""
 
-    Raises:
-        UserError: a shard is no tar, or no sample in any of them is complete.
-    """
-    known = {} if previous is None else {shard.name: number for number, shard in enumerate(previous.shards)}
-    parts = []
-    for name in names:
-        number = known.get(name)
-        if previous is not None and number is not None and _is_unchanged(previous.shards[number], root):
-            parts.append(previous.only(number))
-        else:
-            parts.append(walk_shard(local_shard(name, cache_dir, cache_bytes) if is_url(name) else root / name, name))
-    index = concatenate(parts)
-    if len(index) == 0:
-        left_out = sum((Counter(shard.left_out) for shard in index.shards), Counter())
-        found = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "no files"
-        raise UserError(
-            f"data.shards: no complete sample in {len(names)} shard(s), such as {names[0]} ({found}); "
-            f"a sample needs key.txt beside key.{'|'.join(IMAGE_EXTENSIONS)}"
-        )
-    return index
+MAX_TEXT_BYTES = 2**20
+"""What is larger is no caption."""
+
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+"""A key and its extension, as webdataset tells them apart: at the first dot of the base name."""
+
+_METADATA = re.compile(r"__[^/]*__($|/)")
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
+
+_Place = tuple[int, int, int]
+"""The offset, the size and the digest of a member."""
+
+
+@dataclass
+class _Sample:
+    key: str
+    files: dict[str, _Place] = field(default_factory=dict)
 
 
 def walk_shard(path: Path, name: str) -> ShardIndex:
     """Index one tar as the shard `name`. Members are grouped into samples as webdataset does.
 
-    Files that follow each other and share all up to the first dot of their base name are one sample. A tar that breaks
-    off keeps the samples before the break.
+    Files that follow each other and share all up to the first dot of their base name are one sample. What is damaged
+    costs itself alone; the shard's entry counts it by reason.
 
     Raises:
         UserError: the file is no tar, or a compressed one.
     """
-    from webdataset.tariterators import group_by_keys  # imports torch: only who walks shards pays for it
+    with path.open("rb") as file:
+        status = path.stat()
+        if status.st_size == 0:
+            raise _no_tar(path, "it is empty")
+        with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as content:
+            content.madvise(mmap.MADV_SEQUENTIAL)
+            with memoryview(content) as archive:
+                samples, left_out, skipped = _read_samples(archive, path)
+    texts = Counter(extension for sample in samples for extension in sample.files if _is_text(extension))
+    for extension, count in texts.most_common()[MAX_TEXTS:]:
+        skipped[Skipped.FURTHER_TEXT] += count
+        del texts[extension]
+    return _index_of(
+        samples,
+        sorted(texts),
+        ShardEntry(
+            name=name,
+            bytes=status.st_size,
+            mtime_ns=0 if is_url(name) else status.st_mtime_ns,
+            samples=len(samples),
+            contents={},
+            left_out=dict(sorted(left_out.items())),
+            skipped=dict(sorted(skipped.items())),
+        ),
+    )
 
+
+def _read_samples(archive: memoryview, path: Path) -> tuple[list[_Sample], Counter[str], Counter[str]]:
     left_out: Counter[str] = Counter()
-    digest = sha256()
-    rows: list[dict[str, Any]] = []
-
-    def count_repeated_file(_error: Exception) -> bool:
-        left_out[LeftOut.DUPLICATE_KEY] += 1
-        return True
-
+    skipped: Counter[str] = Counter()
+    samples: list[_Sample] = []
     keys: set[str] = set()
-    members = _members(path, digest, left_out)
-    for sample in group_by_keys(members, handler=count_repeated_file):
-        key = sample["__key__"]
-        extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
-        if key in keys:
-            left_out[LeftOut.DUPLICATE_KEY] += 1
-        elif extension is None:
-            left_out[LeftOut.MISSING_IMAGE] += 1
-        elif "txt" not in sample:
-            left_out[LeftOut.MISSING_CAPTION] += 1
+    for sample in _grouped(archive, path, left_out, skipped):
+        reason = _reason_against(sample, keys)
+        if reason is None:
+            keys.add(sample.key)
+            samples.append(sample)
         else:
-            keys.add(key)
-            rows.append({"key": key, "extension": extension, **sample})
-    status = path.stat()
-    entry = ShardEntry(
-        name=name,
-        bytes=status.st_size,
-        mtime_ns=0 if is_url(name) else status.st_mtime_ns,
-        samples=len(rows),
-        digest=digest.hexdigest(),
-        left_out=dict(sorted(left_out.items())),
-    )
-    return _index_of(entry, rows)
+            left_out[reason] += _dotted_pictures(sample) if reason is LeftOut.DOTTED_KEY else 1
+    return samples, left_out, skipped
 
 
-def _members(path: Path, digest: _Digest, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Yield regular files as `group_by_keys` takes them, with (offset, size) in place of the content."""
-    try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; opening fails in its own way
-    except tarfile.TarError as error:
-        raise UserError(
-            f"data.shards: {path} is no uncompressed tar ({error}); give tars as img2dataset writes them"
-        ) from None
-    end = path.stat().st_size
-    with tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.TarError:
-                left_out[LeftOut.TRUNCATED] += 1
-                return
-            if member is None:
-                return
-            cast(Any, tar).members.clear()  # tarfile would keep every header
-            if not member.isreg() or member.name.startswith("__"):
-                continue
-            if member.offset_data + member.size > end:
-                left_out[LeftOut.TRUNCATED] += 1
-                return
-            digest.update(f"{member.name}\0{member.offset_data}\0{member.size}\n".encode(errors="surrogateescape"))
-            yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": None}
+def _grouped(archive: memoryview, path: Path, left_out: Counter[str], skipped: Counter[str]) -> Iterator[_Sample]:
+    sample: _Sample | None = None
+    found_any = False
+    for found in read_members(archive):
+        if not isinstance(found, Member):
+            if isinstance(found, Damage) and not found_any and found in (Damage.DAMAGED_HEADER, Damage.TRUNCATED):
+                _refuse_what_is_no_tar(archive, path)
+            left_out[found] += 1
+            continue
+        found_any = True
+        reason = _reason_to_skip(found.name)
+        match = None if reason else _KEY.match(found.name)
+        if match is None:
+            skipped[reason or Skipped.NO_KEY] += 1
+            continue
+        key, extension = match[1], match[2].lower()
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            sample = _Sample(key)
+        if extension in sample.files:
+            left_out[LeftOut.DUPLICATE_KEY] += 1
+        elif found.size <= MAX_TEXT_BYTES or not _is_text(extension):
+            sample.files[extension] = (found.offset, found.size, found.digest)
+    if sample is not None:
+        yield sample
 
 
-def _index_of(entry: ShardEntry, rows: list[dict[str, Any]]) -> ShardIndex:
-    keys = [row["key"].encode(errors="replace") for row in rows]
-    image = np.array([row[row["extension"]] for row in rows], np.int64).reshape(-1, 2)
-    caption = np.array([row["txt"] for row in rows], np.int64).reshape(-1, 2)
-    json = np.array([row.get("json", (-1, 0)) for row in rows], np.int64).reshape(-1, 2)
+def _reason_to_skip(name: str) -> Skipped | None:
+    base = name.rpartition("/")[2]
+    if base.startswith("._"):
+        return Skipped.APPLE_DOUBLE
+    if base.startswith("."):
+        return Skipped.NO_KEY
+    return Skipped.METADATA if _METADATA.match(name) else None
+
+
+def _reason_against(sample: _Sample, keys: set[str]) -> LeftOut | None:
+    if sample.key in keys:
+        return LeftOut.DUPLICATE_KEY
+    if not any(map(_is_picture, sample.files)):
+        return LeftOut.DOTTED_KEY if _dotted_pictures(sample) else LeftOut.MISSING_IMAGE
+    return None if any(map(_is_text, sample.files)) else LeftOut.MISSING_CAPTION
+
+
+def _dotted_pictures(sample: _Sample) -> int:
+    """Split at its first dot, `photo.1.jpg` is the file `1.jpg` of the sample `photo`."""
+    return sum(not _is_picture(extension) and not _is_text(extension) for extension in sample.files)
+
+
+def _is_picture(extension: str) -> bool:
+    return extension in IMAGE_EXTENSIONS
+
+
+def _is_text(extension: str) -> bool:
+    return extension.rpartition(".")[2] not in IMAGE_EXTENSIONS
+
+
+def _refuse_what_is_no_tar(archive: memoryview, path: Path) -> None:
+    """Raise `UserError` where an archive begins with no header and has none anywhere."""
+    if any(isinstance(found, Member) for found in read_members(archive)):
+        return
+    beginning = bytes(archive[:8])
+    kind = next((name for magic, name in _COMPRESSED.items() if beginning.startswith(magic)), None)
+    raise _no_tar(path, f"it is compressed by {kind}" if kind else "no header of a tar is in it")
+
+
+def _no_tar(path: Path, why: str) -> UserError:
+    return UserError(f"data.shards: {path} is no uncompressed tar ({why}); give tars as img2dataset writes them")
+
+
+def _index_of(samples: Sequence[_Sample], texts: Sequence[str], entry: ShardEntry) -> ShardIndex:
+    keys = [sample.key.encode(errors="replace") for sample in samples]
+    extensions = [next(each for each in IMAGE_EXTENSIONS if each in sample.files) for sample in samples]
+    codes = [IMAGE_EXTENSIONS.index(extension) for extension in extensions]
+    pictures = _members([sample.files[extension] for sample, extension in zip(samples, extensions, strict=True)])
+    members = {text: _members([sample.files.get(text, (ABSENT, 0, 0)) for sample in samples]) for text in texts}
+    key_offset = np.cumsum([0, *map(len, keys)], dtype=np.int64)
+    key_bytes = np.frombuffer(b"".join(keys), np.uint8)
+    image_extension = np.array(codes, np.uint8)
+    contents = {PICTURES: ShardContents(len(samples), _digest(pictures, key_offset, key_bytes, image_extension))}
+    contents |= {name: ShardContents(int(each.is_present.sum()), _digest(each)) for name, each in members.items()}
     return ShardIndex(
-        shards=(entry,),
-        shard=np.zeros(len(rows), np.int32),
-        image_offset=image[:, 0].copy(),
-        image_size=image[:, 1].copy(),
-        image_extension=np.array([IMAGE_EXTENSIONS.index(row["extension"]) for row in rows], np.uint8),
-        caption_offset=caption[:, 0].copy(),
-        caption_size=caption[:, 1].copy(),
-        json_offset=json[:, 0].copy(),
-        json_size=json[:, 1].copy(),
-        key_bytes=np.frombuffer(b"".join(keys), np.uint8),
-        key_offset=np.cumsum([0, *map(len, keys)], dtype=np.int64),
+        shards=(replace(entry, contents=contents),),
+        shard=np.zeros(len(samples), np.int32),
+        image=pictures,
+        image_extension=image_extension,
+        texts=members,
+        key_bytes=key_bytes,
+        key_offset=key_offset,
     )
 
 
-def without_times(index: ShardIndex) -> ShardIndex:
-    """The index with no modification times, so that the same shards written again give the same index."""
-    return replace(index, shards=tuple(replace(shard, mtime_ns=0) for shard in index.shards))
+def _members(places: Sequence[_Place]) -> Members:
+    offset, size, digest = zip(*places, strict=True) if places else ((), (), ())
+    return Members(np.array(offset, np.int64), np.array(size, np.int64), np.array(digest, np.uint64))
 
 
-def _previous(directory: Path) -> ShardIndex | None:
-    if not (directory / SUMMARY_FILE).exists():
-        return None
-    try:
-        return read_index(directory, size_check=SizeCheck.SKIP)
-    except UserError:
-        return None  # a damaged index is made anew
+def _digest(members: Members, *more: np.ndarray) -> str:
+    """SHA-256 over where a kind of content lies and what it is."""
+    digest = sha256()
+    for array in (members.offset, members.size, members.digest, *more):
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).data)
+    return digest.hexdigest()
 
 
-def _others(previous: ShardIndex, names: set[str], root: Path) -> list[ShardIndex]:
-    return [
-        previous.only(number)
-        for number, shard in enumerate(previous.shards)
-        if shard.name not in names and _is_unchanged(shard, root)
-    ]
-
-
-def _is_unchanged(shard: ShardEntry, root: Path) -> bool:
-    """A URL tells nothing cheaply: what is indexed of it stands until the index is deleted."""
-    if is_url(shard.name):
-        return True
-    try:
-        status = (root / shard.name).stat()
-    except OSError:
-        return False
-    return status.st_size == shard.bytes and status.st_mtime_ns == shard.mtime_ns
+def is_the_same(walked: ShardEntry, indexed: ShardEntry) -> bool:
+    """Whether a shard holds what was indexed of it, at the same places; when it was written does not matter."""
+    return (walked.bytes, walked.contents, walked.left_out) == (indexed.bytes, indexed.contents, indexed.left_out)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config import Settings
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.place import ShardPlace
 from pipeline.errors import StageInterrupted
 from pipeline.training.processes import process_rank
 from pipeline.training.tracking import Tracker
@@ -131,6 +133,12 @@ class StageContext:
     def optional_input(self, name: str) -> Artifact | None:
         """The artifact behind an input that a workflow may lack."""
         return next(iter(self.inputs[name]), None)
+
+    def images(self, image_size: int, cache_mib: int = 0) -> CaptionedImages:
+        """The pictures of the input `data`, wherever this run finds its shards, of one size."""
+        (reference,) = self.frozen.inputs["data"]
+        place = None if reference.place is None else ShardPlace.model_validate(reference.place)
+        return CaptionedImages(self.input("data").path, image_size, cache_mib, place)
 
     def step(self, samples_seen: int, max_samples: int, activity: str = "") -> None:
         """Report progress of work that is no training, and stop here if asked to."""

@@ -22,6 +22,7 @@ from pipeline.training.tracking import Tracker
 from pipeline.training.tracking.wandb_record import WandbRecord
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
+from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.metrics import METRICS
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
@@ -221,7 +222,7 @@ def _publish(
         fingerprint=frozen.fingerprint,
         identity=frozen.identity,
         inputs={name: [each.fingerprint for each in found] for name, found in frozen.inputs.items()},
-        config=frozen.settings,
+        config=counted_settings(frozen.read_settings()),
         code_version=code_version(),
         made_by_run=frozen.run,
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

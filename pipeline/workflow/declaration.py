@@ -41,6 +41,8 @@ class StageDeclaration:
     `identity` turns settings into what counts in the fingerprint, for settings that point to files outside the project.
     A `repeatable` output may have several producers in a workflow (two upsamplers).
     `better` says which way final metrics improve, by shell patterns of their names; a report marks the best of those.
+    `place` turns settings into what a consumer must be told of where this run keeps what the output refers to and does
+    not hold, such as the user's own shards; it is no part of what the output is.
     `usage` names a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
     the output, `origin` one (artifact) -> Markdown that says what of others' work it was made from, "" for none.
     """
@@ -53,6 +55,7 @@ class StageDeclaration:
     repeatable: bool = False
     identity: Callable[[Any], dict[str, Any]] | None = None
     better: Mapping[str, Better] = field(default_factory=dict)
+    place: Callable[[Any], Settings | None] | None = None
     usage: str | None = None
     origin: str | None = None
 

@@ -16,10 +16,14 @@ StageKey = tuple[str, str]
 
 
 class ArtifactReference(Settings):
-    """An artifact by stage and fingerprint."""
+    """An artifact by stage and fingerprint.
+
+    `place` says where this run keeps what the artifact refers to and does not hold.
+    """
 
     stage: str
     fingerprint: str
+    place: dict[str, Any] | None = None
 
 
 class FrozenStage(Settings):

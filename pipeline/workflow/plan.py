@@ -37,7 +37,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a plan. A blocked stage has no fingerprint and no frozen form."""
+    """One stage of a plan. A blocked stage has no fingerprint and no frozen form.
+
+    `place` says where this run keeps what the stage's output refers to and does not hold.
+    """
 
     name: str
     kind: str
@@ -45,6 +48,7 @@ class PlannedStage:
     reason: str
     upstream: tuple[str, ...]
     frozen: FrozenStage | None = None
+    place: dict[str, Any] | None = None
 
     @property
     def fingerprint(self) -> str | None:
@@ -151,7 +155,10 @@ def _plan_stage(
     except Blocked as reason:
         return blocked(str(reason))
     references = {
-        name: [ArtifactReference(stage=each, fingerprint=planned[each].fingerprint or "") for each in producers]
+        name: [
+            ArtifactReference(stage=each, fingerprint=planned[each].fingerprint or "", place=planned[each].place)
+            for each in producers
+        ]
         for name, producers in node.inputs.items()
     }
     input_fingerprints = {name: [each.fingerprint for each in found] for name, found in references.items()}
@@ -172,7 +179,10 @@ def _plan_stage(
         overrides=list(overrides),
     )
     action, reason = _decide(node, frozen, planned, store)
-    return PlannedStage(node.name, node.stage.kind, action, reason, upstream, frozen)
+    place = node.declaration.place(node.stage.settings) if node.declaration.place else None
+    return PlannedStage(
+        node.name, node.stage.kind, action, reason, upstream, frozen, place.model_dump(mode="json") if place else None
+    )
 
 
 def _identity(node: Node, trainer: TrainerSettings, config: RunConfig) -> dict[str, Any]:

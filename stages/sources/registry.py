@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from pipeline.data.splits import Split
+from pipeline.data.splits import Split, SplitCounts
 from pipeline.data.write import SourceSample
-from stages.settings import EmojiSettings, ScenesSettings
+from stages.settings import DataSettings, EmojiSettings, ScenesSettings, WebDatasetSettings
 
 
 def make_samples(settings: ScenesSettings | EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
@@ -22,3 +22,22 @@ def make_samples(settings: ScenesSettings | EmojiSettings) -> Iterator[tuple[Sou
             from stages.sources import emoji  # loads the names of 5,000 emoji
 
             return emoji.samples(settings)
+
+
+def split_counts(settings: DataSettings) -> SplitCounts | None:
+    """The samples of each split, where they can be told before the data is prepared.
+
+    Raises:
+        UserError: a split is too small to train or to measure on.
+    """
+    match settings:
+        case WebDatasetSettings():
+            from stages.sources import webdataset
+
+            return webdataset.split_counts(settings)
+        case ScenesSettings():
+            from stages.sources import scenes
+
+            return scenes.split_counts(settings)
+        case EmojiSettings():
+            return None

@@ -12,11 +12,11 @@ from itertools import product
 
 from PIL import Image
 
-from pipeline.data.splits import Split
+from pipeline.data.splits import Split, SplitCounts, check_split_sizes, split_position
 from pipeline.data.write import SourceSample
 from stages.settings import ScenesSettings
 from stages.sources.scene_drawing import Background, Colour, Position, Scene, SceneObject, Shape, Size, draw
-from stages.sources.split_keys import split_of_sample
+from stages.sources.split_keys import SAMPLE_KEY, split_of_sample
 
 LICENCE = (
     "The pictures and captions of data=scenes are drawn and written by this project's code, and nobody else has rights "
@@ -91,13 +91,31 @@ def samples(settings: ScenesSettings) -> Iterator[tuple[SourceSample, Split]]:
         objects = 2 if rng.random() < settings.two_objects_share else 1
         scene = random_scene(rng, objects, SEEN_PAIRS)
         wording = _random_wording(rng, objects)
-        sample = draw_sample(f"scene-{number:08d}", scene, settings.image_size, rng, *wording)
+        sample = draw_sample(_key(number), scene, settings.image_size, rng, *wording)
         yield sample, split_of_sample(sample, settings)
     for number in range(settings.unseen_samples):
         rng = random.Random(f"unseen/{settings.seed}/{number}")
         scene = random_scene(rng, 1, UNSEEN_PAIRS)
         # What is held out is held out to be measured: its captions leave nothing open.
         yield draw_sample(f"unseen-{number:08d}", scene, settings.image_size, rng), Split.UNSEEN
+
+
+def split_counts(settings: ScenesSettings) -> SplitCounts | None:
+    """The samples of each split; None where what is drawn decides.
+
+    Raises:
+        UserError: a split is too small to train or to measure on.
+    """
+    if settings.split_key != SAMPLE_KEY:
+        return None
+    positions = [split_position(_key(number)) for number in range(settings.samples)]
+    check_split_sizes(positions, settings.validation_fraction)
+    held_out = sum(position < settings.validation_fraction for position in positions)
+    return SplitCounts(settings.samples - held_out, held_out)
+
+
+def _key(number: int) -> str:
+    return f"scene-{number:08d}"
 
 
 def random_scene(rng: random.Random, objects: int, pairs: Collection[Pair]) -> Scene:

@@ -1,0 +1,253 @@
+"""Makes and keeps the indices of shards: all cores, and nothing that was walked is walked again. Imports no torch."""
+
+import errno
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, concatenate, read_index, write_index
+from pipeline.data.location import ShardGroup, group_shards
+from pipeline.data.place import ShardPlace, place_of
+from pipeline.data.reasons import EXPLANATIONS
+from pipeline.data.remote import forget, local_shard
+from pipeline.data.shards import is_url
+from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, SizeCheck
+from pipeline.data.walk import walk_shard
+from pipeline.errors import UserError
+
+SAVE_EVERY_S = 30.0
+"""What was walked is written down so often, for an indexing that is killed."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class IndexProgress:
+    """How far an indexing is. Shards that were known and have not changed count as done."""
+
+    shards: int
+    shards_done: int
+    samples: int
+
+
+Report = Callable[[IndexProgress], None]
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """An index that was written: its directory, what it says of the shards, and those that were refused, with why."""
+
+    directory: Path
+    index: ShardIndex | None
+    refused: tuple[str, ...]
+
+
+def update_index(shards: Sequence[str], cache_dir: Path, cache_bytes: int | None = None) -> tuple[Path, ShardIndex]:
+    """Index shards of one directory (as `expand_shards` lists them) in this process.
+
+    Returns:
+        The directory of the index, and the part of it that describes `shards`.
+
+    Raises:
+        UserError: a shard is no tar, or no sample is complete.
+    """
+    place = place_of(shards, cache_dir).model_copy(
+        update={"allow_shell_urls": True, "cache_gib": None if cache_bytes is None else cache_bytes / 2**30}
+    )
+    (indexed,) = index_place(place, workers=1)
+    if indexed.refused:
+        raise UserError(indexed.refused[0])
+    assert indexed.index is not None, "shards that are not refused are indexed"
+    return indexed.directory, indexed.index
+
+
+def index_place(
+    place: ShardPlace, workers: int, report: Report = lambda _: None, *, again: bool = False
+) -> list[Indexed]:
+    """Write the index of each directory of the shards, walking only what is new or changed, or all of it `again`.
+
+    An index that is already there keeps the other shards that it describes. What was walked is kept when the work stops
+    or a shard is refused.
+
+    Raises:
+        UserError: the index can be written nowhere, or no sample of all is complete.
+    """
+    indexed = [_index_group(group, place, workers, report, again) for group in group_shards(place)]
+    if not any(each.refused for each in indexed):
+        _require_samples([each.index for each in indexed if each.index is not None])
+    return indexed
+
+
+def index_shards(names: Sequence[str], root: Path) -> ShardIndex:
+    """Index local shards by their names under `root` in this process, and write nothing.
+
+    Raises:
+        UserError: a shard is no tar, or no sample in any of them is complete.
+    """
+    index = concatenate([walk_shard(root / name, name) for name in names])
+    _require_samples([index])
+    return index
+
+
+def without_times(index: ShardIndex) -> ShardIndex:
+    """The index with no modification times, so that the same shards written again give the same index."""
+    return replace(index, shards=tuple(replace(shard, mtime_ns=0) for shard in index.shards))
+
+
+def _require_samples(indices: Sequence[ShardIndex]) -> None:
+    shards = tuple(shard for index in indices for shard in index.shards)
+    summary = IndexSummary(shards, "")
+    if summary.samples:
+        return
+    counts = (summary.left_out + summary.skipped).most_common()
+    found = "; ".join(f"{count} {reason}: {EXPLANATIONS[reason]}" for reason, count in counts)
+    raise UserError(
+        f"data.shards: no complete sample in {len(shards)} shard(s), such as {shards[0].name} ({found or 'no files'}); "
+        f"a sample needs a text such as key.txt beside key.{'|'.join(IMAGE_EXTENSIONS)}"
+    )
+
+
+def _index_group(group: ShardGroup, place: ShardPlace, workers: int, report: Report, again: bool) -> Indexed:
+    work = _Work(group, place, again)
+    try:
+        for done in work.run(workers):
+            report(done)
+    finally:
+        work.save()
+    return Indexed(work.directory, work.index_of_group(), tuple(work.refused))
+
+
+class _Work:
+    """The indexing of one directory: what is done of it, and where it is kept."""
+
+    def __init__(self, group: ShardGroup, place: ShardPlace, again: bool) -> None:
+        self.directory = group.candidates[0]
+        self.refused: list[str] = []
+        self._group = group
+        self._place = place
+        self._again = again
+        self._parts: dict[str, ShardIndex] = {}
+        self._others: dict[str, ShardIndex] = {}
+        self._saved_at = time.monotonic()
+        self._is_saved = False
+        for previous in _previous(group):
+            for number, shard in enumerate(previous.shards):
+                if not _is_unchanged(shard, group.root):
+                    continue
+                if shard.name not in group.names:
+                    self._others.setdefault(shard.name, previous.only(number))
+                elif not again:
+                    self._parts.setdefault(shard.name, previous.only(number))
+
+    def run(self, workers: int) -> Iterator[IndexProgress]:
+        """Walk what is not known, several shards at once."""
+        todo = [
+            (name, shard)
+            for name, shard in zip(self._group.names, self._group.shards, strict=True)
+            if name not in self._parts
+        ]
+        yield self._progress()
+        if workers == 1 or len(todo) < 2:
+            for name, shard in todo:
+                self._take(name, lambda name=name, shard=shard: _walk(shard, name, self._place, self._again))
+                yield self._progress()
+            return
+        with _pool(min(workers, len(todo))) as pool:
+            futures = {pool.submit(_walk, shard, name, self._place, self._again): name for name, shard in todo}
+            pending: set[Future[ShardIndex]] = set(futures)
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    self._take(futures[future], future.result)
+                if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+                    self.save()
+                yield self._progress()
+
+    def _take(self, name: str, result: Callable[[], ShardIndex]) -> None:
+        try:
+            self._parts[name] = result()
+            self._is_saved = False
+        except UserError as error:
+            self.refused.append(str(error))
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process that walked shards was killed, perhaps for its memory; the shards that were walked are "
+                f"kept: run `{self._place.index_command} --workers 1`"
+            ) from None
+
+    def _progress(self) -> IndexProgress:
+        return IndexProgress(
+            len(self._group.names), len(self._parts) + len(self.refused), sum(map(len, self._parts.values()))
+        )
+
+    def index_of_group(self) -> ShardIndex | None:
+        """The shards of the group that are indexed, in their order; None for none."""
+        parts = [self._parts[name] for name in self._group.names if name in self._parts]
+        return concatenate(parts) if parts else None
+
+    def save(self) -> None:
+        """Write down what is walked, beside the shards or where that is not possible, in the next place."""
+        index = self.index_of_group()
+        if index is None or self._is_saved:
+            return
+        self.directory = _write(self._group, concatenate([index, *self._others.values()]))
+        self._saved_at, self._is_saved = time.monotonic(), True
+
+
+def _write(group: ShardGroup, index: ShardIndex) -> Path:
+    refusals = []
+    for directory in group.candidates:
+        try:
+            write_index(directory, index)
+            return directory
+        except OSError as error:
+            if error.errno in _FULL:
+                raise UserError(
+                    f"no space is left for the index in {directory}; free some, or put it elsewhere with --index DIR "
+                    "(and data.index_dir=DIR)"
+                ) from error
+            if error.errno not in _NOT_WRITABLE and not isinstance(error, NotADirectoryError | FileExistsError):
+                raise
+            refusals.append(f"{directory} ({error.strerror})")
+    raise UserError(
+        f"the index cannot be written to {' nor to '.join(refusals)}; give another place with --index DIR "
+        "(and data.index_dir=DIR)"
+    )
+
+
+def _walk(shard: str, name: str, place: ShardPlace, again: bool) -> ShardIndex:
+    if again:
+        forget(shard, place.cache_dir)
+    return walk_shard(local_shard(shard, place.cache_dir, place.cache_bytes), name)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    pool = ProcessPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _previous(group: ShardGroup) -> Iterator[ShardIndex]:
+    for directory in group.candidates:
+        if (directory / SUMMARY_FILE).exists():
+            with suppress(UserError):  # a damaged index is made anew
+                yield read_index(directory, size_check=SizeCheck.SKIP)
+
+
+def _is_unchanged(shard: ShardEntry, root: Path) -> bool:
+    """A URL tells nothing cheaply: what is indexed of it stands until it is indexed again with --again."""
+    if is_url(shard.name):
+        return True
+    try:
+        status = (root / shard.name).stat()
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (shard.bytes, shard.mtime_ns)
