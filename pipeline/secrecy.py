@@ -22,6 +22,8 @@ _HEADER = re.compile(
 )
 _LOGIN = re.compile(rf"(?<![\w-])(?P<name>-u|--user|--proxy-user)[ =]?{_GIVEN}[^\s:]+:{_GIVEN}")
 _USER = re.compile(r"\b(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<user>[^/\s@?#:]*)(?P<password>:[^/\s@?#]*)?@", re.IGNORECASE)
+# Secrets of S3 hold slashes, and neither buckets nor ports put a colon there: a secret may run on to any @.
+_OBJECT_LOGIN = re.compile(r"\bs3://(?!arn:)[^/\s@?#:]*:\S*@", re.IGNORECASE)
 _QUERY = re.compile(rf"[?&](?P<name>[^=&\s#]+)={_GIVEN}")
 _PARAMETER = re.compile(r"^(?:sig|auth|.*access_?id)$", re.IGNORECASE)
 _LOGIN_SCHEMES = ("scp", "sftp", "ssh")
@@ -84,6 +86,8 @@ def _in_url(text: str) -> str | None:
     for match in _USER.finditer(text):
         if match["password"] or match["scheme"].lower() not in _LOGIN_SCHEMES:
             return "the login of a URL"
+    if _OBJECT_LOGIN.search(text):
+        return "the login of a URL"
     if "://" in text:
         for match in _QUERY.finditer(text):
             if SECRET_NAME.search(match["name"]) or _PARAMETER.match(match["name"]):

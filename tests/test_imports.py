@@ -143,6 +143,7 @@ def test_nothing_below_the_stages_imports_a_stage():
         (("deepspeed",), "pipeline/training/strategies/zero.py"),
         (("open_clip",), "stages/models/clip.py"),
         (("webdataset",), "pipeline/data/"),
+        (("s3fs", "fsspec", "aiobotocore", "botocore", "boto3"), "pipeline/data/s3.py"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

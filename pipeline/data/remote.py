@@ -12,7 +12,8 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from pipeline.data.shards import is_url
+from pipeline.data.s3 import fetch_object
+from pipeline.data.shards import is_s3, is_url
 from pipeline.errors import UserError
 
 READ_ATTEMPTS = 5
@@ -32,7 +33,8 @@ def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None, exp
     one of them open goes on reading it. A transfer that does not give `expected_bytes` is a broken one.
 
     Raises:
-        UserError: the remote shard cannot be read.
+        UserError: the remote shard cannot be read, at once where no further attempt can mend it.
+        OSError: the disk is full.
     """
     if not is_url(shard):
         return Path(shard)
@@ -105,18 +107,30 @@ def _is_disk_full(error: BaseException) -> bool:
 
 
 def _stream_once(url: str, target: Path, expected_bytes: int | None) -> None:
-    from webdataset.gopen import gopen  # imports torch: only who reads a remote shard pays for it
-
     partial = target.with_name(f"{target.name}.{uuid4().hex}{_PARTIAL}")
     try:
-        with gopen(url, "rb") as source, partial.open("wb") as copy:
-            shutil.copyfileobj(source, copy, length=1 << 20)
+        if is_s3(url):
+            fetch_object(url, partial)
+        else:
+            _copy_opened(url, partial)
         found = partial.stat().st_size
         if expected_bytes not in (None, found):
+            if is_s3(url):  # which says how long an object is, so that a transfer that breaks off is seen before
+                raise UserError(
+                    f"data.shards: {url} has {found} bytes, and {expected_bytes} when it was indexed; put it back, or "
+                    "delete the index and run `unclip shards index`"
+                )
             raise OSError(f"{found} bytes, and {expected_bytes} when it was indexed")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _copy_opened(url: str, target: Path) -> None:
+    from webdataset.gopen import gopen  # imports torch: only who reads such a shard pays for it
+
+    with gopen(url, "rb") as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, length=1 << 20)
 
 
 def _cache_name(url: str) -> str:

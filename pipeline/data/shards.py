@@ -15,10 +15,15 @@ from pipeline.errors import UserError
 REMOTE_SCHEMES = frozenset({"http", "https", "hf", "gs", "htgs", "ais", "sftp", "ftps", "scp"})
 """What webdataset's `gopen` opens with an argument list, that is without a shell."""
 
+OBJECT_SCHEMES = frozenset({"s3"})
+"""What fsspec opens."""
+
 SHELL_SCHEMES = frozenset({"pipe"})
 """What webdataset's `gopen` hands to a shell."""
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_OBJECT = re.compile(r"^s3://[^/]+/", re.IGNORECASE)
+_LOGIN = re.compile(r"^s3:/*(?!arn:)[^/]*[:@]", re.IGNORECASE)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -27,10 +32,16 @@ def is_url(shard: str) -> bool:
     return _scheme(shard) is not None
 
 
+def is_s3(shard: str) -> bool:
+    """Tell an object of S3 from other remote shards."""
+    return _scheme(shard) in OBJECT_SCHEMES
+
+
 def expand_shards(shards: str | Sequence[str], *, allow_shell_urls: bool) -> list[str]:
     """List the shards that `data.shards` stands for: local paths (absolute) and URLs, in a fixed order.
 
     Each part is a directory (all its `*.tar`), a path, a URL, or a brace pattern of either (`part-{0000..0099}.tar`).
+    A directory of S3 is a URL that ends in a slash; its listing is the one look that is taken at the network.
 
     Raises:
         UserError: a path does not exist, a directory holds no tar, or a URL is of a kind that is not opened.
@@ -102,7 +113,19 @@ def _expand_part(part: str, allow_shell_urls: bool) -> list[str]:
             f"data.shards: {missing[0]} does not exist ({len(missing)} of {len(names)} missing); "
             "give a directory of tars, a path, a URL or a brace pattern"
         )
-    return [name if is_url(name) else str(Path(name).expanduser().absolute()) for name in names]
+    return [shard for name in names for shard in _expand_name(name)]
+
+
+def _expand_name(name: str) -> list[str]:
+    if not is_url(name):
+        return [str(Path(name).expanduser().absolute())]
+    if not name.endswith("/"):
+        return [name]
+    if not is_s3(name):
+        raise UserError(f"data.shards: {name} cannot be listed; name its shards, as in {name}{{0000..0099}}.tar")
+    from pipeline.data.s3 import list_tars
+
+    return list_tars(name)
 
 
 def _tars_in(directory: Path) -> list[str]:
@@ -136,11 +159,21 @@ def _check_scheme(shard: str, allow_shell_urls: bool) -> None:
     scheme = _scheme(shard)
     if scheme is None or scheme in REMOTE_SCHEMES:
         return
+    if scheme in OBJECT_SCHEMES:
+        _check_object(shard)
+        return
     if scheme in SHELL_SCHEMES:
         if not allow_shell_urls:
             raise UserError(
                 f"data.shards: {shard} would run a shell command; set data.allow_shell_urls=true if you trust it"
             )
         return
-    known = ", ".join(sorted(REMOTE_SCHEMES))
+    known = ", ".join(sorted(REMOTE_SCHEMES | OBJECT_SCHEMES))
     raise UserError(f"data.shards: {shard} has the scheme {scheme}, which is not opened; use a path or one of {known}")
+
+
+def _check_object(shard: str) -> None:
+    if _LOGIN.match(shard):  # not repeated: the names of shards are written down
+        raise UserError("data.shards: an s3:// URL holds a login; give it by the environment (AWS_*), see AWS_PROFILE")
+    if not _OBJECT.match(shard):
+        raise UserError(f"data.shards: {shard} names no object; write s3://bucket/path/{{0000..0099}}.tar")

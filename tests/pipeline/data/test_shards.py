@@ -29,6 +29,21 @@ def test_a_brace_pattern_of_a_url_is_spelled_out_without_a_look_at_the_network()
     assert expanded == [f"https://example.org/{number:02d}.tar" for number in range(3)]
 
 
+@pytest.mark.parametrize(
+    "bucket", ["bucket", "arn:aws:s3:us-east-1:123456789012:accesspoint/mine"], ids=["bucket", "access point"]
+)
+def test_objects_are_spelled_out_without_a_look_at_the_network(bucket: str):
+    expanded = expand_shards(f"s3://{bucket}/a/{{00..01}}.tar", allow_shell_urls=False)
+    assert expanded == [f"s3://{bucket}/a/{number:02d}.tar" for number in range(2)]
+
+
+@pytest.mark.parametrize("login", ["me:s3cr3t@", "me:s3/cr3t@", "s3cr3t@"])
+def test_a_login_in_the_url_of_an_object_is_refused_and_not_repeated(login: str):
+    with pytest.raises(UserError, match="give it by the environment") as failure:
+        expand_shards(f"s3://{login}bucket/0.tar", allow_shell_urls=False)
+    assert "cr3t" not in str(failure.value)
+
+
 def test_a_file_url_is_a_path(shards: Path):
     assert expand_shards(f"file://{shards}/a.tar", allow_shell_urls=False) == [str(shards / "a.tar")]
 
@@ -42,7 +57,10 @@ def test_a_file_url_is_a_path(shards: Path):
         ("pipe:cat a.tar", r"data\.shards: pipe:cat a\.tar would run a shell command; set data\.allow_shell_urls=true"),
         ("PIPE:cat a.tar", r"data\.shards: .* would run a shell command"),
         ("{pipe,http}:cat", r"data\.shards"),
-        ("s3://bucket/a.tar", r"data\.shards: .* scheme s3, which is not opened"),
+        ("az://bucket/a.tar", r"data\.shards: .* scheme az, which is not opened; .* s3"),
+        ("s3://bucket", r"data\.shards: s3://bucket names no object; write s3://bucket/path/\{0000\.\.0099\}\.tar"),
+        ("s3:bucket/a.tar", r"data\.shards: s3:bucket/a\.tar names no object"),
+        ("https://host/{a,b}/", r"data\.shards: https://host/a/ cannot be listed; .* https://host/a/\{0000\.\.0099\}"),
         ((), r"data\.shards names no shard"),
         (("https://a/0.tar", "https://a/0.tar"), r"data\.shards names https://a/0\.tar more than once"),
     ],
