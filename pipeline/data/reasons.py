@@ -9,6 +9,7 @@ EXPLANATIONS: Mapping[str, str] = {
     "zeroed_block": "zeros stand where a header should; reading went on at the next one",
     "behind_end_mark": "something stands behind the end of the archive, as where two were joined; it was read too",
     "no_end_mark": "the archive ends without its mark: it was cut off, or its writer leaves the mark out",
+    "missing_bytes": "a member runs into the next one, since bytes of it are missing",
     "unreadable_shard": "the shard is no tar, or is gone",
     "changed_since_indexed": "this is not what was indexed; index again if it is right",
     # Members that are no files.

@@ -100,14 +100,14 @@ def _expand_part(part: str, allow_shell_urls: bool) -> list[str]:
     if scheme == "file":
         part = url2pathname(urlparse(part).path)
     elif scheme is None and Path(part).expanduser().is_dir():
-        return _tars_in(Path(part).expanduser())
+        return _expand_name(part)
     try:
         names = list(braceexpand.braceexpand(part))
     except ValueError:
         raise UserError(f"data.shards: {part} has a brace without its pair; write part-{{0000..0099}}.tar") from None
     for name in names:
         _check_scheme(name, allow_shell_urls)
-    missing = [name for name in names if not is_url(name) and not Path(name).expanduser().is_file()]
+    missing = [name for name in names if not is_url(name) and not Path(name).expanduser().exists()]
     if missing:
         raise UserError(
             f"data.shards: {missing[0]} does not exist ({len(missing)} of {len(names)} missing); "
@@ -118,7 +118,8 @@ def _expand_part(part: str, allow_shell_urls: bool) -> list[str]:
 
 def _expand_name(name: str) -> list[str]:
     if not is_url(name):
-        return [str(Path(name).expanduser().absolute())]
+        path = Path(name).expanduser()
+        return _tars_in(path) if path.is_dir() else [str(path.absolute())]
     if not name.endswith("/"):
         return [name]
     if not is_s3(name):

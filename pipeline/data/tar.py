@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 BLOCK = 512
 """Headers are one block long, and contents are filled up to whole blocks."""
@@ -24,6 +26,7 @@ class Damage(StrEnum):
     ZEROED_BLOCK = "zeroed_block"
     BEHIND_END_MARK = "behind_end_mark"
     NO_END_MARK = "no_end_mark"
+    MISSING_BYTES = "missing_bytes"
 
 
 class NotAFile(StrEnum):
@@ -59,6 +62,9 @@ _NOT_ZERO = re.compile(rb"[^\0]")
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 _TELLING = re.compile(rb"path=|size=|GNU\.sparse\.")
 _ADLER_MODULUS = 65521
+
+_ARCHIVE = ".tar"
+"""Such a member may hold headers."""
 
 _REGULAR = (b"0", b"\0", b"7")
 _DIRECTORY = b"5"
@@ -112,15 +118,18 @@ def read_members(archive: memoryview) -> Iterator[Member | Damage | NotAFile]:
     end = len(archive)
     offset = 0
     pending: dict[bytes, bytes] = {}
-    held: Member | None = None  # given out when the header behind it shows that it ends where it should
+    held: Member | None = None  # given out when what is behind it shows that it ends where it should
+    headers = _headers_on_grid(archive)
+    grid = iter(headers)
+    next_on_grid = next(grid, end)
     while True:
         block = bytes(archive[offset : offset + BLOCK])
         header = parse_header(block) if len(block) == BLOCK and block != _ZERO_BLOCK else None
         if header is None:
             # Where not even a broken header stands, the content before it is not what its header says.
-            is_broken = block.strip(b"\0") and len(block) == BLOCK and block[_MAGIC_AT:].startswith(_MAGIC) is False
+            is_broken = block.strip(b"\0") and len(block) == BLOCK and not block.startswith(_MAGIC, _MAGIC_AT)
             if held is not None and not is_broken:
-                yield held
+                yield Damage.MISSING_BYTES if _holds_header(archive, held) else held
             held = None
             pending = {}
             damage, offset = _behind_members(archive, offset, block)
@@ -150,17 +159,45 @@ def read_members(archive: memoryview) -> Iterator[Member | Damage | NotAFile]:
             start = _behind_sparse_map(archive, start, block)
         if header.kind in _WITHOUT_CONTENT and _is_followed_by_member(archive, start):
             size = 0
+        found = _kind_of(header, pending)
+        name = pending.get(b"path", header.name).decode("utf-8", "surrogateescape")
+        pending = {}
+        while next_on_grid < start:
+            next_on_grid = next(grid, end)
+        if next_on_grid < min(start + size, end) and not name.endswith(_ARCHIVE) and _is_header(archive, next_on_grid):
+            yield Damage.MISSING_BYTES
+            offset = next_on_grid
+            continue
         offset = start + _in_blocks(size)
         if start + size > end:
             yield Damage.TRUNCATED
             return
-        found = _kind_of(header, pending)
         if found is None:
-            name = pending.get(b"path", header.name).decode("utf-8", "surrogateescape")
             held = Member(name, start, size, member_digest(block, archive[start : start + size]))
         elif found != _DIRECTORY:
             yield NotAFile(found)
-        pending = {}
+
+
+def _headers_on_grid(archive: memoryview) -> list[int]:
+    """Where headers stand on the grid of blocks, in the order of the archive; all do in one that is whole.
+
+    One that stands in a member's content shows that bytes of that member are missing.
+    """
+    blocks: NDArray[np.uint8] = np.frombuffer(archive[: len(archive) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
+    found = np.flatnonzero(blocks[:, _MAGIC_AT] == _MAGIC[0])
+    for place, letter in enumerate(_MAGIC[1:], 1):
+        found = found[blocks[found, _MAGIC_AT + place] == letter]
+    return (found * BLOCK).tolist()
+
+
+def _is_header(archive: memoryview, offset: int) -> bool:
+    return parse_header(bytes(archive[offset : offset + BLOCK])) is not None
+
+
+def _holds_header(archive: memoryview, member: Member) -> bool:
+    """Whether a member's content has a header in it, on no grid: so it is where an archive stands behind a cut one."""
+    end = member.offset + member.size
+    return not member.name.endswith(_ARCHIVE) and _next_header(archive[:end], member.offset) < end
 
 
 def _kind_of(header: Header, pending: dict[bytes, bytes]) -> NotAFile | bytes | None:

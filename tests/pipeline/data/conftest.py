@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest_data import source_sample
 
+from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import write_prepared
 from pipeline.data.splits import split_of
-from pipeline.data.walk import index_shards, without_times
 from pipeline.data.write import write_shards
 
 
@@ -15,7 +15,7 @@ def prepared(tmp_path: Path) -> Path:
     """A data artifact of 50 one-coloured pictures in 5 shards; sample i's red is i."""
     directory = tmp_path / "artifact"
     shards = write_shards(directory / "shards", map(source_sample, range(50)), 10)
-    index = index_shards([shard.name for shard in shards], directory / "shards", tmp_path / "cache")
+    index = index_shards([shard.name for shard in shards], directory / "shards")
     splits = np.array([split_of(index.key(i), 0.2).code for i in range(len(index))], np.uint8)
-    write_prepared(directory, index=without_times(index), splits=splits, shards_root=directory / "shards")
+    write_prepared(directory, index=without_times(index), splits=splits)
     return directory

@@ -47,12 +47,12 @@ def test_check_reads_every_sample_and_counts_what_cannot_be_used_by_reason(
 ):
     capsys.readouterr()
     assert main(["shards", "check", str(shards), "--workers", "1"]) == 1
-    *by_shard, total = capsys.readouterr().out.splitlines()
-    (line,) = by_shard
+    line, *explanations, total = capsys.readouterr().out.splitlines()
     name, _, faults = line.partition(": ")
     assert name == "faulty.tar"
     expected = {"broken_image", "empty_image", "too_many_pixels", "empty_caption", "missing_caption"}
     assert set(faults.split(", ")) == {f"1 {reason}" for reason in expected}
+    assert {explanation.partition(": ")[0] for explanation in explanations} == expected
     assert total.startswith("7 samples in 2 shards: 1 ")
 
 

@@ -7,7 +7,7 @@ from pipeline.errors import UserError
 
 
 def shard(name: str, samples: int, **left_out: int) -> ShardEntry:
-    return ShardEntry(name, 1, 0, samples, "", left_out)
+    return ShardEntry(name, 1, 0, samples, {}, left_out, {})
 
 
 def test_good_samples_leave_no_trace_in_the_metrics():

@@ -5,15 +5,18 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest_data import png, source_sample, tar
+from numpy.typing import NDArray
 
 from pipeline.data.index import ShardIndex, read_index, write_index
+from pipeline.data.indexing import index_shards, update_index
 from pipeline.data.reader import SampleReader
 from pipeline.data.summary import index_identity, read_summary
-from pipeline.data.walk import index_shards, update_index
+from pipeline.data.walk import walk_shard
 from pipeline.data.write import write_shards
 from pipeline.errors import UserError
 
@@ -41,6 +44,18 @@ def shards(tmp_path: Path) -> list[str]:
     return [str(first), str(tar(tmp_path / "b.tar", flawed))]
 
 
+def arrays(index: ShardIndex) -> dict[str, NDArray[Any]]:
+    members = {"image": index.image, **index.texts}
+    return {
+        **{name: getattr(index, name) for name in ("shard", "image_extension", "key_bytes", "key_offset")},
+        **{
+            f"{name}.{field.name}": getattr(each, field.name)
+            for name, each in members.items()
+            for field in fields(each)
+        },
+    }
+
+
 def rows(index: ShardIndex) -> list[str]:
     return [index.key(row) for row in range(len(index))]
 
@@ -62,31 +77,33 @@ def test_incomplete_samples_are_left_out_and_counted_by_reason(shards: list[str]
     first, second = read_summary(tmp_path).shards
     assert (first.samples, first.left_out) == (2, {})
     assert (second.samples, second.left_out) == (2, {"duplicate_key": 1, "missing_caption": 1, "missing_image": 1})
+    assert second.skipped == {"metadata": 1}
 
 
 def test_an_index_survives_being_written_and_read(shards: list[str], tmp_path: Path):
     directory, index = update_index(shards, tmp_path / "cache")
     again = read_index(directory)
     assert again.shards == index.shards
-    for name in ("shard", "image_offset", "image_size", "caption_offset", "json_offset", "key_bytes", "key_offset"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
+    assert arrays(again).keys() == arrays(index).keys() > {"txt.offset", "json.digest"}
+    for name, array in arrays(again).items():
+        np.testing.assert_array_equal(array, arrays(index)[name])
 
 
 def test_the_arrays_of_an_index_are_mapped_and_not_read_into_memory(shards: list[str], tmp_path: Path):
     directory, written = update_index(shards, tmp_path / "cache")
     index = read_index(directory)
-    for field in fields(ShardIndex)[1:]:
-        mapped = getattr(index, field.name)
+    for name, mapped in arrays(index).items():
         assert isinstance(mapped, np.memmap)
         assert not mapped.flags.writeable
-        np.testing.assert_array_equal(mapped, getattr(written, field.name))
+        np.testing.assert_array_equal(mapped, arrays(written)[name])
 
 
 def test_only_changed_shards_are_walked_again(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     update_index(shards, tmp_path / "cache")
     walked = []
-    walk = sys.modules["pipeline.data.walk"].walk_shard
-    monkeypatch.setattr("pipeline.data.walk.walk_shard", lambda path, name: (walked.append(name), walk(path, name))[1])
+    monkeypatch.setattr(
+        "pipeline.data.indexing.walk_shard", lambda path, name: (walked.append(name), walk_shard(path, name))[1]
+    )
     update_index(shards, tmp_path / "cache")
     assert walked == []
     tar(tmp_path / "a.tar", {"new.png": RED, "new.txt": b"new"})
@@ -149,7 +166,7 @@ def test_a_damaged_index_is_refused_and_made_anew_by_indexing(shards: list[str],
 
 def test_arrays_of_another_index_are_not_taken_for_this_ones(shards: list[str], tmp_path: Path):
     _, index = update_index(shards, tmp_path / "cache")
-    write_index(tmp_path / "other", replace(index, caption_offset=index.caption_offset + 1))
+    write_index(tmp_path / "other", replace(index, image_extension=index.image_extension + 1))
     (tmp_path / "index.npz").write_bytes((tmp_path / "other" / "index.npz").read_bytes())
     with pytest.raises(UserError, match="not the one"):
         read_index(tmp_path)
@@ -160,7 +177,7 @@ def test_the_identity_follows_the_content_and_neither_place_nor_time(tmp_path: P
     for place, number in (("x", 3), ("y", 3), ("z", 4)):
         paths = write_shards(tmp_path / place, map(source_sample, range(number)), 2)
         update_index([str(path) for path in paths], tmp_path / "cache")
-        identities.append(json.dumps(index_identity(read_summary(tmp_path / place))))
+        identities.append(json.dumps(index_identity(read_summary(tmp_path / place), {"image", "txt"})))
     assert identities[0] == identities[1] != identities[2]
 
 
@@ -183,7 +200,7 @@ def test_a_remote_shard_is_indexed_through_the_cache(shards: list[str], tmp_path
 def test_webdataset_groups_the_same_samples(shards: list[str], tmp_path: Path):
     import webdataset
 
-    index = index_shards(["a.tar"], tmp_path, tmp_path / "cache")
+    index = index_shards(["a.tar"], tmp_path)
     expected = [
         (sample["__key__"], sample["txt"].decode())
         for sample in webdataset.WebDataset(shards[0], shardshuffle=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -199,6 +216,8 @@ def test_webdataset_groups_the_same_samples(shards: list[str], tmp_path: Path):
         ("summary", "torch"),
         ("index", "torch"),
         ("walk", "torch"),
+        ("indexing", "torch"),
+        ("location", "numpy"),
         ("order", "torch"),
         ("prepared", "torch"),
     ],

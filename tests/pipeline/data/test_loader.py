@@ -1,7 +1,6 @@
 import pickle
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from conftest_data import source_sample
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.decode import DecodeFault
+from pipeline.data.indexing import index_shards
 from pipeline.data.loader import evaluation_loader, rows_loader, training_loader
+from pipeline.data.place import ShardPlace
 from pipeline.data.prefetch import ShardPrefetch
 from pipeline.data.prepared import read_prepared, write_prepared
 from pipeline.data.splits import Split
-from pipeline.data.walk import index_shards
 from pipeline.data.write import SourceSample, write_shards
 from pipeline.errors import UserError
 
@@ -158,9 +158,9 @@ def with_faults(directory: Path, usable: int) -> Path:
         for number in range(30)
     ]
     write_shards(directory / "shards", samples, 30)
-    index = index_shards(["00000.tar"], directory / "shards", directory / "cache")
+    index = index_shards(["00000.tar"], directory / "shards")
     splits = (np.arange(30) % 2).astype(np.uint8)
-    write_prepared(directory, index=index, splits=splits, shards_root=directory / "shards")
+    write_prepared(directory, index=index, splits=splits)
     return directory
 
 
@@ -181,40 +181,30 @@ def test_unusable_samples_are_replaced_in_place_and_counted_by_reason(tmp_path: 
 
 
 @pytest.fixture
-def remote(prepared: Path, tmp_path: Path) -> Path:
-    """The same artifact, whose shards are URLs now; every transfer is noted in `transfers`."""
-    data = read_prepared(prepared)
-    urls = [
-        f"pipe:echo {each.name} >> {tmp_path}/transfers; cat {prepared}/shards/{each.name}"
-        for each in data.index.shards
-    ]
-    shards = tuple(replace(each, name=url) for each, url in zip(data.index.shards, urls, strict=True))
-    directory = tmp_path / "remote"
-    largest = max(each.bytes for each in shards)
-    write_prepared(
-        directory,
-        index=replace(data.index, shards=shards),
-        splits=data.split_of_sample,
-        shards_root=directory,
-        cache_dir=tmp_path / "cache",
-        cache_bytes=2 * largest,
-    )
-    return directory
+def remote(prepared: Path, tmp_path: Path) -> ShardPlace:
+    """The same shards as URLs; every transfer is noted in `transfers`. The cache holds two of them."""
+    shards = read_prepared(prepared).index.shards
+    urls = [f"pipe:echo {each.name} >> {tmp_path}/transfers; cat {prepared}/shards/{each.name}" for each in shards]
+    gib = 2 * max(each.bytes for each in shards) / 2**30
+    return ShardPlace(shards=tuple(urls), allow_shell_urls=True, cache_dir=tmp_path / "cache", cache_gib=gib)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_remote_shards_give_the_same_batches_through_a_cache_that_does_not_hold_them_all(
-    prepared: Path, remote: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, remote: ShardPlace, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("pipeline.data.reader._MAX_OPEN_SHARDS", 1)
-    local, streamed = batches(CaptionedImages(prepared, 4)), batches(CaptionedImages(remote, 4), workers=workers)
+    local, streamed = (
+        batches(CaptionedImages(prepared, 4)),
+        batches(CaptionedImages(prepared, 4, place=remote), workers=workers),
+    )
     assert [batch.caption for batch in streamed] == [batch.caption for batch in local]
     assert all(torch.equal(one.image, other.image) for one, other in zip(streamed, local, strict=True))
     assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]) <= 2
 
 
-def test_the_block_that_comes_next_is_fetched_before_it_is_read(remote: Path, tmp_path: Path):
-    reader = read_prepared(remote).reader
+def test_the_block_that_comes_next_is_fetched_before_it_is_read(prepared: Path, remote: ShardPlace, tmp_path: Path):
+    reader = read_prepared(prepared, remote).reader
     prefetch = ShardPrefetch(reader)
     assert prefetch.is_needed
     prefetch.want([3, 1])
@@ -222,7 +212,7 @@ def test_the_block_that_comes_next_is_fetched_before_it_is_read(remote: Path, tm
     prefetch.want([1, 3])
     prefetch.wait()
     assert sorted((tmp_path / "transfers").read_text().split()) == ["00001.tar", "00003.tar"]
-    assert not ShardPrefetch(read_prepared(remote.parent / "artifact").reader).is_needed
+    assert not ShardPrefetch(read_prepared(prepared).reader).is_needed
 
 
 def test_data_without_a_usable_picture_ends_with_a_message(tmp_path: Path):
@@ -241,15 +231,9 @@ def test_an_artifact_can_be_moved(prepared: Path, tmp_path: Path):
 def test_a_prepared_artifact_has_the_same_bytes_each_time(prepared: Path):
     data = read_prepared(prepared)
     again = prepared.parent / "again"
-    write_prepared(again, index=data.index, splits=data.split_of_sample, shards_root=again / "shards")
+    write_prepared(again, index=data.index, splits=data.split_of_sample)
     for name in ("index.json", "index.npz", "splits.npy", "prepared.json"):
         assert (again / name).read_bytes() == (prepared / name).read_bytes()
-
-
-def test_data_with_nothing_to_train_on_is_refused(prepared: Path):
-    data = read_prepared(prepared)
-    with pytest.raises(UserError, match=r"data\.validation_fraction leaves none of 50"):
-        write_prepared(prepared, index=data.index, splits=np.ones(50, np.uint8), shards_root=prepared / "shards")
 
 
 def test_a_missing_shard_is_named(prepared: Path):

@@ -5,7 +5,6 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from conftest_data import source_sample
 from s3_server import Fault, Front, front_of, request, s3_server
 
 from pipeline.data.dataset import CaptionedImages
+from pipeline.data.indexing import update_index
 from pipeline.data.loader import training_loader
+from pipeline.data.place import ShardPlace
 from pipeline.data.prefetch import ShardPrefetch
-from pipeline.data.prepared import read_prepared, write_prepared
+from pipeline.data.prepared import read_prepared
 from pipeline.data.reader import SampleReader
 from pipeline.data.remote import local_shard
 from pipeline.data.s3 import fetch_object
 from pipeline.data.shards import expand_shards
-from pipeline.data.walk import update_index
 from pipeline.data.write import write_shards
 from pipeline.errors import UserError
 
@@ -244,20 +244,16 @@ def test_a_directory_without_shards_is_refused(s3: Front, url: str, message: str
         expand_shards(url, allow_shell_urls=False)
 
 
-def remote_artifact(s3: Front, prepared: Path, directory: Path, shards_put: int = 5) -> Path:
-    """The same data artifact of five shards, with the first of them in the bucket."""
-    data = read_prepared(prepared)
-    for shard in data.index.shards[:shards_put]:
+def in_the_bucket(s3: Front, prepared: Path, cache_dir: Path, shards_put: int = 5) -> ShardPlace:
+    """The five shards of a data artifact as objects, of which the first are in the bucket."""
+    shards = read_prepared(prepared).index.shards
+    for shard in shards[:shards_put]:
         s3.put(f"bucket/{shard.name}", (prepared / "shards" / shard.name).read_bytes())
-    shards = tuple(replace(shard, name=f"s3://bucket/{shard.name}") for shard in data.index.shards)
-    index = replace(data.index, shards=shards)
-    splits = data.split_of_sample
-    write_prepared(directory, index=index, splits=splits, shards_root=directory, cache_dir=directory.parent / "cache")
-    return directory
+    return ShardPlace(shards=tuple(f"s3://bucket/{shard.name}" for shard in shards), cache_dir=cache_dir)
 
 
 def test_shards_are_fetched_ahead(s3: Front, prepared: Path, tmp_path: Path):
-    reader = read_prepared(remote_artifact(s3, prepared, tmp_path / "remote")).reader
+    reader = read_prepared(prepared, in_the_bucket(s3, prepared, tmp_path / "cache")).reader
     prefetch = ShardPrefetch(reader)
     assert prefetch.is_needed
     prefetch.want([3, 1, 0, 2])
@@ -270,7 +266,7 @@ def test_shards_are_fetched_ahead(s3: Front, prepared: Path, tmp_path: Path):
 def test_a_shard_that_cannot_be_fetched_ahead_is_left_to_the_reader(
     s3: Front, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    reader = read_prepared(remote_artifact(s3, prepared, tmp_path / "remote", shards_put=2)).reader
+    reader = read_prepared(prepared, in_the_bucket(s3, prepared, tmp_path / "cache", shards_put=2)).reader
     prefetch = ShardPrefetch(reader)
     prefetch.want([2])
     prefetch.wait()
@@ -313,7 +309,7 @@ def test_training_on_objects_gives_the_batches_of_local_files(s3: Front, prepare
         "first_batch": 0,
         "batches": 4,
     }
-    remote = CaptionedImages(remote_artifact(s3, prepared, tmp_path / "remote"), 4)
+    remote = CaptionedImages(prepared, 4, place=in_the_bucket(s3, prepared, tmp_path / "cache"))
     remote.data.reader.fetch(0)  # so that S3 was used before the worker is forked
     s3.faults = [Fault.CUT, Fault.SERVER_ERROR]
     local = list(training_loader(CaptionedImages(prepared, 4), workers=0, **options))

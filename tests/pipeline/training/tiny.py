@@ -33,9 +33,9 @@ from pipeline.config import (
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
+from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import write_prepared
 from pipeline.data.splits import split_of
-from pipeline.data.walk import index_shards, without_times
 from pipeline.data.write import SourceSample, write_shards
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
@@ -81,9 +81,9 @@ def make_data(context: StageContext) -> StageResult:
     shards = context.output / "shards"
     samples = context.settings_as(DataSettings).samples
     write_shards(shards, (source_sample(number) for number in range(samples)), 16)
-    index = index_shards(sorted(path.name for path in shards.iterdir()), shards, context.work)
+    index = index_shards(sorted(path.name for path in shards.iterdir()), shards)
     splits = np.array([split_of(index.key(row), 0.25).code for row in range(len(index))], np.uint8)
-    write_prepared(context.output, index=without_times(index), splits=splits, shards_root=shards)
+    write_prepared(context.output, index=without_times(index), splits=splits)
     return StageResult()
 
 
