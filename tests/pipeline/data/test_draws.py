@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.data.draws import SampleDraws
-from pipeline.data.mixing import mix, purpose_key, sample_seed
+from pipeline.data.mixing import mix, purpose_key, sample_seed, uniform
 
 SEEDS = torch.from_numpy(sample_seed(0, 0, np.arange(20_000)))
 DRAWS = SampleDraws(SEEDS)
@@ -72,3 +72,9 @@ def test_a_gpu_draws_what_the_cpu_draws():
     assert torch.equal(there.uniform("x").cpu(), here.uniform("x"))
     assert torch.equal(there.integer("x", 1000).cpu(), here.integer("x", 1000))
     assert torch.equal(there.normal("x", (3, 4)).cpu(), here.normal("x", (3, 4)))
+
+
+def test_numpy_and_torch_draw_the_same_uniform_numbers():
+    seeds = np.random.default_rng(0).integers(-(2**63), 2**63, 1000)
+    drawn = SampleDraws(torch.from_numpy(seeds)).uniform("a purpose")
+    np.testing.assert_array_equal(uniform(seeds, "a purpose"), drawn.double().numpy())

@@ -1,23 +1,27 @@
+import json
 import pickle
 import shutil
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest_data import source_sample
+from conftest_data import source_sample, tar
 
 from pipeline.data.batch import ImageBatch
+from pipeline.data.captions import parse_sources
 from pipeline.data.dataset import CaptionedImages
-from pipeline.data.decode import DecodeFault
+from pipeline.data.decode import DecodeError, DecodeFault
 from pipeline.data.indexing import index_shards
 from pipeline.data.loader import evaluation_loader, rows_loader, training_loader
+from pipeline.data.mixture import Mixture
 from pipeline.data.place import ShardPlace
 from pipeline.data.prefetch import ShardPrefetch
 from pipeline.data.prepared import read_prepared, write_prepared
-from pipeline.data.splits import Split
+from pipeline.data.splits import Split, split_of
 from pipeline.data.write import SourceSample, write_shards
 from pipeline.errors import UserError
 
@@ -254,3 +258,81 @@ def test_image_signed_maps_bytes_to_minus_one_to_one():
     batch = ImageBatch(image=image, caption=("x",), sample=torch.tensor([0]), sample_seed=torch.tensor([0]))
     assert batch.image_signed().flatten().tolist() == pytest.approx([-1, -0.6, 1])
     assert batch.to("cpu").image_signed().dtype == torch.float32
+
+
+def with_several_captions(directory: Path) -> Path:
+    """The 50 pictures with three captions each, in two sources of which the second is shown twice an epoch."""
+    directory.mkdir()
+    (directory / "shards").mkdir()
+    for shard in range(5):
+        files: dict[str, bytes] = {}
+        for number in range(10 * shard, 10 * shard + 10):
+            files[f"{number:05d}.png"] = source_sample(number).image
+            files[f"{number:05d}.txt"] = f"txt {number}".encode()
+            files[f"{number:05d}.json"] = json.dumps({"long": f"long {number}", "short": f"short {number}"}).encode()
+        tar(directory / "shards" / f"{shard:05d}.tar", files)
+    index = index_shards([f"{shard:05d}.tar" for shard in range(5)], directory / "shards")
+    captions = parse_sources({"txt": 1, "json:long": 2, "json:short": 1})
+    mixture = Mixture((0, 0, 0, 1, 1), (Fraction(1), Fraction(3, 2)))
+    splits = np.array([split_of(index.key(row), 0.2).code for row in range(50)], np.uint8)
+    write_prepared(directory, index=index, splits=splits, captions=captions, mixture=mixture)
+    return directory
+
+
+def shown_in(batches: list[ImageBatch]) -> list[tuple[int, int, str]]:
+    return [
+        (int(sample), int(seed), caption)
+        for batch in batches
+        for sample, seed, caption in zip(batch.sample, batch.sample_seed, batch.caption, strict=True)
+    ]
+
+
+def test_captions_and_sources_are_drawn_alike_whatever_ranks_workers_micro_batches_and_restarts(tmp_path: Path):
+    images = CaptionedImages(with_several_captions(tmp_path / "data"), 4)
+    whole = shown_in(batches(images, batches=6))
+    for options in ({"workers": 2}, {"micro_batch_size": 5}, {"first_batch": 3}):
+        assert shown_in(batches(images, batches=6, **options)) == whole[24 * options.get("first_batch", 0) :]
+    ranks = [batches(images, batches=6, rank=rank, world_size=2, micro_batch_size=12) for rank in (0, 1)]
+    assert shown_in([batch for pair in zip(*ranks, strict=True) for batch in pair]) == whole
+
+
+def test_captions_are_drawn_anew_at_each_showing_by_their_weights(tmp_path: Path):
+    images = CaptionedImages(with_several_captions(tmp_path / "data"), 4)
+    shown = shown_in(batches(images, batches=100))
+    kinds = Counter(caption.split()[0] for _, _, caption in shown)
+    assert all(int(caption.split()[1]) == sample for sample, _, caption in shown)
+    assert abs(kinds["long"] / len(shown) - 0.5) < 0.04
+    assert abs(kinds["txt"] / len(shown) - 0.25) < 0.04
+    assert all(
+        {kind.split()[0] for s, _, kind in shown if s == sample} == {"txt", "long", "short"} for sample, *_ in shown
+    )
+    assert len({(sample, seed) for sample, seed, _ in shown}) == len(shown)
+
+
+def test_evaluation_takes_the_main_caption(tmp_path: Path):
+    images = CaptionedImages(with_several_captions(tmp_path / "data"), 4)
+    captions = [caption for batch in evaluation_loader(images, split=None, batch_size=7) for caption in batch.caption]
+    assert captions == [f"long {number}" for number in range(50)]
+
+
+def test_what_is_read_is_what_was_indexed(prepared: Path):
+    """A picture that a disk damaged is a fault; another header or another text stops the training."""
+    images = CaptionedImages(prepared, 4)
+    reader = images.data.reader
+    path = prepared / "shards" / "00001.tar"
+    content = bytearray(path.read_bytes())
+    index = images.data.index
+    content[int(index.image.offset[12]) + 20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DecodeError) as caught:
+        reader.image(12)
+    assert caught.value.fault is DecodeFault.CHANGED
+    assert reader.caption(12) == "picture 12"
+    content[int(index.texts["txt"].offset[13])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"00001\.tar holds something else at sample 00013 .*unclip shards index"):
+        reader.caption(13)
+    content[int(index.image.offset[14]) - 512] ^= 1  # the first letter of its name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"00001\.tar holds something else at sample 00014"):
+        reader.image(14)

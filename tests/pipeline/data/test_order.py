@@ -4,6 +4,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.mixing import mix, sample_seed
 from pipeline.data.order import GlobalBatches
+from pipeline.data.splits import check_batches_are_distinct
+from pipeline.errors import UserError
 
 SAMPLES = np.arange(1, 1001, 2, dtype=np.int64)
 SHARD = (np.arange(1001) // 50).astype(np.int32)
@@ -81,6 +83,48 @@ def test_global_batches_cut_the_endless_stream_of_epochs(size: int):
         epoch, sample = batches.batch(k)
         np.testing.assert_array_equal(sample, stream[k * size : (k + 1) * size])
         np.testing.assert_array_equal(epoch, epochs[k * size : (k + 1) * size])
+
+
+def distinct_stream(size: int, epochs: int) -> list[int]:
+    """The stream by its definition: whoever was shown in the batch already is put off to right behind it."""
+    stream: list[int] = []
+    for epoch in range(epochs):
+        waiting = epoch_order(SAMPLES, SHARD, 9, epoch, 4).tolist()
+        in_batch = set(stream[len(stream) - len(stream) % size :])
+        head = waiting[:size] if in_batch else []
+        first = [sample for sample in head if sample not in in_batch][: size - len(in_batch)]
+        stream += [*first, *(sample for sample in head if sample not in first), *waiting[len(head) :]]
+    return stream
+
+
+@pytest.mark.parametrize("size", [1, 7, 30, 99, 100, 249, 250])
+def test_no_batch_holds_a_sample_twice_and_every_epoch_holds_each_once(size: int):
+    batches = GlobalBatches(SAMPLES, SHARD, seed=9, global_batch_size=size, shards_per_block=4)
+    epochs = 9
+    count = epochs * len(SAMPLES) // size
+    samples = [batches.batch(k).sample for k in range(count)]
+    assert all(len(set(batch.tolist())) == size for batch in samples)
+    assert np.concatenate(samples).tolist() == distinct_stream(size, epochs)[: count * size]
+    passes = np.concatenate([batches.batch(k).number_of_pass for k in range(count)])
+    np.testing.assert_array_equal(passes, np.repeat(np.arange(epochs), len(SAMPLES))[: count * size])
+    fresh = GlobalBatches(SAMPLES, SHARD, seed=9, global_batch_size=size, shards_per_block=4)
+    for k in (count - 1, count // 2):
+        np.testing.assert_array_equal(fresh.batch(k).sample, samples[k])
+
+
+@pytest.mark.parametrize(("samples", "size"), [(64, 64), (64, 32), (100, 50), (101, 50), (192, 64)])
+def test_enough_samples_for_batches_without_repetition_are_taken(samples: int, size: int):
+    check_batches_are_distinct(samples, size, "stage.clip.global_batch_size")
+
+
+@pytest.mark.parametrize(("samples", "size", "remedy"), [(30, 64, "15"), (65, 64, "32"), (99, 50, "49")])
+def test_too_few_samples_for_batches_without_repetition_are_refused_with_a_size_that_works(
+    samples: int, size: int, remedy: str
+):
+    key = "stage.clip.global_batch_size"
+    with pytest.raises(UserError, match=rf"{key}={size} with {samples} training samples: .*set {key}={remedy} or less"):
+        check_batches_are_distinct(samples, size, key)
+    check_batches_are_distinct(samples, int(remedy), key)
 
 
 def test_splitmix_agrees_with_its_published_sequence():

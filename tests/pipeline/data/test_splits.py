@@ -1,6 +1,9 @@
+import re
+
 import pytest
 
-from pipeline.data.splits import Split, split_of
+from pipeline.data.splits import Split, check_split_sizes, split_of, split_position
+from pipeline.errors import UserError
 
 KEYS = [f"{number:06d}" for number in range(20_000)]
 
@@ -23,3 +26,21 @@ def test_the_extreme_fractions_put_everything_on_one_side(fraction: float, split
 
 def test_a_key_keeps_its_side_from_one_version_to_the_next():
     assert [key for key in KEYS[:40] if split_of(key, 0.1) is Split.VALIDATION] == ["000036", "000038"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "fraction"), [(30, 0.0001), (30, 0.0), (3, 0.01), (30, 1.0), (3, 0.9), (1000, 0.0), (17, 0.999)]
+)
+def test_a_split_that_is_too_small_is_refused_with_a_fraction_that_works(samples: int, fraction: float):
+    positions = [split_position(f"{number:09d}") for number in range(samples)]
+    with pytest.raises(UserError, match=r"data\.validation_fraction=.* holds out \d+ of \d+") as caught:
+        check_split_sizes(positions, fraction)
+    named = re.search(r"set data\.validation_fraction=([0-9.e-]+),", str(caught.value))
+    assert named is not None
+    check_split_sizes(positions, float(named[1]))
+
+
+@pytest.mark.parametrize("positions", [[], [0.3], [0.3, 0.4], [0.3] * 10])
+def test_too_few_samples_for_two_sides_are_refused(positions: list[float]):
+    with pytest.raises(UserError, match="give more samples"):
+        check_split_sizes(positions, 0.1)

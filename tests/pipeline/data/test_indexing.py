@@ -1,0 +1,305 @@
+"""Indexing as a job: what it keeps, where it writes, what it says."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest_data import png, source_sample, tar
+
+from pipeline.cli import main
+from pipeline.data.index import ShardIndex, read_index
+from pipeline.data.indexing import IndexProgress, index_place
+from pipeline.data.location import check_unchanged, open_index, open_summary
+from pipeline.data.place import ShardPlace
+from pipeline.data.walk import walk_shard
+from pipeline.data.write import write_shards
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> ShardPlace:
+    """Four shards of five samples in one directory."""
+    write_shards(tmp_path / "shards", map(source_sample, range(20)), 5)
+    return ShardPlace(shards=(str(tmp_path / "shards"),), cache_dir=tmp_path / "outputs" / "cache")
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the shards that are walked in this process."""
+    names: list[str] = []
+    monkeypatch.setattr(
+        "pipeline.data.indexing.walk_shard", lambda path, name: (names.append(name), walk_shard(path, name))[1]
+    )
+    return names
+
+
+def the_index(place: ShardPlace, workers: int = 1, **options: bool) -> ShardIndex:
+    (indexed,) = index_place(place, workers, **options)
+    assert indexed.index is not None
+    assert indexed.refused == ()
+    return indexed.index
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_processes_make_the_same_index(place: ShardPlace, tmp_path: Path, workers: int):
+    the_index(place, workers)
+    alone = read_index(tmp_path / "shards")
+    again = the_index(place, workers, again=True)
+    assert [alone.key(row) for row in range(20)] == [f"{row:05d}" for row in range(20)]
+    assert again.shards == alone.shards
+
+
+def test_progress_is_reported_shard_by_shard(place: ShardPlace):
+    seen: list[IndexProgress] = []
+    index_place(place, 1, seen.append)
+    assert [(each.shards_done, each.samples) for each in seen] == [(n, 5 * n) for n in range(5)]
+    assert {each.shards for each in seen} == {4}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shard_that_is_refused_does_not_cost_the_others(
+    place: ShardPlace, tmp_path: Path, walked: list[str], workers: int, capsys: pytest.CaptureFixture[str]
+):
+    broken = tmp_path / "shards" / "00001.tar"
+    good = broken.read_bytes()
+    broken.write_bytes(b"no tar" * 1000)
+    options = ["--workers", str(workers), "--cache", str(place.cache_dir)]
+    assert main(["shards", "index", str(tmp_path / "shards"), *options]) == 2
+    message = capsys.readouterr().err
+    assert "00001.tar is no uncompressed tar" in message
+    assert "the other shards are indexed, with 15 samples" in message
+    assert len(read_index(tmp_path / "shards")) == 15
+    broken.write_bytes(good)
+    walked.clear()
+    assert main(["shards", "index", str(tmp_path / "shards"), "--workers", "1"]) == 0
+    assert walked == ["00001.tar"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_indexing_that_is_stopped_keeps_what_it_walked(tmp_path: Path, number: signal.Signals):
+    write_shards(tmp_path / "shards", map(source_sample, range(8)), 2)
+    code = (
+        "import sys, time, pipeline.data.indexing as indexing\n"
+        "walk = indexing.walk_shard\n"
+        "def slowly(path, name):\n"
+        "    if name == '00002.tar': print('reached', flush=True); time.sleep(60)\n"
+        "    return walk(path, name)\n"
+        "indexing.walk_shard = slowly\n"
+        "from pipeline.cli import main\n"
+        f"sys.exit(main(['shards', 'index', {str(tmp_path / 'shards')!r}, '--workers', '1']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reached\n"
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    kept = read_index(tmp_path / "shards")
+    assert [shard.name for shard in kept.shards] == ["00000.tar", "00001.tar"]
+
+
+def test_again_walks_what_has_not_changed_and_fetches_remote_shards_anew(tmp_path: Path, walked: list[str]):
+    tar(tmp_path / "a.tar", {"0.png": png((1, 1, 1)), "0.txt": b"old"})
+    place = ShardPlace(shards=(f"pipe:cat {tmp_path}/a.tar",), allow_shell_urls=True, cache_dir=tmp_path / "cache")
+    the_index(place)
+    tar(tmp_path / "a.tar", {"0.png": png((1, 1, 1)), "0.txt": b"new"})
+    before = the_index(place).shards
+    assert len(walked) == 1
+    after = the_index(place, again=True).shards
+    assert len(walked) == 2
+    assert before[0].contents["image"] == after[0].contents["image"]
+    assert before[0].contents["txt"] != after[0].contents["txt"]
+
+
+def test_several_directories_have_an_index_each_and_are_one_data_set(tmp_path: Path):
+    write_shards(tmp_path / "a", map(source_sample, range(4)), 2)
+    write_shards(tmp_path / "b", map(source_sample, range(4, 8)), 2)
+    shards = (f"{tmp_path}/b/00001.tar", f"{tmp_path}/a", f"{tmp_path}/b/00000.tar")
+    place = ShardPlace(shards=shards, cache_dir=tmp_path / "cache")
+    index_place(place, 1)
+    index = open_index(place)
+    assert [index.key(row) for row in range(8)] == [
+        "00006",
+        "00007",
+        "00000",
+        "00001",
+        "00002",
+        "00003",
+        "00004",
+        "00005",
+    ]
+    assert [shard.name for shard in open_summary(place).shards] == [shard.name for shard in index.shards]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"00000.tar", "00001.tar", "index.json", "index.npz"}
+
+
+def fail_to_write(monkeypatch: pytest.MonkeyPatch, directory: Path, number: int) -> None:
+    write = Path.write_bytes
+
+    def write_bytes(path: Path, content: bytes) -> int:
+        if path.is_relative_to(directory):
+            raise OSError(number, os.strerror(number), str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_where_the_shards_directory_cannot_be_written_the_index_is_in_the_cache(
+    place: ShardPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    fail_to_write(monkeypatch, tmp_path / "shards", number)
+    (indexed,) = index_place(place, 1)
+    assert indexed.directory.parent == tmp_path / "outputs" / "cache"
+    assert len(open_index(place)) == 20
+    assert len(open_summary(place).shards) == 4
+
+
+def test_a_stale_index_that_cannot_be_written_again_does_not_stand_before_the_right_one(
+    place: ShardPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    the_index(place)
+    tar(tmp_path / "shards" / "00003.tar", {"x.png": png((1, 1, 1)), "x.txt": b"new"})
+    with pytest.raises(UserError, match=r"00003\.tar changed since"):
+        open_index(place)
+    fail_to_write(monkeypatch, tmp_path / "shards", errno.EROFS)
+    index_place(place, 1)
+    index = open_index(place)
+    assert [index.key(row) for row in range(len(index))][-1] == "x"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_called_a_full_disk(
+    place: ShardPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    fail_to_write(monkeypatch, tmp_path / "shards", number)
+    with pytest.raises(UserError, match=r"no space is left for the index in .*shards"):
+        index_place(place, 1)
+
+
+@pytest.mark.parametrize("directories", [1, 2])
+def test_the_index_can_live_where_the_user_says(tmp_path: Path, directories: int):
+    names = [f"part{number}" for number in range(directories)]
+    for number, name in enumerate(names):
+        write_shards(tmp_path / name, map(source_sample, range(4 * number, 4 * number + 4)), 2)
+    shards = tuple(str(tmp_path / name) for name in names)
+    place = ShardPlace(shards=shards, cache_dir=tmp_path / "cache", index_dir=tmp_path / "elsewhere")
+    assert main(["shards", "index", *shards, "--index", str(tmp_path / "elsewhere")]) == 0
+    assert not any(path.suffix in (".json", ".npz") for name in names for path in (tmp_path / name).iterdir())
+    assert len(open_index(place)) == 4 * directories
+    assert main(["shards", "check", *shards, "--index", str(tmp_path / "elsewhere"), "--workers", "1"]) == 0
+
+
+def test_shards_move_with_their_index(place: ShardPlace, tmp_path: Path):
+    the_index(place)
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    moved = place.model_copy(update={"shards": (str(tmp_path / "moved"),)})
+    assert open_index(moved).shards[0].name == str(tmp_path / "moved" / "00000.tar")
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+def copy_over(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [touch, copy_over])
+def test_a_touched_or_copied_shard_is_the_same_shard(place: ShardPlace, tmp_path: Path, change: Callable[[Path], None]):
+    the_index(place)
+    change(tmp_path / "shards" / "00002.tar")
+    assert len(open_summary(place).shards) == 4
+
+
+def test_a_shard_of_the_same_size_with_other_captions_is_another_one(place: ShardPlace, tmp_path: Path):
+    the_index(place)
+    path = tmp_path / "shards" / "00002.tar"
+    content = path.read_bytes()
+    assert content.count(b"picture 12") == 1
+    path.write_bytes(content.replace(b"picture 12", b"picture 21"))
+    with pytest.raises(
+        UserError, match=r"00002\.tar changed since the index was made; run `unclip shards index .*shards"
+    ):
+        open_summary(place)
+    before = open_summary_after_indexing(place, tmp_path, content)
+    path.write_bytes(content.replace(b"picture 12", b"picture 21"))
+    the_index(place)
+    after = open_summary(place)
+    assert [b.contents["txt"] == a.contents["txt"] for b, a in zip(before, after.shards, strict=True)] == [
+        True, True, False, True,
+    ]  # fmt: skip
+
+
+def open_summary_after_indexing(place: ShardPlace, tmp_path: Path, content: bytes) -> tuple:
+    (tmp_path / "shards" / "00002.tar").write_bytes(content)
+    the_index(place)
+    return open_summary(place).shards
+
+
+def test_more_touched_shards_than_can_be_read_at_once_are_left_to_the_user(
+    place: ShardPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    the_index(place)
+    touch(tmp_path / "shards" / "00002.tar")
+    monkeypatch.setattr("pipeline.data.location.READ_AGAIN_BYTES", 1)
+    with pytest.raises(
+        UserError, match=r"1 shards of .*, such as 00002\.tar, were written or copied .*unclip shards index"
+    ):
+        open_summary(place)
+
+
+def test_the_advice_of_a_message_works_when_typed(tmp_path: Path):
+    """Through a shell, with spaces and braces in the path and an index elsewhere."""
+    directory = tmp_path / "my shards"
+    write_shards(directory, map(source_sample, range(4)), 2)
+    place = ShardPlace(
+        shards=(f"{directory}/{{00000..00001}}.tar",), cache_dir=tmp_path / "a cache", index_dir=tmp_path / "an index"
+    )
+    with pytest.raises(UserError, match="unclip shards index") as caught:
+        open_summary(place)
+    command = str(caught.value).split("`")[1]
+    python = f"{sys.executable} -m pipeline.cli"
+    assert command.startswith("unclip ")
+    subprocess.run(["bash", "-c", command.replace("unclip", python, 1)], check=True, stdout=subprocess.DEVNULL)
+    assert open_summary(place).samples == 4
+
+
+def test_what_a_directory_holds_beside_shards_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_shards(tmp_path, map(source_sample, range(2)), 2)
+    write_shards(tmp_path / "below" / "deep", map(source_sample, range(2)), 1)
+    for name in ("a.tar.gz", "b.tgz", "._00000.tar"):
+        (tmp_path / name).write_bytes(b"x")
+    assert main(["shards", "index", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "passed over 2 compressed tars" in said
+    assert "passed over 1 AppleDouble files" in said
+    assert "passed over 2 tars in sub-directories" in said
+    assert "2 samples in 1 shards" in said
+
+
+def test_a_pool_process_that_is_killed_is_told_in_a_line(place: ShardPlace, monkeypatch: pytest.MonkeyPatch):
+    def kill(path: Path, name: str) -> ShardIndex:
+        if name == "00003.tar":
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return walk_shard(path, name)
+
+    monkeypatch.setattr("pipeline.data.indexing.walk_shard", kill)
+    with pytest.raises(UserError, match=r"a process that walked shards was killed.*--workers 1"):
+        index_place(place, 2)
+
+
+def test_what_is_not_known_of_a_time_is_not_compared(place: ShardPlace, tmp_path: Path):
+    from pipeline.data.indexing import without_times
+    from pipeline.data.summary import IndexSummary
+
+    index = without_times(the_index(place))
+    touch(tmp_path / "shards" / "00000.tar")
+    check_unchanged(IndexSummary(index.shards, ""), tmp_path / "shards", "remedy")
