@@ -41,8 +41,8 @@ TINY = (
     "data.samples=64",
     "data.unseen_samples=4",
     "data.validation_fraction=0.25",
-    "stage.clip.network={vision_width: 24, vision_layers: 1, vision_heads: 2}",
-    "stage.clip.network={embed_dim: 16, text_width: 16, text_layers: 1}",
+    "stage.clip.network="
+    "{vision_width: 24, vision_layers: 1, vision_heads: 2, embed_dim: 16, text_width: 16, text_layers: 1}",
     "stage.prior.network={layers: 1, heads: 2, head_dim: 8}",
     f"stage.decoder.network={NARROW_UNET}",
     "stage.decoder.image_size=16",
