@@ -1,6 +1,6 @@
 """Kills a whole tiny workflow at random moments, restarts it, and compares it with one that nothing disturbed.
 
-    python benchmarks/kill_anywhere.py --kills 100 [--devices 2] [--workers 1]
+    python benchmarks/kill_anywhere.py --kills 100 --devices 2 --workers 1
 
 Each attempt runs `unclip run` for a random time, then every process of it is killed. When the workflow is finished
 its artifacts are compared with the undisturbed ones, byte by byte, and so are the rows of every trained stage: a sample

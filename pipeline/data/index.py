@@ -23,6 +23,7 @@ from pipeline.data.summary import (
     IndexSummary,
     ShardEntry,
     check_shard_sizes,
+    index_again,
     read_summary,
     summary_text,
 )
@@ -149,11 +150,9 @@ def read_index(directory: Path, *, root: Path | None = None, size_check: SizeChe
                 raise ValueError(f"it is not the one that {SUMMARY_FILE} describes")
         index = ShardIndex(shards=summary.shards, **_mapped_arrays(path))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}); run `unclip shards index {root}`") from error
+        raise UserError(f"{path} cannot be read ({error}); {index_again(root)}") from error
     if len(index) != summary.samples:
-        raise UserError(
-            f"{path} has {len(index)} rows and {SUMMARY_FILE} says {summary.samples}; run `unclip shards index {root}`"
-        )
+        raise UserError(f"{path} has {len(index)} rows and {SUMMARY_FILE} says {summary.samples}; {index_again(root)}")
     return index
 
 

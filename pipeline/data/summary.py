@@ -1,6 +1,7 @@
 """The short half of a shard index: what a plan and a fingerprint need. Imports neither numpy nor torch."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,8 +57,13 @@ class IndexSummary:
         known = {shard.name: shard for shard in self.shards}
         for name in names:
             if name not in known:
-                raise UserError(f"{name} is not in the index of {where}; run `unclip shards index {where}`")
+                raise UserError(f"{name} is not in the index of {where}; {index_again(where)}")
         return replace(self, shards=tuple(known[name] for name in names))
+
+
+def index_again(directory: Path | str) -> str:
+    """The remedy of an index that does not fit its shards, as a line for a shell."""
+    return f"run `unclip shards index {shlex.quote(str(directory))}`"
 
 
 def read_summary(directory: Path) -> IndexSummary:
@@ -67,7 +73,7 @@ def read_summary(directory: Path) -> IndexSummary:
         UserError: there is none, or it is not one of ours.
     """
     path = directory / SUMMARY_FILE
-    remedy = f"run `unclip shards index {directory}`"
+    remedy = index_again(directory)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] != SCHEMA_VERSION:
@@ -117,8 +123,6 @@ def check_shard_sizes(summary: IndexSummary, root: Path) -> None:
         try:
             found = path.stat().st_size
         except OSError:
-            raise UserError(f"{path} is in the index but not on disk; run `unclip shards index {root}`") from None
+            raise UserError(f"{path} is in the index but not on disk; {index_again(root)}") from None
         if found != shard.bytes:
-            raise UserError(
-                f"{path} has {found} bytes and had {shard.bytes} when it was indexed; run `unclip shards index {root}`"
-            )
+            raise UserError(f"{path} has {found} bytes and had {shard.bytes} when it was indexed; {index_again(root)}")
