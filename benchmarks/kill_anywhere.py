@@ -1,6 +1,6 @@
 """Kills a whole tiny workflow at random moments, restarts it, and compares it with one that nothing disturbed.
 
-    python benchmarks/kill_anywhere.py --kills 100 [--devices 2] [--workers 1]
+    python benchmarks/kill_anywhere.py --kills 100 --devices 2 --workers 1
 
 Each attempt runs `unclip run` for a random time, then every process of it is killed. When the workflow is finished
 its artifacts are compared with the undisturbed ones, byte by byte, and so are the rows of every trained stage: a sample
@@ -41,8 +41,8 @@ TINY = (
     "data.samples=64",
     "data.unseen_samples=4",
     "data.validation_fraction=0.25",
-    "stage.clip.network={vision_width: 24, vision_layers: 1, vision_heads: 2}",
-    "stage.clip.network={embed_dim: 16, text_width: 16, text_layers: 1}",
+    "stage.clip.network="
+    "{vision_width: 24, vision_layers: 1, vision_heads: 2, embed_dim: 16, text_width: 16, text_layers: 1}",
     "stage.prior.network={layers: 1, heads: 2, head_dim: 8}",
     f"stage.decoder.network={NARROW_UNET}",
     "stage.decoder.image_size=16",

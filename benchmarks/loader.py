@@ -1,7 +1,7 @@
 """Loader throughput beside the decode ceiling and other loaders, and the first batch after a resume.
 
     pip install -e '.[benchmarks]'
-    python benchmarks/loader.py [--images 6000] [--passes 3] [--peers unclip plain open_clip dali]
+    python benchmarks/loader.py --images 6000 --passes 3 --peers unclip plain open_clip dali
 
 Photographs that come with scikit-image and scikit-learn are cropped at random, written as JPEG (quality 90) into
 shards, and read back as squares: decoded, reduced, centre-cropped, float32 in [-1, 1] (normalised by open_clip), in

@@ -1,6 +1,6 @@
 """How long `unclip compare --output` takes for many runs, of which each has stages of its own.
 
-    python benchmarks/report.py [--runs 100] [--rows 1000] [--captions 16] [--every-stage]
+    python benchmarks/report.py --runs 100 --rows 1000 --captions 16 --every-stage
 
 Takes one finished run of `experiment=smoke`, makes it first, and multiplies what is each run's own: its record, its
 decoder with so many rows and its evaluation, or every stage, each that was trained with so many rows. Prints the

@@ -22,6 +22,8 @@ from pathlib import Path
 import psutil
 from kill_anywhere import TINY, UNCLIP, compare
 
+from pipeline.overrides import key_of
+
 STEPS = 150
 SWEEP = "disturbed"
 TRAINED = ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
@@ -76,8 +78,8 @@ def _artifacts(outputs: Path) -> set[str]:
 def _overrides(outputs: Path) -> list[str]:
     lengths = [f"stage.{name}.max_samples={8 * STEPS}" for name in TRAINED]
     own = [f"run.name={SWEEP}", "stage.decoder.clip_loss.weight=0,0.1", "launch.mem_gib=2", "trainer.lease_s=20"]
-    tiny = [each for each in TINY if not each.startswith(("run.name", "stage.decoder.clip_loss"))]
-    return [*tiny, *lengths, *own, f"paths.outputs={outputs}"]
+    lines = [*lengths, *own, f"paths.outputs={outputs}"]
+    return [*(each for each in TINY if key_of(each) not in map(key_of, lines)), *lines]
 
 
 def _submit(outputs: Path) -> None:

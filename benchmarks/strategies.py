@@ -1,6 +1,6 @@
 """Every training stage under every strategy on two processes of this machine: what is equal to what, as a table.
 
-    python benchmarks/strategies.py [--precision bf16-mixed] [--stages clip decoder]
+    python benchmarks/strategies.py --precision bf16-mixed --stages clip decoder
 
 Each cell is how far the published weights are from others, relative to the way that training moved them (Euclidean
 distances), or "bits" where there is no difference at all: from the same stage under DDP; from itself, where a run goes

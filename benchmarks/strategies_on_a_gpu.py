@@ -1,6 +1,6 @@
 """Every training stage under every strategy on one CUDA GPU in bf16: memory and throughput, as a table.
 
-    python benchmarks/strategies_on_a_gpu.py [--size small] [--steps 60] [--batch-size 64]
+    python benchmarks/strategies_on_a_gpu.py --size small --steps 60 --batch-size 64
 
 Each line is a process of its own. Memory is the peak of what torch allocated on the device while the stage trained,
 throughput the median of the rows after a warm-up. With --size small the networks have 27 to 110 million parameters (the

@@ -1,6 +1,6 @@
 """The members of sweeps by their overrides, averaged over seeds, as a Markdown table.
 
-    python benchmarks/sweep_table.py SWEEP ... [--metric NAME=HEADING ...] [--outputs DIR]
+    python benchmarks/sweep_table.py SWEEP --metric NAME=HEADING --outputs DIR
 
 The figures are those of the artifacts of `evaluate`; the cost is the time of the stage `decoder`.
 """

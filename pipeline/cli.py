@@ -109,16 +109,15 @@ def _plan(arguments: list[str]) -> int:
 def _submit(arguments: list[str]) -> int:
     from rich.console import Console
 
-    from pipeline.compose import compose_members, with_override
+    from pipeline.compose import compose_members
     from pipeline.workflow.plan import plan_run, require_unblocked
     from pipeline.workflow.runs import record_run
     from pipeline.workflow.slurm.submit import plan_jobs, slurm_launch, submit_jobs
     from pipeline.workflow.slurm.tables import submitted_table
 
     console = Console(highlight=False)
-    if not any(argument.startswith("launch=") for argument in arguments):
-        arguments = with_override(arguments, "launch=slurm")
-    plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip submit", arguments)]
+    members = compose_members("unclip submit", arguments, default="launch=slurm")
+    plans = [plan_run(member.config, member.overrides) for member in members]
     if not plans:
         return 0
     require_unblocked(plans)

@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from pipeline.config import RunConfig, RunSettings, validate
 from pipeline.errors import UserError
+from pipeline.overrides import key_of, refuse_repeated_keys, refuse_repeated_keys_of_member, with_quoted_braces
 from pipeline.secrecy import find_secret
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
@@ -39,18 +40,22 @@ class Member:
     overrides: tuple[str, ...]
 
 
-def compose_members(program: str, arguments: Sequence[str]) -> list[Member]:
+def compose_members(program: str, arguments: Sequence[str], *, default: str | None = None) -> list[Member]:
     """Compose what a Hydra command line asks for: one member, or those of a sweep.
 
     A sweep is `-m` with values separated by commas, all combinations, or `--members FILE` with the overrides of one
-    member in each line. Empty where Hydra answered by itself (`--cfg job`, `--help`). Raises `UserError` for a command
-    line that is wrong.
+    member in each line. Empty where Hydra answered by itself (`--cfg job`, `--help`). `default` is an override that
+    holds where the command line has none of its key. Raises `UserError` for a command line that is wrong.
     """
     file, arguments = _without_members_option(list(arguments))
-    arguments = list(map(_addable, arguments))
+    refuse_repeated_keys(arguments)
+    typed = arguments
+    if default is not None and key_of(default) not in map(key_of, arguments):
+        arguments = with_override(arguments, default)
+    arguments = list(map(_readable, arguments))
     with _errors_of_one_line():
         if file is not None:
-            return _compose_points(program, arguments, _points_in(file))
+            return _compose_points(program, arguments, _points_in(file, typed))
         if not set(_MULTIRUN) & set(arguments):
             return [_member(config, tuple(map(_as_typed, task))) for config, task in _compose(program, arguments)]
         points = _points_of_sweep(arguments)
@@ -69,7 +74,8 @@ def is_left_to_hydra(arguments: Sequence[str]) -> bool:
 
 def run_by_hydra(program: str, arguments: Sequence[str]) -> None:
     """Have Hydra run a sweep by its own sweeper and launcher. Raises `UserError` as `compose_members` does."""
-    line = with_override(list(map(_addable, arguments)), "hydra.sweep.dir=${paths.outputs}/hydra/${run.name}")
+    refuse_repeated_keys(arguments)
+    line = with_override(list(map(_readable, arguments)), "hydra.sweep.dir=${paths.outputs}/hydra/${run.name}")
     with _errors_of_one_line(), _command_line(program, line):
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(_run_job)()
 
@@ -169,7 +175,7 @@ def _is_swept(argument: str) -> bool:
     return override.is_sweep_override()
 
 
-def _points_in(file: Path) -> list[list[str]]:
+def _points_in(file: Path, fixed: list[str]) -> list[list[str]]:
     """The overrides of each member: one line each, quoted as on a command line; # begins a comment."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -180,13 +186,15 @@ def _points_in(file: Path) -> list[list[str]]:
     points = []
     for number, line in enumerate(lines, 1):
         try:
-            point = [_addable(word) for word in shlex.split(line, comments=True)]
+            words = shlex.split(line, comments=True)
         except ValueError as error:
             raise UserError(f"{file}:{number}: {error}; quote it as on a command line") from error
+        point = list(map(_readable, words))
         if not all(map(_is_override, point)):
             raise UserError(f"{file}:{number}: {line!r} is no list of overrides; write key=value key=value")
         if any(_is_swept(each) for each in point):
             raise UserError(f"{file}:{number}: {line!r} has several values for a key; write one member per line")
+        refuse_repeated_keys_of_member(fixed, words, f"{file}:{number}")
         if point:
             points.append(point)
     if not points:
@@ -195,9 +203,12 @@ def _points_in(file: Path) -> list[list[str]]:
 
 
 def _without_members_option(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    place = next((place for place, each in enumerate(arguments) if each.split("=")[0] == _MEMBERS), None)
-    if place is None:
+    places = [place for place, each in enumerate(arguments) if each.split("=")[0] == _MEMBERS]
+    if not places:
         return None, arguments
+    if len(places) > 1:
+        raise UserError(f"{_MEMBERS} is given {len(places)} times; give one file with all members")
+    (place,) = places
     if set(_MULTIRUN) & set(arguments):
         raise UserError(f"{_MEMBERS} lists the members of a sweep and -m combines them; use one of the two")
     _, has_value, file = arguments[place].partition("=")
@@ -240,9 +251,22 @@ def _run_of_member(run: RunSettings, number: int) -> RunSettings:
     return validate(RunSettings, {**run.model_dump(), "name": f"{run.name}.{number}", "group": run.name}, "run")
 
 
-def _addable(argument: str) -> str:
-    """Settings of one stage hold only what differs from the run's, so Hydra must be let add keys that are not there."""
+def _readable(argument: str) -> str:
+    """The override as Hydra's grammar takes it, which keeps braces for mappings: brace patterns get quotes.
+
+    Settings of one stage hold only what differs from the run's, so Hydra must be let add keys that are not there.
+    """
+    if _is_override(argument) and "{" in argument and not _is_parsed(argument):
+        argument = with_quoted_braces(argument)
     return f"++{argument}" if _OF_ONE_STAGE.match(argument) else argument
+
+
+def _is_parsed(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
 
 
 def _as_typed(override: str) -> str:
@@ -284,7 +308,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} cannot be read as an override ({error.message.splitlines()[0]}); write key=value, "
-            "and key='...' around a value with special characters"
+            "and \"key='...'\" around a value with special characters"
         )
     if isinstance(error, ConfigCompositionException) and str(error).startswith(_TWO_VALUES):
         group = str(error).removeprefix(_TWO_VALUES).split(".")[0]

@@ -1,15 +1,17 @@
 """A real Slurm cluster on this machine: to try `unclip submit`, and for the tests.
 
-    python slurm/one_machine.py                        # until Ctrl-C; prints what to export
-    python slurm/one_machine.py -- unclip submit       # for one command
+    python slurm/one_machine.py
+    python slurm/one_machine.py -- unclip submit
+
+The first lasts until Ctrl-C and prints what to export, the second is for one command.
 
 Two nodes of four CPUs and two pretended GPUs each, in a private directory, as the user who starts it, with nothing
 under /etc and no systemd. The partition `main` can be preempted by `high`. `sacct` works where slurmdbd and MariaDB are
 installed. Everything ends with this process: on Ctrl-C, SIGTERM, at the end of its standard input when that is a pipe,
 and with the jobs that run.
 
-Debian and Ubuntu: sudo apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge, and for `sacct`
-slurmdbd mariadb-server-core mariadb-client-core.
+Debian and Ubuntu: `sudo apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge`, and for
+`sacct` slurmdbd mariadb-server-core mariadb-client-core.
 """
 
 import argparse

@@ -10,7 +10,10 @@ from pipeline.workflow.artifacts import Artifact
 def sampling(run: str, artifact: Artifact, caption: str) -> str:
     """Pictures by this project's own command, which needs no export and takes the run's own guidance."""
     del artifact
-    return f"Pictures from captions, by this project:\n\n    unclip sample {run} {shlex.quote(caption)} --count 4"
+    return (
+        "Pictures from captions, by this project:\n\n"
+        f"    unclip sample {shlex.quote(run)} {shlex.quote(caption)} --count 4"
+    )
 
 
 def exported(run: str, artifact: Artifact, caption: str) -> str:

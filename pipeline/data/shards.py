@@ -104,7 +104,7 @@ def _expand_part(part: str, allow_shell_urls: bool) -> list[str]:
     try:
         names = list(braceexpand.braceexpand(part))
     except ValueError:
-        raise UserError(f"data.shards: {part} has a brace without its pair; write part-{{0000..0099}}.tar") from None
+        raise UserError(f"data.shards: {part} has a brace without its pair; write 'part-{{0000..0099}}.tar'") from None
     for name in names:
         _check_scheme(name, allow_shell_urls)
     missing = [name for name in names if not is_url(name) and not Path(name).expanduser().exists()]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -184,7 +185,7 @@ def _hardware(stage: StageReport) -> str:
 
 
 def _config(run: RunReport) -> str:
-    overrides = " ".join(run.record.overrides)
+    overrides = shlex.join(run.record.overrides)
     return "\n\n".join([
         "Overrides:", _fenced(overrides or "none", "text"),
         "Resolved:", _fenced(json.dumps(run.record.config, indent=2, ensure_ascii=False), "json"),

@@ -1,4 +1,4 @@
-"""The process that runs stages: `python -m pipeline.training.worker [FROZEN ...]`.
+"""The process that runs stages: `python -m pipeline.training.worker FROZEN ...`.
 
 With frozen stages' paths it runs those, and its exit status says how the last one ended. Without, it reads paths from
 standard input, one JSON line each, and stays warm between them; it ends when its input does, or after a stage that it

@@ -112,7 +112,7 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
     if kind is None:
         raise UserError(
             f"stage.{name} has no `kind`, so it is no stage of this workflow; remove what sets it, or add "
-            f"~stage.{name} where an experiment sets it"
+            f"'~stage.{name}' where an experiment sets it"
         )
     trainer_overrides = own.pop("trainer", None) or {}
     declaration = declaration_of(name, kind, catalog)

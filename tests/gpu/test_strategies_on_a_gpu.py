@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import log_of, run_on_ranks
 from safetensors.torch import load_file
-from tiny_runs import TINY, plan_stages, run_stage_of, run_until
+from tiny_runs import TINY, plan_stages, run_stage_of, run_until, the_last_of_each_key
 from torch import Tensor, distributed
 
 from pipeline.cli import main
@@ -162,6 +162,6 @@ def test_one_replica_of_ddp_learns_what_a_device_without_it_does(place: Place, m
 
 def test_a_run_on_the_gpu_is_sampled_from(tmp_path: Path):
     where = [f"paths.outputs={tmp_path}", "run.name=gpu"]
-    assert main(["run", *TINY, *ON_A_GPU, *where]) == 0
+    assert main(["run", *the_last_of_each_key(*TINY, *ON_A_GPU, *where)]) == 0
     assert main(["sample", "gpu", "a red circle", "--outputs", str(tmp_path), "--output", str(tmp_path / "made")]) == 0
     assert list((tmp_path / "made").glob("*.png"))

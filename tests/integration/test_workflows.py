@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny_runs import the_last_of_each_key
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.compose import compose_members
@@ -83,7 +84,7 @@ def command(*arguments: str, check: int | None = 0) -> subprocess.CompletedProce
 
 def run(outputs: Path, *overrides: str, tracking: str = "none", check: int | None = 0) -> list[str]:
     """The lines that `unclip run` prints."""
-    arguments = [*overrides, f"tracking={tracking}", f"paths.outputs={outputs}"]
+    arguments = the_last_of_each_key(*overrides, f"tracking={tracking}", f"paths.outputs={outputs}")
     return command("run", *arguments, check=check).stdout.splitlines()
 
 
@@ -187,8 +188,8 @@ def test_a_sweep_over_the_decoder_s_clip_loss_trains_clip_once(outputs: Path):
 
 
 def test_the_plan_names_the_setting_that_causes_a_rerun(outputs: Path):
-    arguments = [*UNCLIP_WORKFLOW, "stage.decoder.clip_loss.weight=0.3", f"paths.outputs={outputs}"]
-    text = command("plan", *arguments).stdout
+    changed = the_last_of_each_key(*UNCLIP_WORKFLOW, "stage.decoder.clip_loss.weight=0.3")
+    text = command("plan", *changed, f"paths.outputs={outputs}").stdout
     assert re.search(r"decoder +│ run +│ changed stage\.decoder\.clip_loss\.weight: 0\.\d -> 0\.3", text)
     assert text.count("│ reuse") == 7
 

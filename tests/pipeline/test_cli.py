@@ -1,5 +1,6 @@
 import io
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -125,6 +126,16 @@ def test_a_data_path_that_does_not_exist_is_refused(capsys):
     message = refusal(capsys, "plan", "data=webdataset", "data.shards=/no/such/directory")
     assert "data.shards: /no/such/directory does not exist" in message
     assert "give a directory of tars" in message
+
+
+def test_a_brace_pattern_in_the_shell_s_quotes_reaches_the_shards(capsys, tmp_path: Path):
+    quoted = f"data.shards={tmp_path}/{{00000..00003}}.tar"
+    assert f"{tmp_path}/00000.tar does not exist (4 of 4 missing)" in refusal(capsys, "plan", "data=webdataset", quoted)
+    spelled = [f"data.shards={tmp_path}/0000{number}.tar" for number in range(4)]
+    message = refusal(capsys, "plan", "data=webdataset", *spelled)
+    assert message.strip() == (
+        "unclip: data.shards is given 4 times, as the shell spelled out the braces; quote it: " + shlex.quote(quoted)
+    )
 
 
 def test_a_directory_without_tars_is_refused(capsys, tmp_path: Path):

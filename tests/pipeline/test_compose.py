@@ -1,8 +1,9 @@
+import shlex
 from pathlib import Path
 
 import pytest
 
-from pipeline.compose import Member, compose_members, registered_commands
+from pipeline.compose import Member, compose_members, registered_commands, run_by_hydra
 from pipeline.errors import UserError
 from pipeline.workflow.declaration import resolve
 
@@ -80,6 +81,10 @@ def test_members_from_a_file_are_paired_quoted_and_commented(tmp_path: Path):
         ("# nothing", [], ["has no member"]),
         ("sed=1", [], ["sed is an unknown key", "did you mean 'seed'?"]),
         ("seed=1", ["-m"], ["--members", "-m", "use one of the two"]),
+        ("seed=1", ["--members=b"], ["--members is given 2 times", "one file"]),
+        ("seed=1 seed=2", [], ["members:1", "seed is given twice (seed=1, seed=2)", "give it once"]),
+        ("# two\n++seed=1", ["seed=2"], ["members:2", "(seed=2, ++seed=1)", "on the command line or in the file"]),
+        ("data=emoji data=scenes", [], ["members:1", "data is given twice"]),
     ],
 )
 def test_a_file_of_members_that_is_wrong_is_refused_with_its_line(
@@ -91,6 +96,57 @@ def test_a_file_of_members_that_is_wrong_is_refused_with_its_line(
     assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
     with pytest.raises(UserError, match="No such file"):
         compose("--members", "nowhere")
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+@pytest.mark.parametrize(
+    "arguments", [["seed=1", "++seed=2"], ["data=scenes", "data=emoji"], ["~stage.judge", "~stage.judge"]]
+)
+def test_a_key_that_is_given_twice_is_refused(sweep: list[str], arguments: list[str]):
+    with pytest.raises(UserError, match=r"is given twice .*; give it once"):
+        compose(*sweep, *arguments)
+    with pytest.raises(UserError, match=r"is given twice .*; give it once"):
+        run_by_hydra("unclip run", ["-m", "hydra/sweeper=optuna", *arguments])
+
+
+def test_a_default_holds_where_its_key_is_not_given(tmp_path: Path):
+    (tmp_path / "members").write_text("launch=slurm_gpu\nseed=1\n")
+    cpus = {}
+    for typed in ([], ["launch=slurm_gpu"], ["--members", "members"]):
+        members = compose_members("unclip submit", ["tracking=none", *typed], default="launch=slurm")
+        cpus[" ".join(typed)] = [each.config.launch.model_dump()["cpus_per_task"] for each in members]
+    assert cpus == {"": [2], "launch=slurm_gpu": [8], "--members members": [8, 2]}
+
+
+def test_a_brace_pattern_needs_no_quotes_of_its_own(tmp_path: Path):
+    values = {
+        "/x/{00000..00003}.tar": "/x/{00000..00003}.tar",
+        "/x/{a,b}.tar": "/x/{a,b}.tar",
+        "{a,b}.tar": "{a,b}.tar",
+        "'/x/{0..3}.tar'": "/x/{0..3}.tar",
+        "[/x/{0..1}.tar,/y]": ["/x/{0..1}.tar", "/y"],
+        "https://host/{0..1}.tar": "https://host/{0..1}.tar",
+        "${paths.outputs}/{0..1}.tar": "outputs/{0..1}.tar",
+    }
+    (tmp_path / "members").write_text("".join(f'"data.shards={typed}"\n' for typed in values))
+    members = compose("--members", "members", "data=webdataset")
+    assert [each.config.data["shards"] for each in members] == list(values.values())
+
+
+def test_a_recorded_brace_pattern_can_be_given_again_as_it_is_and_through_a_shell():
+    (member,) = compose("data=webdataset", "data.shards=[/x/{0..1}.tar,/y]")
+    for again in (member.overrides[:-1], shlex.split(" ".join(member.overrides[:-1]))):
+        assert compose(*again) == [member]
+
+
+def test_a_sweep_takes_brace_patterns_as_its_values():
+    members = compose("-m", "data=webdataset", "data.shards=/x/{0..1}.tar,/y/{a,b}.tar")
+    assert [each.config.data["shards"] for each in members] == ["/x/{0..1}.tar", "/y/{a,b}.tar"]
+
+
+def test_a_mapping_is_no_brace_pattern():
+    (member,) = compose("stage.prior.network={layers: 3}")
+    assert member.config.stage["prior"]["network"]["layers"] == 3
 
 
 def test_a_stage_s_own_trainer_settings_are_typed_like_any_others():

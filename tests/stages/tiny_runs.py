@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.compose import compose_members
+from pipeline.overrides import key_of
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.plan import plan_run
@@ -59,9 +60,14 @@ TINY = [
 ]
 
 
+def the_last_of_each_key(*overrides: str) -> list[str]:
+    """What is left where later overrides take the place of earlier ones: a command line refuses a key given twice."""
+    return list({key_of(each) or each: each for each in overrides}.values())
+
+
 def plan_stages(outputs: Path, *overrides: str, base: Sequence[str] = TINY) -> dict[str, FrozenStage]:
     """Every stage of the tiny workflow, or that of `base`, frozen, by name, in an order that can be followed."""
-    (member,) = compose_members("unclip plan", [*base, f"paths.outputs={outputs}", *overrides])
+    (member,) = compose_members("unclip plan", the_last_of_each_key(*base, f"paths.outputs={outputs}", *overrides))
     planned = plan_run(member.config, member.overrides).stages
     return {stage.name: stage.frozen for stage in planned if stage.frozen is not None}
 

@@ -1,0 +1,164 @@
+"""What a shell does to overrides: a key that is given twice is refused, and brace patterns are kept whole."""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+
+import braceexpand
+
+from pipeline.errors import UserError
+
+_BRACES = re.compile(r"(?<!\$)\{[^{}:=\s]*(,|\.\.)[^{}:=\s]*\}")
+_QUOTES = "'\""
+_PATH = re.compile(r"/|\.[A-Za-z]\w*\W*$")  # what braces are written for: a path, a URL, or the name of a file
+_SHOWN = 4
+
+
+def key_of(argument: str) -> str | None:
+    """The config key or group that an override concerns, without its prefix; None for what is no override."""
+    bare = argument.lstrip("+~")
+    if argument.startswith("-") or ("=" not in bare and not argument.startswith("~")):
+        return None
+    return bare.partition("=")[0].strip()
+
+
+def refuse_repeated_keys(arguments: Sequence[str]) -> None:
+    """Raise `UserError` where a key is given more than once: Hydra would take the last one, and not say so."""
+    for key, repeated in _repeated(arguments):
+        whole = _before_the_shell(arguments, repeated)
+        if whole is not None:
+            times = _times(repeated)
+            raise UserError(f"{key} is given {times}, as the shell spelled out the braces; quote it: {whole}")
+        raise UserError(_given(key, repeated, f"give it once{_as_a_sweep(repeated)}"))
+
+
+def refuse_repeated_keys_of_member(fixed: Sequence[str], point: Sequence[str], place: str) -> None:
+    """The same for the overrides of a sweep's member in a line of a file, alone and beside the command line's."""
+    for key, repeated in _repeated(point):
+        raise UserError(f"{place}: {_given(key, repeated, 'give it once')}")
+    for key, repeated in _repeated([*fixed, *point]):
+        remedy = "give it on the command line or in the file"
+        raise UserError(f"{place}: {_given(key, repeated, remedy)}")
+
+
+def with_quoted_braces(override: str) -> str:
+    """The override with quotes around each of its values (of a sweep, of a list) that holds a brace pattern.
+
+    Only for what Hydra cannot read as it is: its grammar keeps braces for mappings.
+    """
+    key, equals, value = override.partition("=")
+    return f"{key}{equals}{''.join(map(_quoted, _values(value)))}"
+
+
+def brace_pattern(values: Sequence[str]) -> str | None:
+    """The shortest pattern of braces that a shell spells out as these values, in their order; None without one."""
+    sizes = [size for size in range(2, len(values) // 2 + 1) if len(values) % size == 0]
+    candidates = [_one_brace(values), *(_one_brace(_brace_of_each(values, size)) for size in sizes)]
+    return next((each for each in sorted(candidates, key=len) if _expanded(each) == list(values)), None)
+
+
+def _by_key(arguments: Sequence[str]) -> dict[str, list[str]]:
+    given: dict[str, list[str]] = {}
+    for argument in arguments:
+        key = key_of(argument)
+        if key is not None:
+            given.setdefault(key, []).append(argument)
+    return given
+
+
+def _repeated(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    return ((key, given) for key, given in _by_key(arguments).items() if len(given) > 1)
+
+
+def _given(key: str, repeated: Sequence[str], remedy: str) -> str:
+    shown = [*repeated[: _SHOWN - 1], "...", repeated[-1]] if len(repeated) > _SHOWN else repeated
+    return f"{key} is given {_times(repeated)} ({', '.join(shown)}); {remedy}"
+
+
+def _times(repeated: Sequence[str]) -> str:
+    return "twice" if len(repeated) == 2 else f"{len(repeated)} times"
+
+
+def _before_the_shell(arguments: Sequence[str], repeated: list[str]) -> str | None:
+    """The one override that a shell made these of, quoted; None where they do not look as if it had."""
+    place = list(arguments).index(repeated[0])
+    if list(arguments[place : place + len(repeated)]) != repeated:
+        return None
+    heads, _, values = zip(*(each.partition("=") for each in repeated), strict=True)
+    if len(set(heads)) > 1 or len(set(values)) < len(values) or not all(map(_PATH.search, values)):
+        return None
+    pattern = brace_pattern(values)
+    if pattern is None or re.fullmatch(r"\{[^{}]*\}", pattern):
+        return None
+    return shlex.quote(f"{heads[0]}={pattern}")
+
+
+def _as_a_sweep(repeated: Sequence[str]) -> str:
+    heads, _, values = zip(*(each.partition("=") for each in repeated), strict=True)
+    if heads[0].startswith("~") or len(set(heads)) > 1 or len(set(values)) < len(values) or "(" in "".join(values):
+        return ""
+    swept = f"{heads[0]}={','.join(values)}"
+    return f", or sweep over its values: -m {shlex.quote(swept)}"
+
+
+def _one_brace(values: Sequence[str]) -> str:
+    """The values with one pair of braces around what differs, which no number is cut by."""
+    before = _shared_start(values).rstrip("0123456789")
+    rest = [value.removeprefix(before) for value in values]
+    after = _shared_start([each[::-1] for each in rest])[::-1].lstrip("0123456789")
+    middles = [each.removesuffix(after) for each in rest]
+    return f"{before}{{{_range(middles) or ','.join(middles)}}}{after}"
+
+
+def _shared_start(values: Sequence[str]) -> str:
+    least, greatest = min(values), max(values)
+    differ = (place for place, (one, other) in enumerate(zip(least, greatest, strict=False)) if one != other)
+    return least[: next(differ, len(least))]
+
+
+def _brace_of_each(values: Sequence[str], size: int) -> list[str]:
+    return [_one_brace(values[first : first + size]) for first in range(0, len(values), size)]
+
+
+def _range(middles: Sequence[str]) -> str | None:
+    if not all(each.isdecimal() for each in middles):
+        return None
+    first, second, last = middles[0], middles[1], middles[-1]
+    for candidate in (f"{first}..{last}", f"{first}..{last}..{abs(int(second) - int(first))}"):
+        if _expanded(f"{{{candidate}}}") == list(middles):
+            return candidate
+    return None
+
+
+def _expanded(pattern: str) -> list[str] | None:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError:
+        return None
+
+
+def _quoted(value: str) -> str:
+    bare = value.strip()
+    is_mapping = bare.startswith("{") and bare.endswith("}") and ":" in bare
+    if is_mapping or not _BRACES.search(bare) or any(each in bare for each in f"{_QUOTES}\\"):
+        return value
+    return value.replace(bare, f"'{bare}'")
+
+
+def _values(text: str) -> Iterator[str]:
+    """The single values in the text of an override, and what stands between them: `[ ] ( ) ,` outside of braces."""
+    value, depth, quote = "", 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in _QUOTES:
+            quote = letter
+        elif letter in "{}":
+            depth += 1 if letter == "{" else -1
+        elif letter in "[]()," and depth <= 0:
+            yield value
+            yield letter
+            value = ""
+            continue
+        value += letter
+    yield value
