@@ -1,7 +1,7 @@
 """The stage `clip`: image and text towers, trained together from the first weight (arXiv 2103.00020, 2303.15343)."""
 
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,12 +34,13 @@ def run(context: StageContext) -> StageResult:
         metrics, samples_seen = result.metrics, result.samples_seen
     if context.is_first_process:
         clip.save(context.output)
-    numbers = {
+    numbers: dict[str, Any] = {
         "embed_dim": settings.network.embed_dim,
         "context_length": settings.network.context_length,
         "image_size": settings.network.image_size,
-        "checkpoint": None if settings.checkpoint is None else settings.checkpoint.name,
     }
+    if settings.checkpoint is not None:
+        numbers["checkpoint"] = settings.checkpoint.name
     return StageResult(numbers, metrics, samples_seen)
 
 

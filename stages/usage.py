@@ -38,7 +38,7 @@ def exported(run: str, artifact: Artifact, caption: str) -> str:
 
 def clip_origin(artifact: Artifact) -> str:
     """The checkpoint that a CLIP was started from, whose licence goes with it."""
-    checkpoint = artifact.numbers["checkpoint"]
+    checkpoint = artifact.numbers.get("checkpoint")
     if checkpoint is None:
         return ""
     return (

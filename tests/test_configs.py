@@ -42,7 +42,8 @@ def test_every_experiment_composes_and_plans_under_a_name_of_its_own(path: Path,
     if "/data: webdataset" in path.read_text(encoding="utf-8"):
         write_tar(tmp_path / "shards" / "00000.tar")
         assert main(["shards", "index", str(tmp_path / "shards")]) == 0
-        arguments.append(f"data.shards={tmp_path / 'shards'}")
+        # Batches of its own size would need as many samples.
+        arguments += [f"data.shards={tmp_path / 'shards'}", "stage.clip.global_batch_size=256"]
     assert plan(*arguments).config.run.name != "demo"
 
 
@@ -117,11 +118,14 @@ def test_every_stage_file_stands_in_a_workflow(path: Path):
 
 
 def write_tar(path: Path) -> None:
+    """700 samples: enough for two batches of the demo's CLIP, and for a hundredth to measure on."""
     path.parent.mkdir(exist_ok=True)
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
     with tarfile.open(path, "w") as archive:
-        for name, content in ((f"{path.stem}.png", picture.getvalue()), (f"{path.stem}.txt", b"a black square")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+        for number in range(700):
+            key = f"{path.stem}{number:04d}"
+            for name, content in ((f"{key}.png", picture.getvalue()), (f"{key}.txt", b"a black square")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))

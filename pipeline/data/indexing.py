@@ -108,7 +108,7 @@ def _require_samples(indices: Sequence[ShardIndex]) -> None:
     found = "; ".join(f"{count} {reason}: {EXPLANATIONS[reason]}" for reason, count in counts)
     raise UserError(
         f"data.shards: no complete sample in {len(shards)} shard(s), such as {shards[0].name} ({found or 'no files'}); "
-        f"a sample needs a text such as key.txt beside key.{'|'.join(IMAGE_EXTENSIONS)}"
+        f"a sample needs key.txt beside key.{'|'.join(IMAGE_EXTENSIONS)} (data.caption takes another text)"
     )
 
 

@@ -39,8 +39,8 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def the_index(place: ShardPlace, workers: int = 1, **options: bool) -> ShardIndex:
-    (indexed,) = index_place(place, workers, **options)
+def the_index(place: ShardPlace, workers: int = 1, *, again: bool = False) -> ShardIndex:
+    (indexed,) = index_place(place, workers, again=again)
     assert indexed.index is not None
     assert indexed.refused == ()
     return indexed.index
