@@ -1,6 +1,6 @@
 """How fast shards are indexed, beside Python's own tar reader and beside reading the files alone.
 
-    python benchmarks/indexing.py [--shards 16] [--samples 2000] [--picture-kb 20] [--passes 3]
+    python benchmarks/indexing.py
 
 Shards are written by webdataset's writer, as img2dataset writes them: a picture, a caption and a JSON for each sample,
 and a PAX header before each member. unclip reads and digests every byte; `tarfile` (with webdataset's grouping) reads

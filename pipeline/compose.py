@@ -22,7 +22,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from pipeline.config import RunConfig, RunSettings, validate
 from pipeline.errors import UserError
-from pipeline.overrides import key_of, refuse_repeated_keys, refuse_repeated_keys_of_member, with_quoted_braces
+from pipeline.overrides import (
+    key_of,
+    refuse_repeated_keys,
+    refuse_repeated_keys_of_member,
+    with_plain_keys,
+    with_quoted_braces,
+)
 from pipeline.secrecy import find_secret
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
@@ -257,7 +263,8 @@ def _readable(argument: str) -> str:
     Settings of one stage hold only what differs from the run's, so Hydra must be let add keys that are not there.
     """
     if _is_override(argument) and "{" in argument and not _is_parsed(argument):
-        argument = with_quoted_braces(argument)
+        plain = with_plain_keys(argument)
+        argument = plain if _is_parsed(plain) else with_quoted_braces(argument)
     return f"++{argument}" if _OF_ONE_STAGE.match(argument) else argument
 
 

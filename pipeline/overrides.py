@@ -10,6 +10,8 @@ from pipeline.errors import UserError
 
 _BRACES = re.compile(r"(?<!\$)\{[^{}:=\s]*(,|\.\.)[^{}:=\s]*\}")
 _QUOTES = "'\""
+_QUOTED_KEY = re.compile(r"""(["'])([^"']+)\1(?=\s*:)""")
+_SPECIAL = re.compile(r"[\\()\[\]{}:=, \t]")  # what a backslash makes a part of a key
 _PATH = re.compile(r"/|\.[A-Za-z]\w*\W*$")  # what braces are written for: a path, a URL, or the name of a file
 _SHOWN = 4
 
@@ -48,6 +50,11 @@ def with_quoted_braces(override: str) -> str:
     """
     key, equals, value = override.partition("=")
     return f"{key}{equals}{''.join(map(_quoted, _values(value)))}"
+
+
+def with_plain_keys(override: str) -> str:
+    """The override of a mapping with its quoted keys as Hydra's grammar takes them, which knows no quotes there."""
+    return _QUOTED_KEY.sub(lambda match: _SPECIAL.sub(r"\\\g<0>", match[2]), override)
 
 
 def brace_pattern(values: Sequence[str]) -> str | None:

@@ -116,14 +116,14 @@ class WebDatasetSettings(SourceSettings):
     def _is_said_once(self) -> Self:
         if self.captions is not None and self.caption != DEFAULT_CAPTION:
             raise ValueError(
-                f"caption={self.caption} and captions={self.captions} both say where captions are; set one of them"
+                f"data.caption={self.caption} and data.captions={self.captions} both say where captions are; set one"
             )
         if self.captions is not None and not self.captions:
-            raise ValueError("captions={} names none; give for example captions={txt: 1}")
+            raise ValueError("data.captions={} names none; give for example 'data.captions={txt: 1}'")
         if self.weights is not None and len(self.weights) != len(self.parts):
             raise ValueError(
-                f"weights has {len(self.weights)} entries for {len(self.parts)} parts of shards; give one for each, as "
-                "in shards=[/data/a,/data/b] weights=[1,0.5]"
+                f"data.weights has {len(self.weights)} entries for {len(self.parts)} parts of data.shards; give one "
+                "each, as in 'data.shards=[/data/a,/data/b]' 'data.weights=[1,0.5]'"
             )
         return self
 

@@ -219,7 +219,6 @@ def test_examples_are_found_where_they_are():
         ("slurm/README.md", "sudo"),
         ("conf/experiment/paper.yaml", "unclip"),
         ("conf/hydra/help/unclip.yaml", "unclip"),
-        ("pipeline/data/summary.py", "unclip"),
         ("stages/usage.py", "unclip"),
         ("slurm/one_machine.py", "python"),
         ("benchmarks/report.py", "python"),

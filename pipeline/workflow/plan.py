@@ -121,7 +121,7 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
     except UserError as error:
         # A stage takes the group `data` in by interpolation: its keys are typed without the stage.
         prefix = f"stage.{name}."
-        message = str(error)
+        message = str(error).removeprefix(f"{prefix}data: ")
         raise UserError(message.removeprefix(prefix) if message.startswith(f"{prefix}data.") else message) from error
     trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
     if trainer.num_nodes > 1 and isinstance(config.launch, LocalLaunch):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.index import ShardIndex
     from pipeline.data.mixture import Mixture
+    from pipeline.data.reader import SampleReader
 
 LICENCE = "The pictures and captions of data=webdataset are the user's own."
 LICENCE_ID = "other"
@@ -29,6 +30,7 @@ COUNTED_WHEN_PLANNING = 200_000
 """A plan sorts so many samples into their splits itself. Of more, a split is not empty by accident."""
 
 _SHARDS_PER_BLOCK = 32
+_LOOKED_AT = 100
 
 
 def place_of(settings: WebDatasetSettings) -> ShardPlace:
@@ -92,11 +94,12 @@ def split_counts(settings: WebDatasetSettings) -> SplitCounts | None:
     if settings.split_key != SAMPLE_KEY:
         return None
     try:
-        if summary(settings).samples > COUNTED_WHEN_PLANNING:
-            return None
-        taken_in = take_in(settings)
+        samples = summary(settings).samples
     except UserError:
         return None  # the plan says so of the stage that takes the shards in
+    if samples > COUNTED_WHEN_PLANNING:
+        return None
+    taken_in = take_in(settings)
     check_split_sizes(taken_in.positions.tolist(), settings.validation_fraction)
     return taken_in.counts(mixture(settings))
 
@@ -141,6 +144,7 @@ def take_in(settings: WebDatasetSettings) -> TakenIn:
     index = whole.keep(has_caption, list(dict.fromkeys([*sources.extensions, JSON])))
     index = replace(index, shards=tuple(map(_counting_lost, index.shards, whole.shards)))
     reader = SampleReader(index, Path("/"), place.cache_dir, place.cache_bytes, remedy=place.index_command)
+    _require_fields(sources, reader)
     positions = np.empty(len(index), np.float64)
     for row in range(len(index)):
         attributes = None if settings.split_key == SAMPLE_KEY else reader.attributes(row)
@@ -159,14 +163,31 @@ def _counting_lost(kept: ShardEntry, whole: ShardEntry) -> ShardEntry:
 
 
 def _require_captions(sources: CaptionSources, chosen: IndexSummary) -> None:
+    """Raise `UserError` where no sample has one of the texts that captions are to be read from."""
     texts = chosen.texts
-    if any(texts[extension] for extension in sources.extensions):
+    missing = next((source for source in sources.sources if not texts[source.extension]), None)
+    if missing is not None:
+        known = ", ".join(f"{name} ({count:,})" for name, count in texts.most_common()) or "no text at all"
+        raise UserError(
+            f"data.caption={missing.name}: no sample has {missing.extension}; they have {known}; set for example "
+            f"data.caption={next(iter(texts), 'txt')}"
+        )
+
+
+def _require_fields(sources: CaptionSources, reader: "SampleReader") -> None:
+    """Raise `UserError` where none of the first samples has one of the fields that captions are to be read from."""
+    fields = [source.field for source in sources.sources if source.field is not None]
+    if not fields or not len(reader.index):
         return
-    known = ", ".join(f"{name} ({count:,})" for name, count in texts.most_common()) or "no text at all"
-    raise UserError(
-        f"data.caption={', '.join(sources.weights())}: no sample has it; the samples have {known}; set for example "
-        f"data.caption={next(iter(texts), 'txt')}"
-    )
+    known: set[str] = set()
+    for row in range(min(_LOOKED_AT, len(reader.index))):
+        known |= (reader.attributes(row) or {}).keys()
+    missing = next((field for field in fields if field not in known), None)
+    if missing is not None:
+        raise UserError(
+            f"data.caption=json:{missing}: none of the first {min(_LOOKED_AT, len(reader.index))} samples has that "
+            f"field; theirs are {', '.join(sorted(known)) or 'none'}"
+        )
 
 
 def _check_cache(settings: WebDatasetSettings, chosen: IndexSummary) -> None:
