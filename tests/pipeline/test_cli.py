@@ -180,6 +180,24 @@ def test_sampling_from_a_run_that_does_not_exist_is_refused(capsys):
     assert "no run 'nothing'" in refusal(capsys, "sample", "nothing", "a red circle")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("--seed", str(2**64), f"give 0 to {2**64 - 1}"),
+        ("--seed", "-1", f"give 0 to {2**64 - 1}"),
+        ("--guidance", "nan", "give a finite number"),
+        ("--prior-guidance", "inf", "give a finite number"),
+        ("--clip-guidance", "-inf", "give a finite number"),
+    ],
+)
+def test_numbers_that_sampling_could_not_use_are_refused_before_anything_is_loaded(
+    capsys, option: str, value: str, remedy: str
+):
+    message = refusal(capsys, "sample", "nothing", "a red circle", f"{option}={value}")
+    assert f"{option} {value}" in message
+    assert remedy in message
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_every_command(capsys, arguments: list[str]):
     assert main(arguments) == 0
