@@ -55,7 +55,12 @@ _RETRIEVAL = {"R@*": Better.HIGH}
 CATALOG = Catalog(
     stages={
         "prepare": StageDeclaration(
-            version=2, settings=PrepareSettings, run="stages.prepare:run", output="data", identity=prepare_identity
+            version=2,
+            settings=PrepareSettings,
+            run="stages.prepare:run",
+            output="data",
+            computes=False,
+            identity=prepare_identity,
         ),
         "clip": StageDeclaration(
             version=2,
