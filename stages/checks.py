@@ -29,6 +29,9 @@ CLIP_EXTRA_CONTEXT_TOKENS = 4
 LINEAR_BETA_END_TIMES_TIMESTEPS = 20
 """The linear schedule ends at beta = 20 / timesteps (DDPM: 0.02 at 1000), which must stay below 1."""
 
+_NEED_VALIDATION = {"clip", "judge_clip", "prior", "decoder", "upsampler", "evaluate"}
+"""Kinds of stages that end with a look at held-out pictures of the data."""
+
 
 def check_clip_network(network: ClipNetworkSettings, path: str) -> None:
     """Raise `UserError` if the towers cannot be built; `path` is where they stand, such as "stage.clip.network"."""
@@ -147,8 +150,14 @@ def check_workflow(stages: Mapping[str, StageSettings]) -> None:
     for name, stage in stages.items():
         path = f"stage.{name}"
         match stage.settings:
-            case PrepareSettings(data=WebDatasetSettings() as data):
-                expand_shards(data.shards, allow_shell_urls=data.allow_shell_urls)
+            case PrepareSettings(data=data):
+                if isinstance(data, WebDatasetSettings):
+                    expand_shards(data.shards, allow_shell_urls=data.allow_shell_urls)
+                if data.validation_fraction == 0 and kinds & _NEED_VALIDATION:
+                    raise UserError(
+                        f"data.validation_fraction={data.validation_fraction:g} leaves nothing that trainings could be "
+                        "validated on; use more than 0"
+                    )
             case ClipSettings() as settings:
                 check_clip_network(settings.network, f"{path}.network")
                 if settings.max_samples == 0 and settings.checkpoint is None:
