@@ -28,11 +28,19 @@ SECRET_NAME = re.compile(
 )
 """The names of variables that are likely to hold a secret."""
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NotNegativeFloat = Annotated[float, Field(ge=0.0)]
+INTEGER_LIMIT = 2**63
+"""Counts and sizes are below this: they become int64 somewhere."""
+
+SEED_LIMIT = 2**64
+"""Seeds are below this: what is drawn depends on 64 bits, so that a greater one would repeat another one's draws."""
+
+# Strict: `true` is not 1, "1" is not 1, and nothing is rounded. A whole number does for a float.
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True, allow_inf_nan=False)]
+Positive = Annotated[int, Field(gt=0, lt=INTEGER_LIMIT, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, lt=INTEGER_LIMIT, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0.0, strict=True, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0.0, strict=True, allow_inf_nan=False)]
 
 
 class DecayKind(StrEnum):
@@ -306,7 +314,7 @@ class RunConfig(Settings):
     """
 
     run: RunSettings
-    seed: NotNegative
+    seed: Seed
     paths: PathSettings
     catalog: str
     data: dict[str, Any]
@@ -345,7 +353,14 @@ def _first_fault(error: ValidationError, values: Mapping[str, Any], path: str, s
         return f"{key}: {fault['msg'].removeprefix('Value error, ')}{more}".removeprefix(": ")
     if fault["type"] == "missing":
         return f"{key} is missing and has no default; set it on the command line{more}"
-    return f"{key}={fault['input']!r}: {fault['msg']}; give a value that fits{more}"
+    return f"{key}={fault['input']!r}: {fault['msg']}; {_remedy(fault['type'], fault['input'])}{more}"
+
+
+def _remedy(kind: str, value: object) -> str:
+    """What to write instead: the whole number itself where it was written as a float or a text."""
+    if kind == "int_type" and isinstance(value, float | str) and re.fullmatch(r"\d{1,18}(\.0)?", str(value)):
+        return f"write {str(value).removesuffix('.0')}"
+    return "give a value that fits"
 
 
 def _fields_beside(location: list[str], schema: type[Settings]) -> list[str]:

@@ -69,6 +69,7 @@ CATALOG = Catalog(
             settings=PrepareSettings,
             run="stages.prepare:run",
             output="data",
+            computes=False,
             identity=prepare_identity,
             place=prepare_place,
         ),

@@ -14,6 +14,7 @@ from pipeline.config import (
     NotNegativeFloat,
     Positive,
     PositiveFloat,
+    Seed,
     Settings,
     TrainingStageSettings,
 )
@@ -75,9 +76,9 @@ class ScenesSettings(SourceSettings):
     source: Literal["scenes"]
     samples: Positive
     unseen_samples: NotNegative
-    image_size: Annotated[int, Field(ge=64)]
+    image_size: Annotated[Positive, Field(ge=64)]
     two_objects_share: Fraction
-    seed: NotNegative
+    seed: Seed
     shard_samples: Positive
 
 
@@ -251,7 +252,7 @@ class ClipLossSettings(Settings):
 
     weight: NotNegativeFloat
     timestep_power: NotNegativeFloat
-    sample_share: Annotated[float, Field(gt=0.0, le=1.0)]
+    sample_share: Annotated[Fraction, Field(gt=0.0)]
 
 
 class DecoderSamplerSettings(SamplerSettings):
@@ -305,8 +306,8 @@ class JudgeDataSettings(Settings):
 
     samples: Positive
     validation_samples: Positive
-    image_size: Annotated[int, Field(ge=64)]
-    seed: NotNegative
+    image_size: Annotated[Positive, Field(ge=64)]
+    seed: Seed
     shard_samples: Positive
 
 

@@ -1,16 +1,34 @@
 """From the bytes of a picture to uint8 RGB; odd kinds of picture end as RGB or as a named fault. Imports no torch."""
 
+import importlib
 import io
+from collections.abc import Mapping
 from enum import StrEnum
+from functools import cache
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, TiffImagePlugin
 
 MAX_PIXELS = 2**26
 """Pictures of more pixels (8192 x 8192) are taken for decompression bombs."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Plugins that decode in Pillow's own code: some of the others start programs."""
+_PLUGINS = {
+    "JPEG": "JpegImagePlugin",
+    "PNG": "PngImagePlugin",
+    "WEBP": "WebPImagePlugin",
+    "GIF": "GifImagePlugin",
+    "BMP": "BmpImagePlugin",
+    "AVIF": "AvifImagePlugin",
+    "TIFF": "TiffImagePlugin",
+}
+"""Formats that Pillow decodes in its own process, by their plugins: some of the others start programs."""
+
+_BRIGHTEST_FRACTION = 2.0
+"""Floats up to this are fractions of white; resampling leaves some a little above 1. Greater ones count to 255."""
+
+_WHITE_IS_ZERO = 0
 
 
 class DecodeFault(StrEnum):
@@ -36,7 +54,8 @@ class DecodeError(Exception):
 
 
 def decode_rgb(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to mode RGB: upright by its EXIF orientation, transparency on white, the first frame of several.
+    """Decode a picture to mode RGB: upright by its EXIF (or XMP) orientation, transparency on white, the first frame or
+    page of several. Pictures of more than 8 bits become 8-bit ones of the same brightness.
 
     Raises:
         DecodeError: no picture, a broken one, or more than `max_pixels` pixels.
@@ -44,7 +63,7 @@ def decode_rgb(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not image:
         raise DecodeError(DecodeFault.EMPTY_IMAGE)
     try:
-        picture = Image.open(io.BytesIO(image), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(image), formats=readable_formats())
     except Image.DecompressionBombError as error:
         raise DecodeError(DecodeFault.TOO_MANY_PIXELS, str(error)) from error
     except Exception as error:
@@ -54,26 +73,51 @@ def decode_rgb(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             DecodeFault.TOO_MANY_PIXELS, f"{picture.width} x {picture.height}, at most {max_pixels} pixels"
         )
     try:
+        tags = _tiff_tags(picture)
         picture.load()
-        return _to_rgb(_upright(picture))
+        return _to_rgb(_upright(picture), tags)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever their parsers meet
         raise DecodeError(DecodeFault.BROKEN_IMAGE, str(error)) from error
 
 
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """What this build of Pillow reads of JPEG, PNG, WebP, GIF, BMP, AVIF and TIFF: not every one has every codec."""
+    return tuple(name for name, plugin in _PLUGINS.items() if _is_readable(name, plugin))
+
+
+def _is_readable(name: str, plugin: str) -> bool:
+    try:
+        module: Any = importlib.import_module(f"PIL.{plugin}")
+    except ImportError:
+        return False
+    if hasattr(module, "DEFAULT_MAX_THREADS"):
+        module.DEFAULT_MAX_THREADS = 1  # AVIF's one thread per core costs a small picture more than it saves
+    return getattr(module, "SUPPORTED", True) and name in Image.OPEN
+
+
 def _upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its metadata say. Pillow's TIFF plugin has done so in `load`, and AVIF's decoder leaves it:
+    both keep no orientation that was applied, so that nothing is turned twice.
+    """
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # a broken EXIF block says nothing of the pixels
         return picture
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
+    """What a TIFF says of itself; nothing of other formats."""
+    return dict(picture.tag_v2) if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+
+
+def _to_rgb(picture: Image.Image, tiff_tags: Mapping[int, Any]) -> Image.Image:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return _from_wide(picture)
+        return _from_wide(picture, tiff_tags)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         canvas = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -81,9 +125,29 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _from_wide(picture: Image.Image) -> Image.Image:
+def _from_wide(picture: Image.Image, tiff_tags: Mapping[int, Any]) -> Image.Image:
     """Grey of more than 8 bits, which Pillow's own conversion would clip at 255."""
-    values = np.asarray(picture).astype(np.float32)
-    if picture.mode.startswith("I;16") or values.max(initial=0) > 255:
-        values = values / 257
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8), "L").convert("RGB")
+    values = np.asarray(picture)
+    if picture.mode == "F":
+        brightness = _from_float(values)
+    else:
+        is_unsigned = tiff_tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,)
+        # Mode `I` is signed in Pillow, whatever it read.
+        brightness = _from_whole(values.view(np.uint32) if values.dtype == np.int32 and is_unsigned else values)
+    if tiff_tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
+        brightness = 255 - brightness  # which Pillow does for 8 bits alone
+    return Image.fromarray(brightness.round().clip(0, 255).astype(np.uint8), "L").convert("RGB")
+
+
+def _from_float(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Floats as [0, 255]. What is no number is black."""
+    values = np.nan_to_num(values, nan=0.0)
+    return values * np.float32(255) if values.max(initial=0) <= _BRIGHTEST_FRACTION else values
+
+
+def _from_whole(values: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Whole numbers as [0, 255]. Those of 32 bits do not say how many of them the file used: the greatest tells."""
+    is_16_bit = values.dtype.itemsize == 2
+    greatest = 2**16 - 1 if is_16_bit else int(values.max(initial=0))
+    white = next(white for white in (2**8 - 1, 2**16 - 1, 2**32 - 1) if greatest <= white)
+    return (values * (255 / white)).astype(np.float32)

@@ -12,8 +12,14 @@ _OVERSAMPLING = 2
 """A JPEG is decoded at the smallest scale with this many times the pixels per side: 48 dB from a whole decode."""
 
 _JPEG = b"\xff\xd8\xff"
+_APP1 = 0xE1
+_START_OF_SCAN = 0xDA
+_WITHOUT_LENGTH = frozenset([0x00, 0x01, *range(0xD0, 0xDA), 0xFF])
+"""Markers that no segment follows; before the scan none of them belongs into a JPEG."""
+
 _EXIF = b"Exif\0"
-_HEADER_BYTES = 2**16
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_ORIENTATION = b"tiff:Orientation"
 _PLAIN_COLOURS = ("YCbCr", "Gray")
 
 
@@ -43,7 +49,7 @@ def resized_square(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 def _plain_jpeg(image: bytes, size: int) -> NDArray[np.uint8] | None:
     """The pixels of a whole JPEG without peculiarities, [H, W, 3]; None for what Pillow has to look at."""
-    if not image.startswith(_JPEG) or _EXIF in image[:_HEADER_BYTES]:
+    if not image.startswith(_JPEG) or _may_be_turned(image):
         return None
     least = _OVERSAMPLING * size
     try:
@@ -53,3 +59,25 @@ def _plain_jpeg(image: bytes, size: int) -> NDArray[np.uint8] | None:
         return simplejpeg.decode_jpeg(image, "RGB", min_height=least, min_width=least, min_factor=2)
     except ValueError:
         return None
+
+
+def _may_be_turned(image: bytes) -> bool:
+    """Whether a segment of a JPEG can state an orientation, or the segments cannot be followed up to the scan.
+
+    Cameras write EXIF first; tools that add colour profiles or previews push it behind any number of bytes.
+    """
+    position = 2
+    while position + 4 <= len(image):
+        marker = image[position + 1]
+        if image[position] != 0xFF or marker in _WITHOUT_LENGTH:
+            return True
+        if marker == _START_OF_SCAN:
+            return False
+        content, end = position + 4, position + 2 + (image[position + 2] << 8 | image[position + 3])
+        if marker == _APP1 and (
+            image.startswith(_EXIF, content)
+            or (image.startswith(_XMP, content) and image.find(_XMP_ORIENTATION, content, end) >= 0)
+        ):
+            return True
+        position = end
+    return True

@@ -10,6 +10,7 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
+from pipeline.errors import UserError
 from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.context import StageContext
@@ -37,8 +38,13 @@ class FitResult:
 def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> FitResult:
     """Train until `max_samples`, from the last checkpoint if there is one; leaves the averaged weights in the network.
 
-    Raises `StageInterrupted` after a requested stop.
+    Raises `StageInterrupted` after a requested stop, and `UserError` at once where nothing is there to validate on.
     """
+    if len(images.data.samples_in(Split.VALIDATION)) == 0:
+        raise UserError(
+            f"the split {Split.VALIDATION} has no samples, and training ends with a validation; raise "
+            "data.validation_fraction or add samples"
+        )
     strategy, choice = build_strategy(context.frozen.trainer, module.network)
     print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
     record_hardware(context.frozen, context.ownership, choice.title)

@@ -37,7 +37,9 @@ class Spent:
     device_s: float
 
 
+UNKNOWN = "unknown"
 _MIN_FREE_BYTES = 2**20
+_GIT_TIMEOUT_S = 30.0
 
 
 def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
@@ -173,6 +175,7 @@ def _run_and_publish(
     frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event, ownership: Ownership | None
 ) -> None:
     started = time.monotonic()
+    code = code_version() if ownership is not None else UNKNOWN  # as it is now: others may work on it meanwhile
     declaration = frozen.declaration
     settings = frozen.read_settings()
     inputs = frozen.find_inputs()
@@ -201,7 +204,7 @@ def _run_and_publish(
             progress.update(phase=Phase.PUBLISHING, activity="publishing")
             here_s = time.monotonic() - started
             spent = Spent(elapsed_before_s + here_s, progress.earlier_device_s + here_s * frozen.tasks.total)
-            tracker.log_artifact(_publish(frozen, output, result, spent, tracker.wandb_record, ownership))
+            tracker.log_artifact(_publish(frozen, output, result, spent, code, tracker.wandb_record, ownership))
 
 
 def _publish(
@@ -209,6 +212,7 @@ def _publish(
     output: Path,
     result: StageResult,
     spent: Spent,
+    code: str,
     wandb_run: WandbRecord | None,
     ownership: Ownership,
 ) -> Artifact:
@@ -223,7 +227,7 @@ def _publish(
         identity=frozen.identity,
         inputs={name: [each.fingerprint for each in found] for name, found in frozen.inputs.items()},
         config=counted_settings(frozen.read_settings()),
-        code_version=code_version(),
+        code_version=code,
         made_by_run=frozen.run,
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         duration_s=round(spent.duration_s, 3),
@@ -239,14 +243,22 @@ def _publish(
 
 
 def code_version() -> str:
-    """The package's version, and the commit where the code is a git checkout."""
+    """The package's version, and the commit where the code is a git checkout; `unknown` for what cannot be told.
+
+    It is for people alone, so that nothing that is amiss with metadata or git ends a stage.
+    """
+    try:
+        release = version("unclip") or UNKNOWN
+    except Exception:  # not installed, or metadata that are damaged in whatever way
+        release = UNKNOWN
     root = Path(__file__).resolve().parent.parent.parent
-    commit = (
-        subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        )
-        if (root / ".git").exists()
-        else None
-    )
-    suffix = f"+{commit.stdout.strip()}" if commit is not None and commit.returncode == 0 else ""
-    return f"{version('unclip')}{suffix}"
+    return f"{release}+{_commit(root)}" if (root / ".git").exists() else release
+
+
+def _commit(root: Path) -> str:
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S)
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, or one that refuses another user's checkout
+        return UNKNOWN
+    return said.stdout.strip() or UNKNOWN

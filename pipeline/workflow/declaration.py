@@ -39,6 +39,8 @@ class StageDeclaration:
 
     `run` names the function that does the work ("module:function"); it is imported in the process that runs the stage.
     `identity` turns settings into what counts in the fingerprint, for settings that point to files outside the project.
+    A stage that `computes` makes something else under another seed or precision: both are in its fingerprint. One that
+    only gathers what is there (files, shards drawn from a seed of their own) does not, and is shared between them.
     A `repeatable` output may have several producers in a workflow (two upsamplers).
     `better` says which way final metrics improve, by shell patterns of their names; a report marks the best of those.
     `place` turns settings into what a consumer must be told of where this run keeps what the output refers to and does
@@ -52,6 +54,7 @@ class StageDeclaration:
     run: str
     output: str
     inputs: tuple[Input, ...] = ()
+    computes: bool = True
     repeatable: bool = False
     identity: Callable[[Any], dict[str, Any]] | None = None
     better: Mapping[str, Better] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Settings, TrackingSettings, TrainerSettings, TrainingStageSettings, validate
+from pipeline.config import Seed, Settings, TrackingSettings, TrainerSettings, TrainingStageSettings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
 from pipeline.workflow.declaration import StageDeclaration, resolve
@@ -38,7 +38,7 @@ class FrozenStage(Settings):
     inputs: dict[str, list[ArtifactReference]]
     catalog: str
     settings: dict[str, Any]
-    seed: int
+    seed: Seed
     outputs: Path
     trainer: TrainerSettings
     tracking: TrackingSettings

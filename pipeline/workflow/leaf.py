@@ -16,6 +16,7 @@ def run_and_measure(config: RunConfig, overrides: tuple[str, ...]) -> float | No
     """
     plan = plan_run(config, overrides)
     require_unblocked([plan])
+    _check_objective(config)
     record_run(plan)
     for outcome in run_plans([plan], Display()):
         if outcome.outcome not in (Outcome.FINISHED, Outcome.REUSED):
@@ -29,4 +30,17 @@ def run_and_measure(config: RunConfig, overrides: tuple[str, ...]) -> float | No
     if metric not in metrics:
         known = [f"{name}.{each}" for name, artifact in artifacts.items() for each in artifact.manifest.metrics]
         raise UserError(f"run.objective={config.run.objective!r} is no metric; there are {', '.join(known)}")
-    return float(metrics[metric])
+    value = metrics[metric]
+    return float("nan") if value is None else float(value)  # a manifest keeps what is no number as null
+
+
+def _check_objective(config: RunConfig) -> None:
+    """Refuse an objective that no stage of the run can have, before any of them runs."""
+    objective = config.run.objective
+    if objective is None:
+        return
+    stage, _, metric = objective.partition(".")
+    if stage not in config.stage or not metric:
+        raise UserError(
+            f"run.objective={objective!r} is not stage.metric of this run; its stages are {', '.join(config.stage)}"
+        )

@@ -193,7 +193,7 @@ def _identity(node: Node, trainer: TrainerSettings, config: RunConfig) -> dict[s
         "version": declaration.version,
         "settings": describe(node.stage.settings),
     }
-    if declaration.inputs:
+    if declaration.computes:
         identity |= {"seed": config.seed, "precision": trainer.precision.value}
     return identity
 

@@ -1,6 +1,7 @@
 """`unclip sample RUN CAPTION ...`: PNGs and a grid from the networks of a run."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline.cli import add_outputs_option
-from pipeline.config import TrainerSettings
+from pipeline.config import SEED_LIMIT, TrainerSettings
 from pipeline.data.mixing import named_seed
 from pipeline.errors import UserError
 from pipeline.training.inference import inference_fabric
@@ -78,8 +79,12 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--count {options.count} makes no picture; give 1 or more")
     if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps {options.steps} is no number of sampling steps; give 1 or more")
-    if options.seed < 0:
-        raise UserError(f"--seed {options.seed} is negative; give 0 or more")
+    if not 0 <= options.seed < SEED_LIMIT:
+        raise UserError(f"--seed {options.seed} is no seed of 64 bits; give 0 to {SEED_LIMIT - 1}")
+    for name in ("guidance", "prior_guidance", "clip_guidance"):
+        scale = getattr(options, name)
+        if scale is not None and not math.isfinite(scale):
+            raise UserError(f"--{name.replace('_', '-')} {scale} is no scale; give a finite number")
 
 
 def _generation_options(options: argparse.Namespace) -> GenerationOptions:

@@ -108,6 +108,7 @@ def tar(path: Path, names: list[str]) -> Path:
             "use at most 1000",
         ),
         ("stage.clip.trainer.device=2", "stage.clip.trainer.device", "unknown key", "accelerator, cache_mib"),
+        ("data.validation_fraction=0", "data.validation_fraction=0", "validated on", "use more than 0"),
         ("data.image_size=32", "unclip: data.image_size=32", "greater than or equal to 64", "give a value"),
     ],
 )
@@ -189,6 +190,24 @@ def test_status_without_runs_says_how_to_start_one(capsys):
 
 def test_sampling_from_a_run_that_does_not_exist_is_refused(capsys):
     assert "no run 'nothing'" in refusal(capsys, "sample", "nothing", "a red circle")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("--seed", str(2**64), f"give 0 to {2**64 - 1}"),
+        ("--seed", "-1", f"give 0 to {2**64 - 1}"),
+        ("--guidance", "nan", "give a finite number"),
+        ("--prior-guidance", "inf", "give a finite number"),
+        ("--clip-guidance", "-inf", "give a finite number"),
+    ],
+)
+def test_numbers_that_sampling_could_not_use_are_refused_before_anything_is_loaded(
+    capsys, option: str, value: str, remedy: str
+):
+    message = refusal(capsys, "sample", "nothing", "a red circle", f"{option}={value}")
+    assert f"{option} {value}" in message
+    assert remedy in message
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

@@ -11,6 +11,7 @@ from pipeline.compose import compose_members
 from pipeline.config import RuntimeMarker, Settings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.fingerprint import canonical_json, counted_settings
+from pipeline.workflow.plan import plan_run
 from stages.declarations import CATALOG, clip_identity
 from stages.settings import ClipSettings
 
@@ -107,3 +108,17 @@ def test_the_catalog_s_inputs_are_outputs_of_the_catalog():
     outputs = {declaration.output for declaration in CATALOG.stages.values()}
     for kind, declaration in CATALOG.stages.items():
         assert {each.name for each in declaration.inputs} <= outputs, kind
+
+
+@pytest.mark.parametrize("workflow", ["unclip", "unclip_two_upsamplers", "glide"])
+def test_seed_and_precision_count_in_every_stage_that_computes_and_not_in_what_is_gathered(
+    workflow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (member,) = compose_members("unclip plan", [f"workflow={workflow}", "seed=7"])
+    frozen = {stage.name: stage.frozen for stage in plan_run(member.config).stages}
+    assert {"prepare", "clip", "judge"} < frozen.keys()
+    for name, stage in frozen.items():
+        assert stage is not None
+        counted = {key: stage.identity[key] for key in ("seed", "precision") if key in stage.identity}
+        assert counted == ({} if name == "prepare" else {"seed": 7, "precision": "32-true"}), name

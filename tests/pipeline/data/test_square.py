@@ -97,6 +97,28 @@ def test_a_jpeg_is_turned_upright_as_its_exif_says():
     assert abs(central_square(content, 64).astype(int) - by_pillow(content, 64)).max() <= 4
 
 
+def test_a_jpeg_without_an_orientation_is_read_the_quick_way_whatever_its_segments_hold(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def refuse(image: bytes) -> Image.Image:
+        raise AssertionError(f"{len(image)} bytes were given to Pillow")
+
+    monkeypatch.setattr("pipeline.data.square.decode_rgb", refuse)
+    profile = b"Exif\0\0" * 20_000
+    xmp = b"<x:xmpmeta><dc:title>Exif</dc:title></x:xmpmeta>"
+    assert central_square(encode(photo(64), icc_profile=profile, xmp=xmp, comment=b"tiff:Orientation"), 64).any()
+
+
+@pytest.mark.parametrize("odd", [b"\xff", b"\0\0", b"\xff\0"], ids=["fill byte", "junk", "escaped byte"])
+def test_an_orientation_behind_bytes_that_are_no_segment_is_found(odd: bytes):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(photo(64), exif=exif)
+    first = 4 + content[5]  # the end of the first segment, which is a short one
+    result = central_square(content[:first] + odd + content[first:], 64)
+    assert abs(result.astype(int) - by_pillow(content, 64)).max() <= 4
+
+
 @pytest.mark.parametrize(
     ("content", "fault"),
     [

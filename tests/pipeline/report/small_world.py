@@ -117,7 +117,9 @@ def painter_origin(artifact: Artifact) -> str:
 
 CATALOG = Catalog(
     {
-        "source": StageDeclaration(version=1, settings=SourceSettings, run="small_world:gather", output="data"),
+        "source": StageDeclaration(
+            version=1, settings=SourceSettings, run="small_world:gather", output="data", computes=False
+        ),
         "painter": StageDeclaration(
             version=1, settings=PainterSettings, run="small_world:paint", output="painting", inputs=(Input("data"),),
             better={"error": Better.LOW, "accuracy": Better.HIGH}, usage="small_world:painter_usage",

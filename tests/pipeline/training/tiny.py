@@ -145,7 +145,7 @@ def learner_module() -> LearnerModule:
 
 CATALOG = Catalog(
     {
-        "data": StageDeclaration(version=1, settings=DataSettings, run="tiny:make_data", output="data"),
+        "data": StageDeclaration(version=1, settings=DataSettings, run="tiny:make_data", output="data", computes=False),
         "learner": StageDeclaration(
             version=1, settings=LearnerSettings, run="tiny:learn", output="learner", inputs=(Input("data"),)
         ),

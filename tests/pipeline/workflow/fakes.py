@@ -69,7 +69,12 @@ def no_check(_stages: object) -> None:
 
 STAGES = {
     "source": StageDeclaration(
-        version=1, settings=SourceSettings, run="fakes:nothing", output="data", identity=source_identity
+        version=1,
+        settings=SourceSettings,
+        run="fakes:nothing",
+        output="data",
+        computes=False,
+        identity=source_identity,
     ),
     "encoder": StageDeclaration(
         version=1, settings=EncoderSettings, run="fakes:nothing", output="clip", inputs=(Input("data"),)
