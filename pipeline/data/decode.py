@@ -94,7 +94,8 @@ def _is_readable(name: str, plugin: str) -> bool:
     except ImportError:
         return False
     if hasattr(module, "DEFAULT_MAX_THREADS"):
-        module.DEFAULT_MAX_THREADS = 1  # AVIF's one thread per core costs a small picture more than it saves
+        # AVIF's: one thread for each core costs more than it saves, and loaders decode in several processes as it is.
+        module.DEFAULT_MAX_THREADS = 1
     return getattr(module, "SUPPORTED", True) and name in Image.OPEN
 
 
@@ -109,8 +110,11 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
-    """What a TIFF says of itself; nothing of other formats."""
-    return dict(picture.tag_v2) if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+    """What a TIFF says of its numbers; nothing of other formats."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return {}
+    asked = (TiffImagePlugin.SAMPLEFORMAT, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
+    return {tag: picture.tag_v2[tag] for tag in asked if tag in picture.tag_v2}
 
 
 def _to_rgb(picture: Image.Image, tiff_tags: Mapping[int, Any]) -> Image.Image:
@@ -140,9 +144,9 @@ def _from_wide(picture: Image.Image, tiff_tags: Mapping[int, Any]) -> Image.Imag
 
 
 def _from_float(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Floats as [0, 255]. What is no number is black."""
-    values = np.nan_to_num(values, nan=0.0)
-    return values * np.float32(255) if values.max(initial=0) <= _BRIGHTEST_FRACTION else values
+    """Floats as [0, 255]. What is no number is black, and does not tell how bright the others are."""
+    greatest = values.max(initial=0, where=np.isfinite(values))
+    return np.nan_to_num(values * np.float32(255 if greatest <= _BRIGHTEST_FRACTION else 1), nan=0.0)
 
 
 def _from_whole(values: NDArray[np.integer]) -> NDArray[np.float32]:

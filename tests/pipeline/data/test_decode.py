@@ -275,6 +275,14 @@ def test_whole_numbers_of_32_bits_are_read_with_the_sign_that_the_file_gives_the
     assert pixel(by_hand(-5, 2)) == (0, 0, 0)
 
 
+def test_one_infinite_pixel_leaves_the_others_as_bright_as_they_are():
+    values = np.full((4, 4), 0.5, np.float32)
+    values[0] = np.inf, -np.inf, np.nan, 1.0
+    content = encode(Image.fromarray(values), "TIFF")
+    assert [pixel(content, (x, 0))[0] for x in range(4)] == [255, 0, 0, 255]
+    assert pixel(content) == (128, 128, 128)
+
+
 @pytest.mark.skipif("AVIF" not in readable_formats(), reason="this build of Pillow cannot")
 def test_an_avif_is_read_and_a_broken_one_named():
     content = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "AVIF")

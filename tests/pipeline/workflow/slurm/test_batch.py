@@ -106,7 +106,7 @@ def test_jobs_share_stages_and_need_exactly_what_is_not_finished(tmp_path: Path)
     jobs = plan_jobs([plan_run(member.config, member.overrides) for member in members])
     names = [job.stage.stage for job in jobs]
     assert {name: names.count(name) for name in set(names)} == {
-        "prepare": 1, "clip": 2, "embed": 2, "prior": 2, "decoder": 6, "upsampler": 2, "judge_clip": 2, "judge": 1,
+        "prepare": 1, "clip": 2, "embed": 2, "prior": 2, "decoder": 6, "upsampler": 2, "judge_clip": 2, "judge": 2,
         "evaluate": 6, "export": 6,
     }  # fmt: skip
     by_key = {job.key: job for job in jobs}
