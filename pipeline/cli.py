@@ -270,7 +270,11 @@ def _card(arguments: list[str]) -> int:
 
 def _shards(arguments: list[str]) -> int:
     from pipeline.data.command import shards_command
+    from pipeline.secrecy import find_secret
 
+    secret = find_secret({"shards": arguments})
+    if secret is not None:
+        raise UserError(secret.replace("the run's records", "the index"))
     return shards_command(arguments)
 
 

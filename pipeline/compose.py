@@ -304,6 +304,9 @@ def _errors_of_one_line() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
+    except ValueError as error:
+        # Hydra's parser hands Python's refusal of a number of thousands of digits through.
+        raise UserError(f"an override has a value that cannot be read ({error}); give a shorter one") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -1,12 +1,13 @@
 """`unclip shards index PATH` and `unclip shards check PATH`."""
 
 import argparse
+import math
 import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def shards_command(arguments: Sequence[str]) -> int:
         action.add_argument("shards", nargs="+", help="directories, brace patterns, paths or URLs")
         action.add_argument("--index", type=Path, metavar="DIR", help="where the index is (default: beside the shards)")
         action.add_argument("--cache", type=Path, default=DEFAULT_CACHE_DIR, help="where remote shards are kept")
-        action.add_argument("--cache-gib", type=float, help="how much of them is kept (default: all)")
-        action.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="shards that are read at once")
+        action.add_argument("--cache-gib", type=_number(float), help="how much of them is kept (default: all)")
+        action.add_argument(
+            "--workers", type=_number(int), default=os.cpu_count() or 1, help="shards that are read at once"
+        )
     index.add_argument(
         "--again", action="store_true", help="walk shards again that have not changed, and fetch URLs anew"
     )
@@ -48,10 +51,21 @@ def shards_command(arguments: Sequence[str]) -> int:
         index_dir=None if options.index is None else options.index.absolute(),
     )
     _say_what_is_passed_over(place)
-    workers = max(1, options.workers)
-    return (
-        _index(place, workers, options.again) if options.action == "index" else _check(place, workers, options.caption)
-    )
+    if options.action == "index":
+        return _index(place, options.workers, options.again)
+    return _check(place, options.workers, options.caption)
+
+
+def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """A finite number above 0, as an option gives it."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
 
 
 def _say_what_is_passed_over(place: ShardPlace) -> None:

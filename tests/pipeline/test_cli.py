@@ -108,7 +108,12 @@ def tar(path: Path, names: list[str]) -> Path:
             "use at most 1000",
         ),
         ("stage.clip.trainer.device=2", "stage.clip.trainer.device", "unknown key", "accelerator, cache_mib"),
-        ("data.validation_fraction=0", "data.validation_fraction=0", "validated on", "use more than 0"),
+        (
+            "data.validation_fraction=0",
+            "data.validation_fraction=0",
+            "holds out 0 of 16000",
+            "set data.validation_fraction=",
+        ),
         ("data.image_size=32", "unclip: data.image_size=32", "greater than or equal to 64", "give a value"),
     ],
 )
