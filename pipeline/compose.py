@@ -306,6 +306,8 @@ def _errors_of_one_line() -> Iterator[None]:
         raise UserError(_one_line(error)) from error
     except ValueError as error:
         # Hydra's parser hands Python's refusal of a number of thousands of digits through.
+        if "integer string conversion" not in str(error):
+            raise
         raise UserError(f"an override has a value that cannot be read ({error}); give a shorter one") from error
 
 
