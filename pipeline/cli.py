@@ -1,6 +1,7 @@
 """The `unclip` command. Imports no torch: plans and finished runs answer at once."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output left (`unclip plan | head`); keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"unclip: no space is left{where}; free some and run the same command again", file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -174,6 +174,13 @@ class _Work:
             self._is_saved = False
         except UserError as error:
             self.refused.append(str(error))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise UserError(
+                f"no space is left for remote shards in {self._place.cache_dir}; free some, keep fewer with "
+                "--cache-gib, or give another --cache DIR"
+            ) from error
         except BrokenProcessPool:
             raise UserError(
                 f"a process that walked shards was killed, perhaps for its memory; the shards that were walked are "

@@ -181,6 +181,16 @@ def test_a_full_disk_is_called_a_full_disk(
         index_place(place, 1)
 
 
+def test_a_full_cache_is_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pipeline.data.remote.shutil.copyfileobj", full)
+    place = ShardPlace(shards=(f"pipe:cat {tmp_path}/a.tar",), allow_shell_urls=True, cache_dir=tmp_path / "cache")
+    with pytest.raises(UserError, match=rf"no space is left for remote shards in {tmp_path}/cache; .*--cache-gib"):
+        index_place(place, 1)
+
+
 @pytest.mark.parametrize("directories", [1, 2])
 def test_the_index_can_live_where_the_user_says(tmp_path: Path, directories: int):
     names = [f"part{number}" for number in range(directories)]
