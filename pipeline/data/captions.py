@@ -44,7 +44,7 @@ class CaptionSources:
         """The sources by name, as a config writes them."""
         return {source.name: source.weight for source in self.sources}
 
-    def choose(self, texts: Mapping[str, bytes], draw: float) -> str:
+    def choose(self, texts: Mapping[str, bytes | None], draw: float) -> str:
         """The caption of a sample, from those of its texts that it has, for a draw in [0, 1).
 
         Sources are drawn by their weights, among those that have a caption; of a list in a JSON all alike.
@@ -52,8 +52,11 @@ class CaptionSources:
         Raises:
             DecodeError: none of them is a caption.
         """
+        if len(self.sources) == 1:
+            captions = _captions(self.sources[0], texts)
+            return captions[0] if len(captions) == 1 else captions[int(draw * len(captions))]
+        found: list[tuple[float, Sequence[str]]] = []
         faults: list[DecodeError] = []
-        found: list[tuple[float, tuple[str, ...]]] = []
         for source in self.sources:
             try:
                 found.append((source.weight, _captions(source, texts)))
@@ -62,11 +65,12 @@ class CaptionSources:
         if not found:
             raise faults[0]
         left = draw * sum(weight for weight, _ in found)
-        for weight, captions in found:
-            if left < weight or captions is found[-1][1]:
-                return captions[min(int(left / weight * len(captions)), len(captions) - 1)]
-            left -= weight
-        raise AssertionError("the last source is taken at the latest")
+        chosen = 0
+        while chosen + 1 < len(found) and left >= found[chosen][0]:
+            left -= found[chosen][0]
+            chosen += 1
+        weight, captions = found[chosen]
+        return captions[min(int(left / weight * len(captions)), len(captions) - 1)]
 
 
 def parse_sources(weights: Mapping[str, float]) -> CaptionSources:
@@ -101,20 +105,23 @@ def parse_attributes(content: bytes) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _captions(source: CaptionSource, texts: Mapping[str, bytes]) -> tuple[str, ...]:
+def _captions(source: CaptionSource, texts: Mapping[str, bytes | None]) -> Sequence[str]:
+    """What a source has, at least one caption. Raises DecodeError for none."""
     content = texts.get(source.extension)
     if content is None:
         raise DecodeError(DecodeFault.MISSING_CAPTION, source.name)
     if source.field is None:
         try:
-            candidates: Sequence[object] = [content.decode("utf-8-sig")]
+            caption = content.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DecodeError(DecodeFault.CAPTION_NOT_UTF8, str(error)) from error
-    else:
-        value = (parse_attributes(content) or {}).get(source.field)
-        if value is None:
-            raise DecodeError(DecodeFault.MISSING_CAPTION, source.name)
-        candidates = value if isinstance(value, list) else [value]
+        if not caption:
+            raise DecodeError(DecodeFault.EMPTY_CAPTION, source.name)
+        return (caption,)
+    value = (parse_attributes(content) or {}).get(source.field)
+    if value is None:
+        raise DecodeError(DecodeFault.MISSING_CAPTION, source.name)
+    candidates = value if isinstance(value, list) else [value]
     captions = tuple(each.strip() for each in candidates if isinstance(each, str) and each.strip())
     if not captions:
         raise DecodeError(DecodeFault.EMPTY_CAPTION, source.name)

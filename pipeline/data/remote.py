@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from hashlib import blake2b
@@ -39,11 +40,11 @@ def local_shard(shard: str, cache_dir: Path, cache_bytes: int | None = None, exp
     if not is_url(shard):
         return Path(shard)
     cached = cache_dir / _cache_name(shard)
-    if _is_kept(cached):
+    if _is_kept(cached, expected_bytes):
         return cached
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cached.with_name(cached.name + _LOCK)):
-        if not _is_kept(cached):
+        if not _is_kept(cached, expected_bytes):
             _stream(shard, cached, expected_bytes)
             if cache_bytes is not None:
                 _evict(cache_dir, cache_bytes, cached)
@@ -56,13 +57,14 @@ def forget(shard: str, cache_dir: Path) -> None:
         (cache_dir / _cache_name(shard)).unlink(missing_ok=True)
 
 
-def _is_kept(cached: Path) -> bool:
+def _is_kept(cached: Path, expected_bytes: int | None) -> bool:
     try:
-        os.utime(cached)
+        if expected_bytes not in (None, cached.stat().st_size):
+            return False  # a copy of what was there before it was indexed again
+        with suppress(PermissionError):  # somebody else's cache
+            os.utime(cached)
     except FileNotFoundError:
         return False
-    except PermissionError:  # somebody else's cache
-        return cached.exists()
     return True
 
 
@@ -118,12 +120,16 @@ def _stream_once(url: str, target: Path, expected_bytes: int | None) -> None:
             if is_s3(url):  # which says how long an object is, so that a transfer that breaks off is seen before
                 raise UserError(
                     f"data.shards: {url} has {found} bytes, and {expected_bytes} when it was indexed; put it back, or "
-                    "delete the index and run `unclip shards index`"
+                    f"run `{_again(url)}`"
                 )
-            raise OSError(f"{found} bytes, and {expected_bytes} when it was indexed")
+            raise OSError(f"{found} bytes, and {expected_bytes} when it was indexed by `{_again(url)}`")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _again(url: str) -> str:
+    return shlex.join(["unclip", "shards", "index", url, "--again"])
 
 
 def _copy_opened(url: str, target: Path) -> None:

@@ -182,9 +182,10 @@ def test_a_full_disk_is_called_a_full_disk(
 
 
 def test_a_full_cache_is_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: object) -> None:
+    def full(*_: object, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    tar(tmp_path / "a.tar", {"0.png": png((1, 1, 1)), "0.txt": b"red"})
     monkeypatch.setattr("pipeline.data.remote.shutil.copyfileobj", full)
     place = ShardPlace(shards=(f"pipe:cat {tmp_path}/a.tar",), allow_shell_urls=True, cache_dir=tmp_path / "cache")
     with pytest.raises(UserError, match=rf"no space is left for remote shards in {tmp_path}/cache; .*--cache-gib"):

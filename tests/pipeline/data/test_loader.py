@@ -336,3 +336,22 @@ def test_what_is_read_is_what_was_indexed(prepared: Path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"00001\.tar holds something else at sample 00014"):
         reader.image(14)
+
+
+def test_a_copy_in_the_cache_that_is_older_than_the_index_is_fetched_anew(
+    prepared: Path, remote: ShardPlace, tmp_path: Path
+):
+    reader = read_prepared(prepared, remote).reader
+    path = prepared / "shards" / "00001.tar"
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"picture 12", b"picture 99"))
+    reader.fetch(1)
+    path.write_bytes(good)
+    assert reader.caption(12) == "picture 12"
+    assert (tmp_path / "transfers").read_text().split() == ["00001.tar"] * 2
+    path.write_bytes(good.replace(b"picture 13", b"picture 99"))
+    for cached in (tmp_path / "cache").glob("*-*"):
+        if cached.is_file():
+            cached.unlink()
+    with pytest.raises(UserError, match="holds something else at sample 00013"):
+        read_prepared(prepared, remote).reader.caption(13)
