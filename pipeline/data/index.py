@@ -1,7 +1,7 @@
 """The shard index: where the picture and the texts of every sample lie inside the tars. Imports no torch.
 
-`index.json` (see `pipeline.data.summary`) and `index.npz`. A row takes 5 bytes, 24 for its picture and for each of the
-texts that any sample has (`txt`, `json`, ...), and its key.
+`index.json` (see `pipeline.data.summary`) and `index.npz`. A row takes 13 bytes, 24 for its picture and for each of
+the texts that any sample has (`txt`, `json`, ...), and its key.
 """
 
 import io

@@ -121,7 +121,7 @@ def test_a_transfer_that_breaks_each_time_ends_in_one_line_and_leaves_nothing(s3
 
 def test_an_object_of_another_size_than_the_index_says_is_refused(s3: Front, tmp_path: Path):
     s3.put("bucket/a.tar", b"a" * 1000)
-    with pytest.raises(UserError, match="1000 bytes, and 999 when it was indexed; put it back, or run .*--again"):
+    with pytest.raises(UserError, match=r"1000 bytes, and 999 when it was indexed; put it back, or run .*--again"):
         local_shard("s3://bucket/a.tar", tmp_path / "cache", None, 999)
     assert len(s3.fetched) == 1
     assert kept(tmp_path / "cache") == []
