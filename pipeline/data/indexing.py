@@ -1,6 +1,8 @@
 """Makes and keeps the indices of shards: all cores, and nothing that was walked is walked again. Imports no torch."""
 
 import errno
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -131,18 +133,19 @@ class _Work:
         self._group = group
         self._place = place
         self._again = again
+        self._names = frozenset(group.names)
         self._parts: dict[str, ShardIndex] = {}
-        self._others: dict[str, ShardIndex] = {}
         self._saved_at = time.monotonic()
         self._is_saved = False
-        for previous in _previous(group):
-            for number, shard in enumerate(previous.shards):
-                if not _is_unchanged(shard, group.root):
-                    continue
-                if shard.name not in group.names:
-                    self._others.setdefault(shard.name, previous.only(number))
-                elif not again:
-                    self._parts.setdefault(shard.name, previous.only(number))
+        if not again:
+            places: set[Path] = set()
+            for directory, name, part in self._known():
+                if name in self._names and name not in self._parts:
+                    self._parts[name] = part
+                    places.add(directory)
+            if self._parts.keys() == self._names and len(places) == 1:
+                (self.directory,) = places
+                self._is_saved = True
 
     def run(self, workers: int) -> Iterator[IndexProgress]:
         """Walk what is not known, several shards at once."""
@@ -167,6 +170,17 @@ class _Work:
                 if time.monotonic() - self._saved_at > SAVE_EVERY_S:
                     self.save()
                 yield self._progress()
+
+    def _known(self) -> Iterator[tuple[Path, str, ShardIndex]]:
+        """Every shard that an index describes as it is now, with the directory of that index."""
+        for directory in self._group.candidates:
+            if not (directory / SUMMARY_FILE).exists():
+                continue
+            with suppress(UserError):  # a damaged index is made anew
+                previous = read_index(directory, size_check=SizeCheck.SKIP)
+                for number, shard in enumerate(previous.shards):
+                    if _is_unchanged(shard, self._group.root):
+                        yield directory, shard.name, previous.only(number)
 
     def _take(self, name: str, result: Callable[[], ShardIndex]) -> None:
         try:
@@ -202,7 +216,9 @@ class _Work:
         index = self.index_of_group()
         if index is None or self._is_saved:
             return
-        self.directory = _write(self._group, concatenate([index, *self._others.values()]))
+        # Read now, as another process may have indexed other shards of the directory meanwhile.
+        others = {name: part for _, name, part in self._known() if name not in self._names}
+        self.directory = _write(self._group, concatenate([index, *others.values()]))
         self._saved_at, self._is_saved = time.monotonic(), True
 
 
@@ -235,18 +251,21 @@ def _walk(shard: str, name: str, place: ShardPlace, again: bool) -> ShardIndex:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers)
+    """Processes that end at once where the work is stopped, with no word of their own."""
+    pool = ProcessPoolExecutor(workers, initializer=_die_of_signals)
     try:
         yield pool
-    finally:
+    except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    pool.shutdown()
 
 
-def _previous(group: ShardGroup) -> Iterator[ShardIndex]:
-    for directory in group.candidates:
-        if (directory / SUMMARY_FILE).exists():
-            with suppress(UserError):  # a damaged index is made anew
-                yield read_index(directory, size_check=SizeCheck.SKIP)
+def _die_of_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_unchanged(shard: ShardEntry, root: Path) -> bool:

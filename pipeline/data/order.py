@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.mixing import sample_seed
 from pipeline.data.mixture import Mixture, Pieces, WeightedSource, joined
-
-SHARDS_PER_BLOCK = 32
-"""How many shards are mixed with each other: large enough to mix well, small enough to keep on a local disk."""
+from pipeline.data.shards import SHARDS_PER_BLOCK
 
 _KEPT_BLOCKS = 2
 _KEPT_EPOCHS = 2

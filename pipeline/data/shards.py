@@ -21,6 +21,9 @@ OBJECT_SCHEMES = frozenset({"s3"})
 SHELL_SCHEMES = frozenset({"pipe"})
 """What webdataset's `gopen` hands to a shell."""
 
+SHARDS_PER_BLOCK = 32
+"""How many shards are mixed with each other: large enough to mix well, small enough to keep on a local disk."""
+
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _OBJECT = re.compile(r"^s3://[^/]+/", re.IGNORECASE)
 _LOGIN = re.compile(r"^s3:/*(?!arn:)[^/]*[:@]", re.IGNORECASE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.captions import JSON, CaptionSources, parse_sources
 from pipeline.data.location import open_index, open_summary
 from pipeline.data.place import ShardPlace
-from pipeline.data.shards import expand_shards, is_url
+from pipeline.data.shards import SHARDS_PER_BLOCK, expand_shards, is_url
 from pipeline.data.splits import Split, SplitCounts, check_split_sizes
 from pipeline.data.summary import PICTURES, IndexSummary, ShardEntry, index_identity
 from pipeline.errors import UserError
@@ -29,7 +29,6 @@ LICENCE_ID = "other"
 COUNTED_WHEN_PLANNING = 200_000
 """A plan sorts so many samples into their splits itself. Of more, a split is not empty by accident."""
 
-_SHARDS_PER_BLOCK = 32
 _LOOKED_AT = 100
 
 
@@ -195,9 +194,9 @@ def _check_cache(settings: WebDatasetSettings, chosen: IndexSummary) -> None:
     if settings.cache_gib is None:
         return
     largest = sorted((shard.bytes for shard in chosen.shards if is_url(shard.name)), reverse=True)
-    needed = sum(largest[: 2 * _SHARDS_PER_BLOCK])
+    needed = sum(largest[: 2 * SHARDS_PER_BLOCK])
     if int(settings.cache_gib * 2**30) < needed:
         raise UserError(
-            f"data.cache_gib={settings.cache_gib} does not hold two blocks of {_SHARDS_PER_BLOCK} remote shards; "
+            f"data.cache_gib={settings.cache_gib} does not hold two blocks of {SHARDS_PER_BLOCK} remote shards; "
             f"give {needed / 2**30:.3g} or more"
         )

@@ -103,6 +103,38 @@ def test_an_indexing_that_is_stopped_keeps_what_it_walked(tmp_path: Path, number
     assert [shard.name for shard in kept.shards] == ["00000.tar", "00001.tar"]
 
 
+def test_an_indexing_in_several_processes_that_is_stopped_ends_at_once(tmp_path: Path):
+    write_shards(tmp_path / "shards", map(source_sample, range(8)), 2)
+    code = (
+        "import sys, time, pipeline.data.indexing as indexing\n"
+        "walk = indexing.walk_shard\n"
+        "def slowly(path, name):\n"
+        "    if name >= '00002.tar': print('reached', flush=True); time.sleep(60)\n"
+        "    return walk(path, name)\n"
+        "indexing.walk_shard = slowly\n"
+        "from pipeline.cli import main\n"
+        f"sys.exit(main(['shards', 'index', {str(tmp_path / 'shards')!r}, '--workers', '2']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reached\n"
+    assert process.stdout.readline() == "reached\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert errors == ""
+    assert [shard.name for shard in read_index(tmp_path / "shards").shards] == ["00000.tar", "00001.tar"]
+
+
+def test_an_index_that_was_made_meanwhile_keeps_its_shards(place: ShardPlace, tmp_path: Path):
+    def index_the_others(done: IndexProgress) -> None:
+        if done.shards_done == 0:
+            index_place(place.model_copy(update={"shards": (f"{tmp_path}/shards/{{00002..00003}}.tar",)}), 1)
+
+    index_place(place.model_copy(update={"shards": (f"{tmp_path}/shards/{{00000..00001}}.tar",)}), 1, index_the_others)
+    assert len(open_index(place)) == 20
+
+
 def test_again_walks_what_has_not_changed_and_fetches_remote_shards_anew(tmp_path: Path, walked: list[str]):
     tar(tmp_path / "a.tar", {"0.png": png((1, 1, 1)), "0.txt": b"old"})
     place = ShardPlace(shards=(f"pipe:cat {tmp_path}/a.tar",), allow_shell_urls=True, cache_dir=tmp_path / "cache")
