@@ -76,6 +76,9 @@ _LONG_LINK = b"K"
 _PAX = (b"x", b"X")
 _PAX_GLOBAL = b"g"
 _EXTENDED = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_GLOBAL)
+_UNREADABLE = b""
+"""In the place of a record: the name of the next member is not known."""
+
 _SPARSE_IS_EXTENDED_AT = 482
 _SPARSE_GOES_ON_AT = 504
 
@@ -143,22 +146,24 @@ def read_members(archive: memoryview) -> Iterator[Member | Damage | NotAFile]:
             held = None
         start = offset + BLOCK
         if header.kind in _EXTENDED:
+            offset = start + _in_blocks(header.size)
             if start + header.size > end:
                 yield Damage.TRUNCATED
-                return
-            if header.kind != _PAX_GLOBAL:
+                offset = _next_header(archive, start)
+                if offset >= end:
+                    return
+            elif header.kind != _PAX_GLOBAL:
                 records = _records(header.kind, bytes(archive[start : start + header.size]))
                 if records is None:
                     yield Damage.DAMAGED_HEADER
-                if records:
-                    pending |= records
-            offset = start + _in_blocks(header.size)
+                pending |= {_UNREADABLE: b""} if records is None else records
             continue
         size = int(pending[b"size"]) if pending.get(b"size", b"").isdigit() else header.size
         if header.kind == _SPARSE:
             start = _behind_sparse_map(archive, start, block)
         if header.kind in _WITHOUT_CONTENT and _is_followed_by_member(archive, start):
             size = 0
+        is_known = _UNREADABLE not in pending
         found = _kind_of(header, pending)
         name = pending.get(b"path", header.name).decode("utf-8", "surrogateescape")
         pending = {}
@@ -171,10 +176,13 @@ def read_members(archive: memoryview) -> Iterator[Member | Damage | NotAFile]:
         offset = start + _in_blocks(size)
         if start + size > end:
             yield Damage.TRUNCATED
-            return
-        if found is None:
+            offset = _next_header(archive, start)
+            if offset >= end:
+                return
+            continue
+        if found is None and is_known:
             held = Member(name, start, size, member_digest(block, archive[start : start + size]))
-        elif found != _DIRECTORY:
+        elif found not in (None, _DIRECTORY):
             yield NotAFile(found)
 
 

@@ -129,7 +129,8 @@ def _grouped(archive: memoryview, path: Path, left_out: Counter[str], skipped: C
         found_any = True
         reason = _reason_to_skip(found.name)
         match = None if reason else _KEY.match(found.name)
-        if match is None:
+        # What cannot be printed, a line's end among it, can be typed into no config.
+        if match is None or not match[2] or not match[2].isprintable():
             skipped[reason or Skipped.NO_KEY] += 1
             continue
         key, extension = match[1], match[2].lower()

@@ -157,6 +157,22 @@ def test_a_tar_in_a_tar_is_a_member_like_any_other():
     assert found_in(content.getvalue()) == (["a.tar", "b.txt"], Counter())
 
 
+def test_an_archive_behind_one_that_ends_inside_a_large_member_is_read():
+    whole = archive(["a.txt", "b.txt", "c.txt", "d.txt", "e.txt", "large.jpg"])  # the last one has 5000 bytes
+    start = listing(whole)[-1].offset_data
+    names, others = found_in(whole[: start + 77] + archive(["late.txt"], tar_format=tarfile.GNU_FORMAT)[: 2 * BLOCK])
+    assert names == ["a.txt", "b.txt", "c.txt", "d.txt", "e.txt", "late.txt"]
+    assert others == {Damage.TRUNCATED: 1}
+
+
+def test_a_member_whose_extended_header_cannot_be_read_is_lost_and_not_renamed():
+    long = "d/" * 60 + "e.txt"
+    broken = archive(["a.txt", long, "b.txt"], tarfile.PAX_FORMAT).replace(b" path=", b"_path=")
+    names, others = found_in(broken)
+    assert names == ["a.txt", "b.txt"]
+    assert others == {Damage.DAMAGED_HEADER: 1}
+
+
 def test_garbage_behind_the_end_is_said():
     assert found_in(WHOLE + b"garbage" * 100) == (NAMES, Counter({Damage.BEHIND_END_MARK: 1}))
 

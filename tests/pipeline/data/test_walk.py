@@ -81,6 +81,12 @@ def test_a_picture_without_any_text_is_left_out(tmp_path: Path):
     assert index.shards[0].left_out == {LeftOut.MISSING_CAPTION: 1}
 
 
+def test_extensions_that_nobody_could_type_are_skipped(tmp_path: Path):
+    index = walked(tmp_path, {"0.png": RED, "0.": b"x", "0.txt\njson": b"x", "0.t\udcffxt": b"x", "0.txt": b"red"})
+    assert set(index.texts) == {"txt"}
+    assert index.shards[0].skipped == {Skipped.NO_KEY: 3}
+
+
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "gif", "bmp", "JPG"])
 def test_pictures_are_known_by_their_extension(tmp_path: Path, extension: str):
     index = walked(tmp_path, {f"0.{extension}": RED, "0.txt": b"red"})
