@@ -45,16 +45,10 @@ def run(context: StageContext) -> StageResult:
 
 
 def _check_batches(images: CaptionedImages, global_batch_size: int, key: str) -> None:
-    """Raise `UserError` where the loss would take a picture for its own negative, and say where it might."""
+    """Raise `UserError` where the loss would take a picture for its own negative."""
     data = images.data
     samples = epoch_samples(data.samples_in(Split.TRAIN), data.index.shard, data.mixture)
     check_batches_are_distinct(samples, global_batch_size, key)
-    if max(data.mixture.weights) > 1:
-        print(
-            "warning: data.weights above 1 show a picture several times an epoch; two showings in one batch are each "
-            "other's negatives",
-            flush=True,
-        )
 
 
 def _initial_clip(settings: ClipSettings) -> ClipModel:

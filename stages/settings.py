@@ -107,7 +107,7 @@ class WebDatasetSettings(SourceSettings):
     shards: Annotated[str | tuple[str, ...], RUNTIME]
     weights: tuple[Annotated[Decimal, Field(gt=0, le=1000, allow_inf_nan=False)], ...] | None
     caption: str
-    captions: dict[str, PositiveFloat] | None
+    captions: dict[str, Annotated[PositiveFloat, Field(le=1e6)]] | None
     index_dir: Annotated[Path | None, RUNTIME]
     allow_shell_urls: Annotated[bool, RUNTIME]
     cache_dir: Annotated[Path, RUNTIME]

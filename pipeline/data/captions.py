@@ -83,7 +83,7 @@ def parse_sources(weights: Mapping[str, float]) -> CaptionSources:
     for name, weight in weights.items():
         is_field = name.lower().startswith(_IN_JSON)
         extension, field = (JSON, name[len(_IN_JSON) :]) if is_field else (name.lower().removeprefix("."), None)
-        if not (field if is_field else extension) or name.lower() == JSON:
+        if not (field if is_field else extension) or (extension == JSON and not is_field):
             raise UserError(f"data.captions: {name!r} names no caption; write an extension such as txt, or json:field")
         source = CaptionSource(extension, field, weight)
         if source.name in {other.name for other in sources}:
@@ -117,6 +117,8 @@ def _captions(source: CaptionSource, texts: Mapping[str, bytes | None]) -> Seque
             raise DecodeError(DecodeFault.CAPTION_NOT_UTF8, str(error)) from error
         if not caption:
             raise DecodeError(DecodeFault.EMPTY_CAPTION, source.name)
+        if "\0" in caption:  # as where a disk has zeroed a block
+            raise DecodeError(DecodeFault.CAPTION_NOT_UTF8, source.name)
         return (caption,)
     value = (parse_attributes(content) or {}).get(source.field)
     if value is None:

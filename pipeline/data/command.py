@@ -33,6 +33,7 @@ def shards_command(arguments: Sequence[str]) -> int:
     check = actions.add_parser("check", help="read and decode every sample of indexed shards; exit status 1 for faults")
     for action in (index, check):
         action.add_argument("shards", nargs="+", help="directories, brace patterns, paths or URLs")
+        action.add_argument("--allow-shell-urls", action="store_true", help="run the commands of pipe: URLs")
         action.add_argument("--index", type=Path, metavar="DIR", help="where the index is (default: beside the shards)")
         action.add_argument("--cache", type=Path, default=DEFAULT_CACHE_DIR, help="where remote shards are kept")
         action.add_argument("--cache-gib", type=_number(float), help="how much of them is kept (default: all)")
@@ -46,6 +47,7 @@ def shards_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     place = ShardPlace(
         shards=tuple(options.shards),
+        allow_shell_urls=options.allow_shell_urls,
         cache_dir=options.cache.absolute(),
         cache_gib=options.cache_gib,
         index_dir=None if options.index is None else options.index.absolute(),
@@ -78,8 +80,12 @@ def _say_what_is_passed_over(place: ShardPlace) -> None:
 
 def _index(place: ShardPlace, workers: int, again: bool) -> int:
     started = time.monotonic()
-    with _interruptible(), _progress() as report:
-        indexed = index_place(place, workers, report, again=again)
+    try:
+        with _interruptible(), _progress() as report:
+            indexed = index_place(place, workers, report, again=again)
+    except KeyboardInterrupt:
+        print("stopped; the shards that were walked are kept, and the same command goes on", file=sys.stderr)
+        raise
     elapsed_s = time.monotonic() - started
     for each in indexed:
         if each.index is not None:

@@ -165,11 +165,14 @@ def _joined(parts: Sequence[Members]) -> Members:
     return Members(*(np.concatenate([getattr(part, field) for part in parts]) for field in _MEMBER_FIELDS))
 
 
-def write_index(directory: Path, index: ShardIndex) -> None:
-    """Write `index.npz`, then `index.json`, each beside its place and renamed. The same index gives the same bytes."""
+def write_index(directory: Path, index: ShardIndex, root: str | None = None) -> None:
+    """Write `index.npz`, then `index.json`, each beside its place and renamed. The same index gives the same bytes.
+
+    `root` is the directory of the shards where the index lies elsewhere.
+    """
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **dict(_arrays(index)))
-    summary = IndexSummary(shards=index.shards, arrays_sha256=sha256(content.getbuffer()).hexdigest())
+    summary = IndexSummary(index.shards, sha256(content.getbuffer()).hexdigest(), root)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / ARRAYS_FILE, content.getvalue())
     _replace(directory / SUMMARY_FILE, summary_text(summary).encode())

@@ -2,8 +2,11 @@
 
 import errno
 import multiprocessing
+import os
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,15 +20,16 @@ from pipeline.data.place import ShardPlace, place_of
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.remote import forget, local_shard
 from pipeline.data.shards import is_url
-from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, SizeCheck
+from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, SizeCheck, read_summary
 from pipeline.data.walk import walk_shard
 from pipeline.errors import UserError
 
 SAVE_EVERY_S = 30.0
 """What was walked is written down so often, for an indexing that is killed."""
 
+_LAST_LOOK_S = 0.2
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def update_index(shards: Sequence[str], cache_dir: Path, cache_bytes: int | None
     place = place_of(shards, cache_dir).model_copy(
         update={"allow_shell_urls": True, "cache_gib": None if cache_bytes is None else cache_bytes / 2**30}
     )
-    (indexed,) = index_place(place, workers=1)
+    (indexed,) = index_place(place, workers=0)
     if indexed.refused:
         raise UserError(indexed.refused[0])
     assert indexed.index is not None, "shards that are not refused are indexed"
@@ -74,7 +78,7 @@ def index_place(
     """Write the index of each directory of the shards, walking only what is new or changed, or all of it `again`.
 
     An index that is already there keeps the other shards that it describes. What was walked is kept when the work stops
-    or a shard is refused.
+    or a shard is refused. With 0 `workers` all is done in this process.
 
     Raises:
         UserError: the index can be written nowhere, or no sample of all is complete.
@@ -138,14 +142,15 @@ class _Work:
         self._saved_at = time.monotonic()
         self._is_saved = False
         if not again:
-            places: set[Path] = set()
+            places: Counter[Path] = Counter()
             for directory, name, part in self._known():
                 if name in self._names and name not in self._parts:
                     self._parts[name] = part
-                    places.add(directory)
+                    places[directory] += 1
             if self._parts.keys() == self._names and len(places) == 1:
                 (self.directory,) = places
-                self._is_saved = True
+                # One that describes shards which are gone is written again without them.
+                self._is_saved = len(read_summary(self.directory).shards) == sum(1 for _ in self._known())
 
     def run(self, workers: int) -> Iterator[IndexProgress]:
         """Walk what is not known, several shards at once."""
@@ -155,7 +160,7 @@ class _Work:
             if name not in self._parts
         ]
         yield self._progress()
-        if workers == 1 or len(todo) < 2:
+        if workers == 0 or not todo:
             for name, shard in todo:
                 self._take(name, lambda name=name, shard=shard: _walk(shard, name, self._place, self._again))
                 yield self._progress()
@@ -163,13 +168,19 @@ class _Work:
         with _pool(min(workers, len(todo))) as pool:
             futures = {pool.submit(_walk, shard, name, self._place, self._again): name for name, shard in todo}
             pending: set[Future[ShardIndex]] = set(futures)
-            while pending:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    self._take(futures[future], future.result)
-                if time.monotonic() - self._saved_at > SAVE_EVERY_S:
-                    self.save()
-                yield self._progress()
+            try:
+                while pending:
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        self._take(futures[future], future.result)
+                    if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+                        self.save()
+                    yield self._progress()
+            except KeyboardInterrupt:
+                for future in wait(pending, timeout=_LAST_LOOK_S).done:
+                    if not future.cancelled() and future.exception() is None:
+                        self._take(futures[future], future.result)
+                raise
 
     def _known(self) -> Iterator[tuple[Path, str, ShardIndex]]:
         """Every shard that an index describes as it is now, with the directory of that index."""
@@ -177,6 +188,8 @@ class _Work:
             if not (directory / SUMMARY_FILE).exists():
                 continue
             with suppress(UserError):  # a damaged index is made anew
+                if not self._group.is_of_these(directory, read_summary(directory)):
+                    continue
                 previous = read_index(directory, size_check=SizeCheck.SKIP)
                 for number, shard in enumerate(previous.shards):
                     if _is_unchanged(shard, self._group.root):
@@ -190,15 +203,16 @@ class _Work:
             self.refused.append(str(error))
         except OSError as error:
             if error.errno not in _FULL:
-                raise
+                self.refused.append(f"data.shards: {self._group.parent}/{name} cannot be read ({error.strerror})")
+                return
             raise UserError(
                 f"no space is left for remote shards in {self._place.cache_dir}; free some, keep fewer with "
                 "--cache-gib, or give another --cache DIR"
             ) from error
         except BrokenProcessPool:
             raise UserError(
-                f"a process that walked shards was killed, perhaps for its memory; the shards that were walked are "
-                f"kept: run `{self._place.index_command} --workers 1`"
+                "a process that walked shards was killed: for its memory, or since a shard was cut while it was read; "
+                f"what was walked is kept: run `{self._place.index_command} --workers 1`"
             ) from None
 
     def _progress(self) -> IndexProgress:
@@ -226,7 +240,7 @@ def _write(group: ShardGroup, index: ShardIndex) -> Path:
     refusals = []
     for directory in group.candidates:
         try:
-            write_index(directory, index)
+            write_index(directory, index, None if directory == group.root else group.parent)
             return directory
         except OSError as error:
             if error.errno in _FULL:
@@ -234,8 +248,6 @@ def _write(group: ShardGroup, index: ShardIndex) -> Path:
                     f"no space is left for the index in {directory}; free some, or put it elsewhere with --index DIR "
                     "(and data.index_dir=DIR)"
                 ) from error
-            if error.errno not in _NOT_WRITABLE and not isinstance(error, NotADirectoryError | FileExistsError):
-                raise
             refusals.append(f"{directory} ({error.strerror})")
     raise UserError(
         f"the index cannot be written to {' nor to '.join(refusals)}; give another place with --index DIR "
@@ -252,7 +264,7 @@ def _walk(shard: str, name: str, place: ShardPlace, again: bool) -> ShardIndex:
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end at once where the work is stopped, with no word of their own."""
-    pool = ProcessPoolExecutor(workers, initializer=_die_of_signals)
+    pool = ProcessPoolExecutor(workers, initializer=_die_in_time)
     try:
         yield pool
     except BaseException:
@@ -263,9 +275,18 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def _die_of_signals() -> None:
+def _die_in_time() -> None:
+    """Let signals end this process, and the end of the one that started it, which can come without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_unchanged(shard: ShardEntry, root: Path) -> bool:

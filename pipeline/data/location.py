@@ -4,6 +4,7 @@ Shards of one directory have one index, which lies beside them where it can. It 
 directory and index can move together.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 READ_AGAIN_BYTES = 4 * 2**30
 """So much is read again to see that shards whose time changed hold what was indexed; more is left to the user."""
 
+_SAID_FROM_BYTES = 2**28
+
 
 @dataclass(frozen=True)
 class ShardGroup:
@@ -29,11 +32,16 @@ class ShardGroup:
     parent: str
     shards: tuple[str, ...]
     candidates: tuple[Path, ...]
+    is_whole: bool  # all tars of the directory, however many there are
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the index calls them: the file's name in the directory, or the URL."""
         return tuple(shard_names(self.shards, self.root))
+
+    def is_of_these(self, directory: Path, summary: IndexSummary) -> bool:
+        """Whether an index in `directory` was made of shards in this place, and not of others with the same names."""
+        return directory == self.root or summary.root == self.parent
 
     @property
     def root(self) -> Path:
@@ -46,8 +54,14 @@ def group_shards(place: ShardPlace) -> list[ShardGroup]:
     by_parent: dict[str, list[str]] = {}
     for shard in place.expand():
         by_parent.setdefault(shard_parent(shard), []).append(shard)
+    whole = {str(Path(part).expanduser().absolute()) for part in place.shards if not is_url(part)}
     return [
-        ShardGroup(parent, tuple(shards), _candidates(parent, shards, place, number if len(by_parent) > 1 else None))
+        ShardGroup(
+            parent,
+            tuple(shards),
+            _candidates(parent, shards, place, number if len(by_parent) > 1 else None),
+            is_whole=parent in whole,
+        )
         for number, (parent, shards) in enumerate(by_parent.items())
     ]
 
@@ -93,8 +107,13 @@ def _fitting(group: ShardGroup, place: ShardPlace, size_check: SizeCheck) -> tup
 
     def fitting(directory: Path) -> tuple[Path, IndexSummary]:
         where = group.parent or str(directory)
-        chosen = read_summary(directory, place.index_command).select(group.names, where, place.index_command)
+        summary = read_summary(directory, place.index_command)
+        chosen = summary.select(group.names, where, place.index_command)
         if size_check is SizeCheck.COMPARE:
+            _check_complete(group, summary, place.index_command)
+            if not group.is_of_these(directory, summary):
+                # Made of shards in another place: they may have moved, or be others under the same names.
+                chosen = replace(chosen, shards=tuple(replace(shard, mtime_ns=-1) for shard in chosen.shards))
             check_unchanged(chosen, group.root, place.index_command)
         return directory, chosen
 
@@ -106,6 +125,17 @@ def _fitting(group: ShardGroup, place: ShardPlace, size_check: SizeCheck) -> tup
         except UserError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _check_complete(group: ShardGroup, summary: IndexSummary, remedy: str) -> None:
+    """Raise `UserError` where a directory lacks a shard that it had when it was indexed."""
+    gone = [shard.name for shard in summary.shards if shard.name not in set(group.names)] if group.is_whole else []
+    if gone:
+        others = f" and {len(gone) - 1} others" if len(gone) > 1 else ""
+        raise UserError(
+            f"{group.root / gone[0]}{others} is in the index and not on disk; put it back, or run `{remedy}` to go on "
+            "without it"
+        )
 
 
 def check_unchanged(summary: IndexSummary, root: Path, remedy: str) -> None:
@@ -134,6 +164,11 @@ def check_unchanged(summary: IndexSummary, root: Path, remedy: str) -> None:
             raise UserError(
                 f"{len(touched)} shards of {root}, such as {touched[0].name}, were written or copied since they were "
                 f"indexed; run `{remedy}`, which keeps what was trained if they are the same"
+            )
+        if total > _SAID_FROM_BYTES:
+            print(
+                f"reading {len(touched)} shards of {root} again, as their times changed; `{remedy}` saves that",
+                file=sys.stderr,
             )
         changed = _changed(touched, root)
     if changed:

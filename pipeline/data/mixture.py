@@ -1,5 +1,7 @@
 """How often an epoch shows the samples of each source. Imports no torch.
 
+Where a weight is above 1 an epoch is shown in rounds, in each of which every source has its part.
+
 A source of weight w shows each of its samples w times an epoch on average: it goes on in every epoch where it left off
 in the one before, so that after E epochs each was shown floor(E w) or ceil(E w) times. A showing is numbered by its
 *pass* over the source, from which everything is drawn that is random in it; where w is 1 the pass is the epoch.
@@ -22,6 +24,11 @@ class Mixture:
 
     source_of_shard: tuple[int, ...]
     weights: tuple[Fraction, ...]
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds an epoch is shown in, so that none shows a sample twice."""
+        return max(1, -int(-max(self.weights) // 1))
 
     @classmethod
     def even(cls, shards: int) -> "Mixture":

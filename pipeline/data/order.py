@@ -49,7 +49,7 @@ class ShardedSamples:
         source_of_shard = np.array(mixture.source_of_shard)[self.shards]
         places = [np.flatnonzero(source_of_shard == source) for source in range(len(mixture.weights))]
         self._sources = [
-            WeightedSource(of_source, counts[of_source], weight, seed)
+            WeightedSource(of_source, counts[of_source], weight / mixture.rounds, seed)
             for of_source, weight in zip(places, mixture.weights, strict=True)
             if len(of_source)
         ]
@@ -87,8 +87,8 @@ class GlobalBatches:
     Global batch k holds the positions [k G, (k + 1) G) of the stream and may straddle epochs. Any batch is found at
     once: nothing before it is read.
 
-    No batch holds a sample twice, if an epoch has two batches or more and shows no sample twice: in the batch that
-    straddles two epochs, those of the first are passed over, and shown right after it.
+    No batch holds a sample twice, if an epoch has two batches or more: in the batch that straddles two epochs, those of
+    the first are passed over, and shown right after it. (Of a mixture, an epoch here is one of its rounds.)
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class GlobalBatches:
 def epoch_samples(
     sample_ids: NDArray[np.int64], shard_of_sample: NDArray[np.int32], mixture: Mixture | None = None
 ) -> int:
-    """How many samples the first epoch shows; later ones differ by at most one for each source."""
+    """How many samples an epoch shows, or a round of one (see `Mixture.rounds`): none twice."""
     return ShardedSamples(sample_ids, shard_of_sample, mixture, 0).start(1) if len(sample_ids) else 0
 
 

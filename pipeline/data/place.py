@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from braceexpand import braceexpand
+
 from pipeline.config import PositiveFloat, Settings
 from pipeline.data.shards import expand_shards, is_url
 
@@ -30,7 +32,8 @@ class ShardPlace(Settings):
 
     def from_anywhere(self) -> "ShardPlace":
         """The same place for a process in another working directory."""
-        shards = tuple(part if is_url(part) else str(Path(part).expanduser().absolute()) for part in self.shards)
+        parts = [each for part in self.shards for each in _with_a_beginning(part)]
+        shards = tuple(part if is_url(part) else str(Path(part).expanduser().absolute()) for part in parts)
         index_dir = None if self.index_dir is None else self.index_dir.absolute()
         return self.model_copy(
             update={"shards": shards, "cache_dir": self.cache_dir.absolute(), "index_dir": index_dir}
@@ -40,6 +43,8 @@ class ShardPlace(Settings):
     def index_command(self) -> str:
         """The command that indexes these shards, as a shell takes it."""
         words = ["unclip", "shards", "index", *self.shards]
+        if self.allow_shell_urls:
+            words.append("--allow-shell-urls")
         if self.index_dir is not None:
             words += ["--index", str(self.index_dir)]
         if self.cache_dir.absolute() != DEFAULT_CACHE_DIR.absolute():
@@ -50,6 +55,16 @@ class ShardPlace(Settings):
     def cache_bytes(self) -> int | None:
         """How much of remote shards is kept, if there is a limit."""
         return None if self.cache_gib is None else int(self.cache_gib * 2**30)
+
+
+def _with_a_beginning(part: str) -> list[str]:
+    """A pattern as it is; of one that begins with a brace, what it stands for: each is absolute or not."""
+    if not part.startswith("{"):
+        return [part]
+    try:
+        return list(braceexpand(part))
+    except ValueError:
+        return [part]  # `expand` says what is wrong
 
 
 def place_of(shards: str | Sequence[str], cache_dir: Path) -> ShardPlace:

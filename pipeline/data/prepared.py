@@ -5,6 +5,7 @@ the artifact names no place, so that data can move and others can use the artifa
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -116,7 +117,8 @@ def read_prepared(directory: Path, place: ShardPlace | None = None) -> PreparedD
         reader = SampleReader(
             index, Path("/"), place.cache_dir, place.cache_bytes, captions, remedy=place.index_command
         )
-    check_shard_sizes(IndexSummary(index.shards, ""), reader.root, reader.remedy)
+    remedy = shlex.join(["rm", "-r", str(directory)]) if place is None else place.index_command
+    check_shard_sizes(IndexSummary(index.shards, ""), reader.root, remedy)
     return PreparedData(index, splits, reader, mixture)
 
 

@@ -11,7 +11,7 @@ EXPLANATIONS: Mapping[str, str] = {
     "no_end_mark": "the archive ends without its mark: it was cut off, or its writer leaves the mark out",
     "missing_bytes": "a member runs into the next one, since bytes of it are missing",
     "unreadable_shard": "the shard is no tar, or is gone",
-    "changed_since_indexed": "this is not what was indexed; index again if it is right",
+    "changed_since_indexed": "this is not what was indexed; index it with --again if it is right",
     # Members that are no files.
     "link": "a link to another member; write the file itself",
     "sparse_file": "a sparse file; write it whole",
@@ -26,11 +26,11 @@ EXPLANATIONS: Mapping[str, str] = {
     "broken_image": "a picture that does not decode to its end",
     "too_many_pixels": "a decompression bomb",
     "empty_caption": "a caption without a word",
-    "caption_not_utf8": "a caption that is not UTF-8",
+    "caption_not_utf8": "a caption that is no text: not UTF-8, or with zero bytes",
     "short_read": "the shard ends before it",
     # What is not meant to be a sample.
     "apple_double": "files ._*, which macOS adds",
     "metadata": "files __*__",
     "no_key": "hidden files, and files without an extension",
-    "further_text": "texts beyond the 16 most frequent kinds",
+    "further_text": "texts beyond the 64 most frequent kinds, which can be no captions",
 }

@@ -150,10 +150,12 @@ def passed_over(directory: Path) -> dict[str, int]:
     """What a directory of shards holds beside them that somebody may take for shards, by what it is."""
     compressed = [path for path in directory.iterdir() if path.name.lower().endswith(_COMPRESSED)]
     apple = [path for path in directory.glob("._*.tar") if path.is_file()]
+    dangling = [path for path in directory.glob("*.tar") if not path.exists()]
     below = [path for path in directory.glob("*/**/*.tar") if _is_shard(path)]
     counts = {
         "compressed tars, which cannot be read from the middle: unpack them": len(compressed),
         "AppleDouble files ._*.tar, which macOS adds": len(apple),
+        "links *.tar to nothing": len(dangling),
         "tars in sub-directories: name those directories too": len(below),
     }
     return {what: count for what, count in counts.items() if count}
@@ -169,7 +171,8 @@ def _check_scheme(shard: str, allow_shell_urls: bool) -> None:
     if scheme in SHELL_SCHEMES:
         if not allow_shell_urls:
             raise UserError(
-                f"data.shards: {shard} would run a shell command; set data.allow_shell_urls=true if you trust it"
+                f"data.shards: {shard} would run a shell command; set data.allow_shell_urls=true if you trust it "
+                "(--allow-shell-urls for unclip shards)"
             )
         return
     known = ", ".join(sorted(REMOTE_SCHEMES | OBJECT_SCHEMES))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,14 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """All shards of an index; `arrays_sha256` ties the summary to its arrays."""
+    """All shards of an index; `arrays_sha256` ties the summary to its arrays.
+
+    `root` is the directory of the shards where the index lies elsewhere.
+    """
 
     shards: tuple[ShardEntry, ...]
     arrays_sha256: str
+    root: str | None = None
 
     @property
     def samples(self) -> int:
@@ -122,8 +127,10 @@ def read_summary(directory: Path, remedy: str | None = None) -> IndexSummary:
             raise UserError(
                 f"{path} has schema {content['schema_version']}, this version reads {SCHEMA_VERSION}; {remedy}"
             )
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("it was changed since it was written")
         shards = tuple(_entry(entry) for entry in content["shards"])
-        return IndexSummary(shards=shards, arrays_sha256=content["arrays_sha256"])
+        return IndexSummary(shards, content["arrays_sha256"], content["root"])
     except FileNotFoundError:
         raise UserError(f"{directory} has no index ({SUMMARY_FILE}), which training needs; {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -144,9 +151,14 @@ def summary_text(summary: IndexSummary) -> str:
         "left_out": dict(sorted(summary.left_out.items())),
         "skipped": dict(sorted(summary.skipped.items())),
         "arrays_sha256": summary.arrays_sha256,
+        "root": summary.root,
         "shards": [asdict(shard) for shard in summary.shards],
     }
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+    return json.dumps({**content, "sha256": _digest(content)}, indent=1, sort_keys=True) + "\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def index_identity(summary: IndexSummary, contents: Collection[str]) -> dict[str, Any]:

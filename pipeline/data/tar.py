@@ -61,6 +61,8 @@ _ZERO_BLOCK = bytes(BLOCK)
 _NOT_ZERO = re.compile(rb"[^\0]")
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 _TELLING = re.compile(rb"path=|size=|GNU\.sparse\.")
+_OCTAL = re.compile(rb" *[0-7]{4,}[ \0]")
+_NUMBERS = ((100, 108), (124, 136), (148, 156))  # the rights, the size, the checksum
 _ADLER_MODULUS = 65521
 
 _ARCHIVE = ".tar"
@@ -130,7 +132,7 @@ def read_members(archive: memoryview) -> Iterator[Member | Damage | NotAFile]:
         header = parse_header(block) if len(block) == BLOCK and block != _ZERO_BLOCK else None
         if header is None:
             # Where not even a broken header stands, the content before it is not what its header says.
-            is_broken = block.strip(b"\0") and len(block) == BLOCK and not block.startswith(_MAGIC, _MAGIC_AT)
+            is_broken = block.strip(b"\0") and len(block) == BLOCK and not _looks_like_header(block)
             if held is not None and not is_broken:
                 yield Damage.MISSING_BYTES if _holds_header(archive, held) else held
             held = None
@@ -186,6 +188,11 @@ def read_members(archive: memoryview) -> Iterator[Member | Damage | NotAFile]:
             yield NotAFile(found)
 
 
+def _looks_like_header(block: bytes) -> bool:
+    """Whether a block was a header before it was damaged."""
+    return block.startswith(_MAGIC, _MAGIC_AT) or any(_OCTAL.match(block, *field) for field in _NUMBERS)
+
+
 def _headers_on_grid(archive: memoryview) -> list[int]:
     """Where headers stand on the grid of blocks, in the order of the archive; all do in one that is whole.
 
@@ -229,10 +236,10 @@ def _behind_members(archive: memoryview, offset: int, block: bytes) -> tuple[Dam
             return Damage.TRUNCATED, end
         return Damage.DAMAGED_HEADER, _next_header(archive, offset + 1)
     if len(block) < BLOCK:
-        return Damage.NO_END_MARK, end
+        return Damage.MISSING_BYTES, end
     behind = _NOT_ZERO.search(archive, offset)
     if behind is None:
-        return None, end
+        return Damage.MISSING_BYTES if end % BLOCK else None, end
     resumed = _next_header(archive, offset + 1)
     block_behind = behind.start() // BLOCK * BLOCK
     ended = block_behind - offset >= 2 * BLOCK and resumed == block_behind
@@ -240,12 +247,19 @@ def _behind_members(archive: memoryview, offset: int, block: bytes) -> tuple[Dam
 
 
 def _next_header(archive: memoryview, start: int) -> int:
-    """The first whole header at `start` or behind it, on no grid: bytes may be missing. The end where there is none."""
+    """The first whole header at `start` or behind it; the end where there is none.
+
+    It stands on no grid, as bytes may be missing, but for archives from before POSIX, whose headers have no magic.
+    """
     position = start + _MAGIC_AT
     for found in re.compile(_MAGIC).finditer(archive, position):
         offset = found.start() - _MAGIC_AT
         block = bytes(archive[offset : offset + BLOCK])
         if len(block) == BLOCK and parse_header(block) is not None:
+            return offset
+    for offset in range(_in_blocks(start), len(archive) - BLOCK + 1, BLOCK):
+        block = bytes(archive[offset : offset + BLOCK])
+        if block != _ZERO_BLOCK and parse_header(block) is not None:
             return offset
     return len(archive)
 

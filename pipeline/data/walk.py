@@ -37,8 +37,10 @@ class Skipped(StrEnum):
     FURTHER_TEXT = "further_text"
 
 
-MAX_TEXTS = 16
-"""So many kinds of text are indexed of a shard, the most frequent ones."""
+MAX_TEXTS = 64
+"""So many kinds of text are indexed of a shard: `txt`, `json` and the most frequent others."""
+
+_USUAL_TEXTS = ("txt", "json")
 
 MAX_TEXT_BYTES = 2**20
 """What is larger is no caption."""
@@ -84,8 +86,9 @@ def walk_shard(path: Path, name: str) -> ShardIndex:
             with memoryview(content) as archive:
                 samples, left_out, skipped = _read_samples(archive, path)
     texts = Counter(extension for sample in samples for extension in sample.files if _is_text(extension))
-    for extension, count in texts.most_common()[MAX_TEXTS:]:
-        skipped[Skipped.FURTHER_TEXT] += count
+    ranked = sorted(texts, key=lambda extension: (extension not in _USUAL_TEXTS, -texts[extension]))
+    for extension in ranked[MAX_TEXTS:]:
+        skipped[Skipped.FURTHER_TEXT] += texts[extension]
         del texts[extension]
     return _index_of(
         samples,

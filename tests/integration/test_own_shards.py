@@ -171,7 +171,7 @@ def test_a_url_of_the_same_shards_is_the_same_data(own: Path, tmp_path: Path):
     place = ["data.allow_shell_urls=true", f"data.cache_dir={tmp_path}/cache"]
     from pipeline.data.indexing import index_place
 
-    index_place(ShardPlace(shards=tuple(urls), allow_shell_urls=True, cache_dir=tmp_path / "cache"), 1)
+    index_place(ShardPlace(shards=tuple(urls), allow_shell_urls=True, cache_dir=tmp_path / "cache"), 0)
     assert stages_of(outputs, quoted, *place)["clip"].fingerprint == stages_of(outputs, own)["clip"].fingerprint
     train(outputs, own)
     assert actions(outputs, quoted, *place)["clip"] is Action.REUSE

@@ -42,6 +42,7 @@ def test_a_caption_is_read_from_an_extension_or_a_field(source: str, caption: st
         ("json:caption", {"json": b'{"caption": []}'}, DecodeFault.EMPTY_CAPTION),
         ("txt", {"txt": b" \n"}, DecodeFault.EMPTY_CAPTION),
         ("txt", {"txt": b"\xff\xfe"}, DecodeFault.CAPTION_NOT_UTF8),
+        ("txt", {"txt": bytes(14)}, DecodeFault.CAPTION_NOT_UTF8),
     ],
 )
 def test_a_sample_without_the_caption_has_a_fault(source: str, texts: dict[str, bytes], fault: DecodeFault):
@@ -77,7 +78,7 @@ def test_a_source_that_a_sample_lacks_leaves_its_share_to_the_others():
     assert abs(drawn.count("long") - 500) <= 1
 
 
-@pytest.mark.parametrize("name", ["", ".", "json", "json:"])
+@pytest.mark.parametrize("name", ["", ".", "json", ".json", "json:"])
 def test_a_name_of_nothing_is_refused(name: str):
     with pytest.raises(UserError, match=r"data\.captions: .* names no caption; write an extension such as txt"):
         parse_sources({name: 1})

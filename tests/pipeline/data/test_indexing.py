@@ -2,6 +2,8 @@
 
 import errno
 import os
+import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest_data import png, source_sample, tar
 
@@ -39,14 +42,14 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def the_index(place: ShardPlace, workers: int = 1, *, again: bool = False) -> ShardIndex:
+def the_index(place: ShardPlace, workers: int = 0, *, again: bool = False) -> ShardIndex:
     (indexed,) = index_place(place, workers, again=again)
     assert indexed.index is not None
     assert indexed.refused == ()
     return indexed.index
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_any_number_of_processes_make_the_same_index(place: ShardPlace, tmp_path: Path, workers: int):
     the_index(place, workers)
     alone = read_index(tmp_path / "shards")
@@ -57,7 +60,7 @@ def test_any_number_of_processes_make_the_same_index(place: ShardPlace, tmp_path
 
 def test_progress_is_reported_shard_by_shard(place: ShardPlace):
     seen: list[IndexProgress] = []
-    index_place(place, 1, seen.append)
+    index_place(place, 0, seen.append)
     assert [(each.shards_done, each.samples) for each in seen] == [(n, 5 * n) for n in range(5)]
     assert {each.shards for each in seen} == {4}
 
@@ -77,7 +80,7 @@ def test_a_shard_that_is_refused_does_not_cost_the_others(
     assert len(read_index(tmp_path / "shards")) == 15
     broken.write_bytes(good)
     walked.clear()
-    assert main(["shards", "index", str(tmp_path / "shards"), "--workers", "1"]) == 0
+    the_index(place)
     assert walked == ["00001.tar"]
 
 
@@ -122,16 +125,16 @@ def test_an_indexing_in_several_processes_that_is_stopped_ends_at_once(tmp_path:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 75
-    assert errors == ""
+    assert errors == "stopped; the shards that were walked are kept, and the same command goes on\n"
     assert [shard.name for shard in read_index(tmp_path / "shards").shards] == ["00000.tar", "00001.tar"]
 
 
 def test_an_index_that_was_made_meanwhile_keeps_its_shards(place: ShardPlace, tmp_path: Path):
     def index_the_others(done: IndexProgress) -> None:
         if done.shards_done == 0:
-            index_place(place.model_copy(update={"shards": (f"{tmp_path}/shards/{{00002..00003}}.tar",)}), 1)
+            index_place(place.model_copy(update={"shards": (f"{tmp_path}/shards/{{00002..00003}}.tar",)}), 0)
 
-    index_place(place.model_copy(update={"shards": (f"{tmp_path}/shards/{{00000..00001}}.tar",)}), 1, index_the_others)
+    index_place(place.model_copy(update={"shards": (f"{tmp_path}/shards/{{00000..00001}}.tar",)}), 0, index_the_others)
     assert len(open_index(place)) == 20
 
 
@@ -153,7 +156,7 @@ def test_several_directories_have_an_index_each_and_are_one_data_set(tmp_path: P
     write_shards(tmp_path / "b", map(source_sample, range(4, 8)), 2)
     shards = (f"{tmp_path}/b/00001.tar", f"{tmp_path}/a", f"{tmp_path}/b/00000.tar")
     place = ShardPlace(shards=shards, cache_dir=tmp_path / "cache")
-    index_place(place, 1)
+    index_place(place, 0)
     index = open_index(place)
     assert [index.key(row) for row in range(8)] == [
         "00006",
@@ -185,7 +188,7 @@ def test_where_the_shards_directory_cannot_be_written_the_index_is_in_the_cache(
     place: ShardPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ):
     fail_to_write(monkeypatch, tmp_path / "shards", number)
-    (indexed,) = index_place(place, 1)
+    (indexed,) = index_place(place, 0)
     assert indexed.directory.parent == tmp_path / "outputs" / "cache"
     assert len(open_index(place)) == 20
     assert len(open_summary(place).shards) == 4
@@ -199,7 +202,7 @@ def test_a_stale_index_that_cannot_be_written_again_does_not_stand_before_the_ri
     with pytest.raises(UserError, match=r"00003\.tar changed since"):
         open_index(place)
     fail_to_write(monkeypatch, tmp_path / "shards", errno.EROFS)
-    index_place(place, 1)
+    index_place(place, 0)
     index = open_index(place)
     assert [index.key(row) for row in range(len(index))][-1] == "x"
 
@@ -210,7 +213,7 @@ def test_a_full_disk_is_called_a_full_disk(
 ):
     fail_to_write(monkeypatch, tmp_path / "shards", number)
     with pytest.raises(UserError, match=r"no space is left for the index in .*shards"):
-        index_place(place, 1)
+        index_place(place, 0)
 
 
 def test_a_full_cache_is_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -221,7 +224,7 @@ def test_a_full_cache_is_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("pipeline.data.remote.shutil.copyfileobj", full)
     place = ShardPlace(shards=(f"pipe:cat {tmp_path}/a.tar",), allow_shell_urls=True, cache_dir=tmp_path / "cache")
     with pytest.raises(UserError, match=rf"no space is left for remote shards in {tmp_path}/cache; .*--cache-gib"):
-        index_place(place, 1)
+        index_place(place, 0)
 
 
 @pytest.mark.parametrize("directories", [1, 2])
@@ -346,3 +349,104 @@ def test_what_is_not_known_of_a_time_is_not_compared(place: ShardPlace, tmp_path
     index = without_times(the_index(place))
     touch(tmp_path / "shards" / "00000.tar")
     check_unchanged(IndexSummary(index.shards, ""), tmp_path / "shards", "remedy")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_shard_that_vanished_from_its_directory_is_missed(place: ShardPlace, tmp_path: Path, link: bool):
+    the_index(place)
+    gone = tmp_path / "shards" / "00002.tar"
+    gone.unlink()
+    if link:
+        gone.symlink_to(tmp_path / "unmounted" / "00002.tar")
+    with pytest.raises(UserError, match=r"00002\.tar is in the index and not on disk; put it back, or run `unclip"):
+        open_summary(place)
+    some = place.model_copy(update={"shards": (f"{tmp_path}/shards/{{00000..00001}}.tar",)})
+    assert open_summary(some).samples == 10
+    the_index(place)
+    assert open_summary(place).samples == 15
+
+
+def test_an_index_in_a_place_of_its_own_is_not_taken_for_that_of_other_shards_with_the_same_names(tmp_path: Path):
+    for name, text in (("a", b"one"), ("b", b"two")):
+        (tmp_path / name).mkdir()
+        tar(tmp_path / name / "0.tar", {"0.png": png((1, 1, 1)), "0.txt": text})
+        os.utime(tmp_path / name / "0.tar", ns=(7, 7))
+    places = [
+        ShardPlace(shards=(str(tmp_path / name),), cache_dir=tmp_path / "c", index_dir=tmp_path / "i") for name in "ab"
+    ]
+    index_place(places[0], 0)
+    with pytest.raises(UserError, match=r"0\.tar changed since"):
+        open_summary(places[1])
+    index_place(places[1], 0)
+    assert open_summary(places[1]).samples == 1
+    (tmp_path / "b").rename(tmp_path / "moved")
+    moved = places[1].model_copy(update={"shards": (str(tmp_path / "moved"),)})
+    assert open_summary(moved).samples == 1
+
+
+@pytest.mark.parametrize("name", ["index.json", "index.npz"])
+def test_an_index_that_is_damaged_anywhere_is_refused_or_as_it_was(place: ShardPlace, tmp_path: Path, name: str):
+    whole = the_index(place)
+    path = tmp_path / "shards" / name
+    content = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(60):
+        broken = bytearray(content)
+        broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        try:
+            index = open_index(place)
+        except UserError:
+            continue
+        assert index.renamed([shard.name for shard in whole.shards]).shards == whole.shards
+
+
+def test_a_shard_that_cannot_be_read_does_not_cost_the_others(
+    place: ShardPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def forbidden(path: Path, name: str) -> ShardIndex:
+        if name == "00001.tar":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return walk_shard(path, name)
+
+    monkeypatch.setattr("pipeline.data.indexing.walk_shard", forbidden)
+    (indexed,) = index_place(place, 0)
+    assert indexed.refused == (f"data.shards: {tmp_path}/shards/00001.tar cannot be read (Permission denied)",)
+    assert len(read_index(tmp_path / "shards")) == 15
+
+
+def test_processes_that_walk_shards_do_not_outlive_who_started_them(tmp_path: Path):
+    write_shards(tmp_path / "shards", map(source_sample, range(4)), 2)
+    code = (
+        "import os, sys, time, pipeline.data.indexing as indexing\n"
+        "def slowly(path, name): print(os.getpid(), flush=True); time.sleep(60)\n"
+        "indexing.walk_shard = slowly\n"
+        "from pipeline.cli import main\n"
+        f"sys.exit(main(['shards', 'index', {str(tmp_path / 'shards')!r}, '--workers', '2']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    children = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_shell_urls_are_indexed_where_that_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tar(tmp_path / "a.tar", {"0.png": png((1, 1, 1)), "0.txt": b"red"})
+    url = f"pipe:cat {tmp_path}/a.tar"
+    assert main(["shards", "index", url, "--cache", str(tmp_path / "cache")]) == 2
+    assert "--allow-shell-urls for unclip shards" in capsys.readouterr().err
+    place = ShardPlace(shards=(url,), allow_shell_urls=True, cache_dir=tmp_path / "cache")
+    assert main(shlex.split(place.index_command)[1:]) == 0
+    assert open_summary(place).samples == 1
+
+
+def test_a_pattern_that_begins_with_a_brace_stands_for_the_same_from_anywhere(tmp_path: Path):
+    for name in "ab":
+        write_shards(tmp_path / name, map(source_sample, range(2)), 1)
+    place = ShardPlace(shards=(f"{{{tmp_path}/a,{tmp_path}/b}}/{{00000..00001}}.tar",), cache_dir=tmp_path / "c")
+    assert place.from_anywhere().expand() == place.expand() != []

@@ -67,7 +67,8 @@ def test_each_showing_of_a_sample_is_another_pass():
 
 def test_an_epoch_has_the_sources_in_the_proportion_of_their_weights():
     batches = mixed("2", "1/2")
-    length = epoch_samples(SAMPLES, SHARD, Mixture(SOURCE_OF_SHARD, (Fraction(2), Fraction(1, 2))))
+    mixture = Mixture(SOURCE_OF_SHARD, (Fraction(2), Fraction(1, 2)))
+    length = mixture.rounds * epoch_samples(SAMPLES, SHARD, mixture)
     sources = Counter(source_of(sample) for _, sample in showings(batches, length))
     assert sources[0] == 2 * in_source(0)
     assert sources[1] == in_source(1) // 2
@@ -98,6 +99,14 @@ def test_the_shards_that_are_read_next_are_named_for_weighted_sources_too():
         here, following = batches.shards_after(k)
         assert int(SHARD[batches.batch(k).sample[0]]) in here
         assert following
+
+
+@pytest.mark.parametrize("weights", [("2", "1"), ("3", "1/3"), ("1.5", "1"), ("7", "5")])
+def test_no_batch_holds_a_sample_twice_whatever_the_weights(weights: tuple[str, str]):
+    mixture = Mixture(SOURCE_OF_SHARD, tuple(map(Fraction, weights)))
+    size = epoch_samples(SAMPLES, SHARD, mixture) // 2 - 1
+    batches = mixed(*weights, size=size)
+    assert all(len(set(batches.batch(k).sample.tolist())) == size for k in range(60))
 
 
 def test_a_mixture_survives_as_json():

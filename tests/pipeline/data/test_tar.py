@@ -162,7 +162,7 @@ def test_an_archive_behind_one_that_ends_inside_a_large_member_is_read():
     start = listing(whole)[-1].offset_data
     names, others = found_in(whole[: start + 77] + archive(["late.txt"], tar_format=tarfile.GNU_FORMAT)[: 2 * BLOCK])
     assert names == ["a.txt", "b.txt", "c.txt", "d.txt", "e.txt", "late.txt"]
-    assert others == {Damage.TRUNCATED: 1}
+    assert others == {Damage.TRUNCATED: 1, Damage.MISSING_BYTES: 1}
 
 
 def test_a_member_whose_extended_header_cannot_be_read_is_lost_and_not_renamed():
@@ -171,6 +171,25 @@ def test_a_member_whose_extended_header_cannot_be_read_is_lost_and_not_renamed()
     names, others = found_in(broken)
     assert names == ["a.txt", "b.txt"]
     assert others == {Damage.DAMAGED_HEADER: 1}
+
+
+def test_an_archive_of_no_whole_blocks_is_damaged():
+    assert found_in(WHOLE[:-100]) == (NAMES, Counter({Damage.MISSING_BYTES: 1}))
+
+
+@pytest.mark.parametrize("bit", range(8))
+@pytest.mark.parametrize("at", [0, 110, 130, 150, 156, 300])
+def test_one_flipped_bit_in_an_archive_from_before_posix_costs_its_member_alone(tmp_path: Path, at: int, bit: int):
+    for number in range(12):
+        (tmp_path / f"{number:02d}.txt").write_bytes(b"x" * 700)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    subprocess.run(["tar", "--format=v7", "-cf", "x.tar", *names], cwd=tmp_path, check=True)
+    broken = bytearray((tmp_path / "x.tar").read_bytes())
+    broken[listing(bytes(broken))[4].offset + at] ^= 1 << bit
+    assert found_in(bytes(broken)) == (
+        [name for name in names if name != names[4]],
+        Counter({Damage.DAMAGED_HEADER: 1}),
+    )
 
 
 def test_garbage_behind_the_end_is_said():

@@ -68,11 +68,11 @@ def test_every_text_of_a_sample_is_in_the_index(tmp_path: Path):
 
 
 def test_of_too_many_kinds_of_text_the_most_frequent_are_kept_and_the_rest_is_said(tmp_path: Path):
-    files = {"0.png": RED, "0.txt": b"a", **{f"0.t{n}": b"x" for n in range(20)}, "1.png": RED, "1.txt": b"b"}
+    files = {"0.png": RED, "0.txt": b"a", **{f"0.t{n}": b"x" for n in range(80)}, "1.png": RED, "1.txt": b"b"}
     index = walked(tmp_path, files)
     assert len(index.texts) == MAX_TEXTS
     assert "txt" in index.texts
-    assert index.shards[0].skipped == {Skipped.FURTHER_TEXT: 21 - MAX_TEXTS}
+    assert index.shards[0].skipped == {Skipped.FURTHER_TEXT: 81 - MAX_TEXTS}
 
 
 def test_a_picture_without_any_text_is_left_out(tmp_path: Path):
