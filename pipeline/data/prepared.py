@@ -111,14 +111,15 @@ def read_prepared(directory: Path, place: ShardPlace | None = None) -> PreparedD
         )
     if place is None:
         root = directory / SHARDS
-        reader = SampleReader(index, root, directory / "cache", captions=captions)
+        # What was made is made again, and indexed by nobody.
+        remedy = shlex.join(["rm", "-r", str(directory)])
+        reader = SampleReader(index, root, directory / "cache", captions=captions, remedy=remedy)
     else:
         index = index.renamed(_places(index, place))
         reader = SampleReader(
-            index, Path("/"), place.cache_dir, place.cache_bytes, captions, remedy=place.index_command
+            index, Path("/"), place.cache_dir, place.cache_bytes, captions, remedy=f"{place.index_command} --again"
         )
-    remedy = shlex.join(["rm", "-r", str(directory)]) if place is None else place.index_command
-    check_shard_sizes(IndexSummary(index.shards, ""), reader.root, remedy)
+    check_shard_sizes(IndexSummary(index.shards, ""), reader.root, reader.remedy)
     return PreparedData(index, splits, reader, mixture)
 
 

@@ -54,7 +54,7 @@ class SampleReader:
         self.cache_bytes = cache_bytes
         self.captions = captions
         self._extensions = captions.extensions
-        self.remedy = f"{remedy or index_command(root)} --again"
+        self.remedy = remedy or f"{index_command(root)} --again"
         self._open: OrderedDict[int, int] = OrderedDict()
         self._fetched_anew: set[int] = set()
 

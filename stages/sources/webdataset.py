@@ -142,7 +142,7 @@ def take_in(settings: WebDatasetSettings) -> TakenIn:
             has_caption |= whole.texts[extension].is_present
     index = whole.keep(has_caption, list(dict.fromkeys([*sources.extensions, JSON])))
     index = replace(index, shards=tuple(map(_counting_lost, index.shards, whole.shards)))
-    reader = SampleReader(index, Path("/"), place.cache_dir, place.cache_bytes, remedy=place.index_command)
+    reader = SampleReader(index, Path("/"), place.cache_dir, place.cache_bytes, remedy=f"{place.index_command} --again")
     _require_fields(sources, reader)
     positions = np.empty(len(index), np.float64)
     for row in range(len(index)):

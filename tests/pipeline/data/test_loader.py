@@ -330,7 +330,7 @@ def test_what_is_read_is_what_was_indexed(prepared: Path):
     assert reader.caption(12) == "picture 12"
     content[int(index.texts["txt"].offset[13])] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"00001\.tar holds something else at sample 00013 .*unclip shards index"):
+    with pytest.raises(UserError, match=r"00001\.tar holds something else at sample 00013 .*run `rm -r .*artifact`"):
         reader.caption(13)
     content[int(index.image.offset[14]) - 512] ^= 1  # the first letter of its name
     path.write_bytes(content)
