@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import log_of, run_on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_runs import plan_stages, rows_of, run_until
 from torch import Tensor
 
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.frozen import FrozenStage
+from tests.support.ranks import log_of, run_on_ranks
+from tests.support.tiny_runs import plan_stages, rows_of, run_until
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 STEPS = 6

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from ranks import log_of, run_on_ranks
 from safetensors.torch import load_file
-from tiny_runs import plan_stages, rows_of, run_until
 from torch import Tensor
 
 from pipeline.config import Offload, Precision
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
+from tests.support import tiny
+from tests.support.ranks import log_of, run_on_ranks
+from tests.support.tiny_runs import plan_stages, rows_of, run_until
 
 STAGES = ("clip", "prior", "decoder", "upsampler", "judge")
 ZERO = ("zero1", "zero2", "zero3")

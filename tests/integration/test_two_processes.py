@@ -11,11 +11,8 @@ from threading import Event
 
 import psutil
 import pytest
-import tiny
 import torch
-from ranks import log_of
 from safetensors.torch import load_file
-from tiny_runs import plan_stages
 
 from pipeline.config import StrategyName
 from pipeline.training.stage import run_stage
@@ -24,6 +21,9 @@ from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.local import Worker
 from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
+from tests.support import ROOT, tiny
+from tests.support.ranks import log_of
+from tests.support.tiny_runs import plan_stages
 
 STEPS = 40
 
@@ -44,7 +44,7 @@ def learner(
 def start(stage: FrozenStage) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
-        env={**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -187,7 +187,7 @@ def test_a_process_that_loaded_deepspeed_ends_with_its_stage_and_another_one_run
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its engine stays in memory: on a GPU, beside the next stage's."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     sharded = tiny.frozen(tmp_path / "sharded", strategy=StrategyName.ZERO2)
     plain = tiny.frozen(tmp_path / "plain", strategy=StrategyName.DDP)
     for stage in (sharded, plain):

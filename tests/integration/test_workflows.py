@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runs import the_last_of_each_key
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.compose import compose_members
 from pipeline.workflow.leaf import run_and_measure
+from tests.support.tiny_runs import the_last_of_each_key
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
 NARROW_UNET = (

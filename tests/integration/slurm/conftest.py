@@ -5,12 +5,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import tiny
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support import ROOT
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 
@@ -33,11 +32,9 @@ def cluster() -> Iterator[None]:
     assert program.stdout is not None
     ready = program.stdout.readline()
     assert ready.startswith("export SLURM_CONF="), "the cluster did not start"
-    # The jobs' worlds of stages are modules of the tests.
-    worlds = os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(__file__).parent)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", ready.strip().removeprefix("export SLURM_CONF="))
-        patch.setenv("PYTHONPATH", worlds)
+        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     program.stdin.close()

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny
-import world
 from torch import Tensor
 
 from pipeline.workflow.frozen import FrozenStage
+from tests.support import tiny, world
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

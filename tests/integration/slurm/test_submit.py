@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import tiny
-import world
 
 from pipeline.cli import main
 from pipeline.config import StrategyName
@@ -17,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.runs import read_runs
 from pipeline.workflow.slurm.status import cancel_runs, job_statuses
 from pipeline.workflow.slurm.submit import Submission, SubmittedStage
+from tests.support import tiny, world
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -91,7 +90,8 @@ def test_a_job_that_waits_for_one_that_is_gone_is_submitted_anew_with_it(tmp_pat
 
 def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Path):
     script = (
-        "import sys, world; from pathlib import Path; out = Path(sys.argv[1]); name = sys.argv[2]\n"
+        "import sys; from pathlib import Path; from tests.support import world\n"
+        "out, name = Path(sys.argv[1]), sys.argv[2]\n"
         "plans = [world.plan(out, f'{name}.{n}', group=name, steps=4, seed=5, note=f'{name} {n}') for n in (0, 1)]\n"
         "world.submit(*plans)"
     )

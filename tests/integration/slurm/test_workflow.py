@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import world
-from tiny_runs import TINY
 
 from pipeline.workflow.runs import read_runs, run_artifacts
+from tests.support import world
+from tests.support.tiny_runs import TINY
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

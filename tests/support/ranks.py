@@ -5,11 +5,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import tiny
 
 from pipeline.workflow.frozen import FrozenStage, write_frozen
+from tests.support import ROOT
 
 
 def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s: float = 240) -> list[int]:
@@ -22,9 +20,7 @@ def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(tiny.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
     }
     started = [

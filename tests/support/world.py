@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from pipeline.workflow.runs import record_run
 from pipeline.workflow.slurm import commands
 from pipeline.workflow.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
 from pipeline.workflow.slurm.submit import slurm_launch as slurm_launch_of
+from tests.support import tiny
 
 STEPS = 24
 
@@ -66,12 +66,16 @@ CATALOG = Catalog(
     {
         **tiny.CATALOG.stages,
         "gate": StageDeclaration(
-            version=1, settings=GateSettings, run="world:pass_gate", output="gate", inputs=(Input("data"),)
+            version=1,
+            settings=GateSettings,
+            run=f"{__name__}:pass_gate",
+            output="gate",
+            inputs=(Input("data"),),
         ),
         "reader": StageDeclaration(
             version=1,
             settings=ReaderSettings,
-            run="world:read",
+            run=f"{__name__}:read",
             output="reader",
             inputs=(Input("learner"), Input("gate", Arity.OPTIONAL)),
         ),
@@ -116,7 +120,7 @@ def plan(
         run=RunSettings(name=name, group=group),
         seed=seed,
         paths=PathSettings(outputs=outputs),
-        catalog="world:CATALOG",
+        catalog=f"{__name__}:CATALOG",
         data={},
         stage=stages,
         trainer=tiny.TRAINER.model_copy(update={"checkpoint_every_samples": 8, "lease_s": 20.0, **trainer}),
