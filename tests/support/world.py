@@ -206,14 +206,27 @@ def restarts_of(job_id: int) -> int:
     return int(shown.partition("Restarts=")[2].split()[0])
 
 
-def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 120.0) -> None:
+def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
+    look_at_the_held = time.monotonic() + 5
     while not is_so():
         assert time.monotonic() < deadline, f"in vain waited for: {what}\n{slurm('squeue', '--states=all')}"
         time.sleep(0.1)
+        if time.monotonic() > look_at_the_held:
+            release_what_could_not_be_launched()
+            look_at_the_held = time.monotonic() + 5
 
 
-def wait_for_end(frozen: FrozenStage, job_id: int, timeout_s: float = 120.0) -> None:
+def release_what_could_not_be_launched() -> None:
+    """As an administrator would: Slurm holds a job whose launch failed, for instance on a busy machine."""
+    for line in slurm("squeue", "-h", "-t", "PD", "-o", "%A|%r").splitlines():
+        job_id, _, reason = line.partition("|")
+        if reason.replace("_", " ") == "launch failed requeued held":
+            # It may be gone by now.
+            subprocess.run(["scontrol", "release", job_id], check=False, capture_output=True)
+
+
+def wait_for_end(frozen: FrozenStage, job_id: int, timeout_s: float = 300.0) -> None:
     """Until the job is over; its artifact must be there then."""
 
     states: list[str] = []
