@@ -145,31 +145,31 @@ def submit(*plans: Plan) -> dict[str, SubmittedStage]:
 def submitted_learner(outputs: Path, **changes: Any) -> tuple[FrozenStage, int]:
     """A learner in the queue, whose data is there already, and its job's id."""
     made = plan(outputs, **changes)
-    data, learner = (stage.frozen for stage in made.stages)
-    assert data is not None
+    run_stages_here(made, "data")
+    learner = made.stages[1].frozen
     assert learner is not None
-    run_here(data)
     job = submit(plan(outputs, **changes))["learner"]
     assert job.job_id is not None
     return learner, job.job_id
 
 
-def run_here(frozen: FrozenStage) -> None:
-    """Run a stage in this process."""
+def run_stages_here(made: Plan, *names: str) -> None:
+    """Run stages of a plan in this process."""
     from threading import Event
 
     from pipeline.training.stage import run_stage
     from pipeline.workflow.progress import Outcome
 
-    assert run_stage(frozen, Event()) in (Outcome.FINISHED, Outcome.REUSED)
+    for stage in made.stages:
+        if stage.name in names:
+            assert stage.frozen is not None
+            assert run_stage(stage.frozen, Event()) in (Outcome.FINISHED, Outcome.REUSED)
 
 
 def undisturbed(outputs: Path, **changes: Any) -> dict[str, Tensor]:
     """The weights of a learner that was trained in this process in one go."""
-    for stage in plan(outputs, **{**changes, "step_s": 0.0}).stages:
-        assert stage.frozen is not None
-        # How long a step takes is no part of what is learned, though it is of the fingerprint.
-        run_here(stage.frozen)
+    # How long a step takes is no part of what is learned, though it is of the fingerprint.
+    run_stages_here(plan(outputs, **{**changes, "step_s": 0.0}), "data", "learner")
     return weights_under(outputs)
 
 
