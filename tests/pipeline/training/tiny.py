@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config import (
@@ -31,7 +31,6 @@ from pipeline.config import (
     TrainingStageSettings,
 )
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import write_prepared
@@ -97,13 +96,13 @@ def source_sample(number: int) -> SourceSample:
 
 def learn(context: StageContext) -> StageResult:
     settings = context.settings_as(LearnerSettings)
-    images = CaptionedImages(context.input("data").path, SIZE, context.frozen.trainer.cache_mib)
+    images = context.images(SIZE)
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 16), nn.GELU(), nn.Dropout(settings.dropout), nn.Linear(16, 3)
     )
     module = LearnerModule(network, settings, context)
     result = fit(context, module, images)
-    save_file(network.state_dict(), context.output / "weights.safetensors")
+    context.save(network)
     return StageResult({}, result.metrics, result.samples_seen)
 
 
