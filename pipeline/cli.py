@@ -254,7 +254,7 @@ def _cancel(arguments: list[str]) -> int:
 
 def _sync(arguments: list[str]) -> int:
     # By name: the command line imports nothing of the training, where W&B has its one door.
-    return resolve("pipeline.training.tracking.sync:main")(arguments)
+    return resolve("pipeline.tracking.sync:main")(arguments)
 
 
 def _compare(arguments: list[str]) -> int:

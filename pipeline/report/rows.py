@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from pipeline.workflow.metrics import AXIS, MEASURED
+from pipeline.workflow.record import AXIS, MEASURED
 
 ELAPSED = f"{MEASURED}elapsed_s"
 VALIDATION = "validation/"

@@ -22,9 +22,9 @@ from pipeline.training.measurements import TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.ranks import any_of_all_ranks, gather_objects
 from pipeline.workflow.batch_shape import largest_piece
-from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.picture_grid import save_grid
+from pipeline.workflow.record import MEASURED
 
 SAMPLES = "samples"
 

@@ -15,8 +15,8 @@ from pipeline.config import Settings
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.place import ShardPlace
 from pipeline.errors import StageInterrupted
+from pipeline.tracking import Tracker
 from pipeline.training.processes import process_rank
-from pipeline.training.tracking import Tracker
 from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost

@@ -14,7 +14,7 @@ from pipeline.config import Precision
 from pipeline.data.batch import ImageBatch
 from pipeline.training.module import StageModule
 from pipeline.training.ranks import of_all_ranks
-from pipeline.workflow.metrics import MEASURED
+from pipeline.workflow.record import MEASURED
 
 _LIGHTNING_FETCHES = "train_dataloader_next"
 _MIB = 2**20

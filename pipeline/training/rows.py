@@ -21,8 +21,8 @@ from pipeline.training.context import StageContext
 from pipeline.training.measurements import Measurements
 from pipeline.training.module import LOSS, StageModule
 from pipeline.training.ranks import gather_objects, of_all_ranks
-from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.progress import Phase
+from pipeline.workflow.record import MEASURED
 
 RATE_SMOOTHING = 0.9
 STATE = "rows"

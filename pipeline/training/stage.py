@@ -14,19 +14,19 @@ import torch
 
 from pipeline.data.mixing import named_seed
 from pipeline.errors import ProcessKilledError, StageInterrupted, UserError
+from pipeline.tracking import Tracker
+from pipeline.tracking.wandb_record import WandbRecord
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import ProgressWriter, StageContext, StageResult
 from pipeline.training.hardware import record_hardware
 from pipeline.training.processes import is_started_by_srun, process_rank, tell_of_interruption
-from pipeline.training.tracking import Tracker
-from pipeline.training.tracking.wandb_record import WandbRecord
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.metrics import METRICS
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
 from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, read_hardware, write_failure
+from pipeline.workflow.record import METRICS
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
-from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples
+from pipeline.workflow.record import without_measured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

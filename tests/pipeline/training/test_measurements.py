@@ -16,8 +16,8 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, SampleRequest
 from pipeline.training import measurements
 from pipeline.training.measurements import peak_flops
-from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import Outcome
+from pipeline.workflow.record import without_measured
 
 
 def test_every_row_has_what_was_measured_under_one_prefix(tmp_path: Path):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.workflow.metrics import AXIS
+from pipeline.workflow.record import AXIS
 
 WANDB_PROGRAM = (sys.executable, "-m", "wandb")
 HEAD_BYTES = 7

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import StageInterrupted, UserError
-from pipeline.training.tracking.settle import settle
-from pipeline.training.tracking.wandb_log import WANDB_PROGRAM, cut_to_whole_records
-from pipeline.training.tracking.wandb_record import (
+from pipeline.tracking.settle import settle
+from pipeline.tracking.wandb_log import WANDB_PROGRAM, cut_to_whole_records
+from pipeline.tracking.wandb_record import (
     RECORD,
     WandbRecord,
     fragments,

@@ -11,15 +11,15 @@ from typing import Any
 from PIL import Image
 
 from pipeline.config import TrackedArtifacts, TrackingMode
-from pipeline.training.tracking.wandb_record import (
+from pipeline.tracking.wandb_record import (
     WandbRecord,
     key_of,
     not_uploaded,
     read_record,
     write_record,
 )
-from pipeline.training.tracking.wandb_rows import Arrived, arrived, kept_in_logs
-from pipeline.training.tracking.wandb_session import (
+from pipeline.tracking.wandb_rows import Arrived, arrived, kept_in_logs
+from pipeline.tracking.wandb_session import (
     TellsEnd,
     forget_session,
     fragment_of,
@@ -29,8 +29,8 @@ from pipeline.training.tracking.wandb_session import (
 )
 from pipeline.workflow.artifacts import MANIFEST, Artifact, file_sha256
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.metrics import AXIS
 from pipeline.workflow.progress import EXIT_INTERRUPTED
+from pipeline.workflow.record import AXIS
 
 _SECONDS_TO_UPLOAD_AT_A_STOP = 10.0
 

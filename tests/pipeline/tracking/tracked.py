@@ -13,7 +13,7 @@ import tiny
 from tiny import frozen
 
 from pipeline.config import TrackedArtifacts, TrackingMode, TrackingSettings
-from pipeline.training.tracking.wandb_record import fragments
+from pipeline.tracking.wandb_record import fragments
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 
 KEY = "0123456789abcdef" * 2 + "01234567"

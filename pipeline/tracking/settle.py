@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.training.tracking.own_record import read_entries
-from pipeline.training.tracking.wandb_record import WandbRecord, mark_of, not_uploaded, read_record, write_record
-from pipeline.training.tracking.wandb_run import Ending, WandbRun
-from pipeline.training.tracking.wandb_session import TellsEnd, forget_session
+from pipeline.tracking.own_record import read_entries
+from pipeline.tracking.wandb_record import WandbRecord, mark_of, not_uploaded, read_record, write_record
+from pipeline.tracking.wandb_run import Ending, WandbRun
+from pipeline.tracking.wandb_session import TellsEnd, forget_session
 from pipeline.workflow.frozen import FrozenStage, read_frozen
 from pipeline.workflow.progress import Phase, read_progress
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.training.tracking.wandb_log import HEAD_BYTES
+from pipeline.tracking.wandb_log import HEAD_BYTES
 from pipeline.workflow.artifacts import write_json_atomically
-from pipeline.workflow.metrics import AXIS, without_measured
+from pipeline.workflow.record import AXIS, without_measured
 
 RECORD = "wandb.json"
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.workflow.metrics import AXIS
+from pipeline.workflow.record import AXIS
 
 DIRECTORY = "tensorboard"
 

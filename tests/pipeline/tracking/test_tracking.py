@@ -13,8 +13,8 @@ from tiny import SCRIPT, finished, rows, run
 from tracked import KEY, UNREACHABLE, axis, config, crash, history, no_secret_below, records, start, tracked, wait_until
 
 from pipeline.config import TrackedArtifacts, TrackingMode
+from pipeline.tracking.wandb_record import fragments, read_record
 from pipeline.training.stage import run_stage
-from pipeline.training.tracking.wandb_record import fragments, read_record
 from pipeline.workflow.artifacts import MANIFEST, file_sha256
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import (

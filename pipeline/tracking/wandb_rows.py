@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.training.tracking.wandb_log import history
-from pipeline.training.tracking.wandb_record import (
+from pipeline.tracking.wandb_log import history
+from pipeline.tracking.wandb_record import (
     RowKey,
     WandbRecord,
     fragments,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.workflow.metrics import AXIS, METRICS, PICTURES
+from pipeline.workflow.record import AXIS, METRICS, PICTURES
 
 _FILES = (METRICS, PICTURES)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from pipeline.config import TrackingMode
 from pipeline.errors import StageInterrupted
-from pipeline.training.tracking.own_record import append, cut_back
-from pipeline.training.tracking.settle import send_entries, send_lacking
-from pipeline.training.tracking.tensorboard import TensorBoard
-from pipeline.training.tracking.wandb_record import WandbRecord, read_record
-from pipeline.training.tracking.wandb_run import Ending, WandbRun
+from pipeline.tracking.own_record import append, cut_back
+from pipeline.tracking.settle import send_entries, send_lacking
+from pipeline.tracking.tensorboard import TensorBoard
+from pipeline.tracking.wandb_record import WandbRecord, read_record
+from pipeline.tracking.wandb_run import Ending, WandbRun
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.metrics import AXIS, METRICS, PICTURES
 from pipeline.workflow.ownership import Ownership, StageLost
+from pipeline.workflow.record import AXIS, METRICS, PICTURES
 
 
 class Tracker(AbstractContextManager["Tracker"]):

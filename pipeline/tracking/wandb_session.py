@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from pipeline.config import TrackingMode
-from pipeline.training.tracking.wandb_record import WandbRecord
+from pipeline.tracking.wandb_record import WandbRecord
 from pipeline.workflow.artifacts import MANIFEST, file_sha256
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.runs import config_with
