@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT
+
 COMMANDS = "run|plan|submit|status|logs|cancel|sync|compare|card|shards|sample"
 PROGRAM = re.compile(rf"(unclip ({COMMANDS})\b|(pip|make|pytest|python3?|sudo|scancel|scontrol)( |$))")
 OVERRIDE = re.compile(r"['\"]?(~\w+\.|[+~]*[a-z_]+(\.\w+|[@/][\w.]+)*=)\S")
@@ -213,8 +214,8 @@ def test_examples_are_found_where_they_are():
     assert {
         ("README.md", "unclip"),
         ("README.md", "make"),
-        ("README.md", "pip"),
-        ("README.md", "python"),
+        ("docs/sweeps.md", "pip"),
+        ("docs/figures.md", "python"),
         ("slurm/README.md", "unclip"),
         ("slurm/README.md", "sudo"),
         ("conf/experiment/paper.yaml", "unclip"),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import run_config
 
 from pipeline.config import (
     INTEGER_LIMIT,
@@ -22,6 +21,7 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError
 from stages.settings import JudgeDataSettings, ScenesSettings
+from tests.support.fakes import run_config
 
 
 class Numbers(Settings):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import run_until
 
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.picture_grid import read_layout
@@ -14,6 +13,7 @@ from stages.models.saved import load_judge
 from stages.settings import JudgeDataSettings
 from stages.sources.scene_labels import CLASSES, judge_samples, labels
 from stages.sources.scenes import ALL_PAIRS, Attribute
+from tests.support.tiny_runs import run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 JUDGED = ("colour", "shape", "size", "position", "background")

@@ -8,7 +8,6 @@ import torch
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 from pipeline.data.batch import ImageBatch
 from pipeline.errors import UserError
@@ -21,6 +20,7 @@ from stages.models.clip import ClipModel, Towers, contrastive_loss
 from stages.models.embeddings import load_embeddings
 from stages.models.saved import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
 from stages.settings import ClipSettings
+from tests.support.tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_world
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from pipeline.cli import main
+from tests.support import small_world
 
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-import tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import SCRIPT, finished, rows, run
-from tracked import KEY, UNREACHABLE, axis, config, crash, history, no_secret_below, records, start, tracked, wait_until
 
 from pipeline.config import TrackedArtifacts, TrackingMode
 from pipeline.tracking.wandb_record import fragments, read_record
@@ -21,6 +18,21 @@ from pipeline.workflow.progress import (
     Outcome,
     latest_checkpoint_samples,
     read_failure,
+)
+from tests.support import tiny
+from tests.support.tiny import SCRIPT, finished, rows, run
+from tests.support.tracked import (
+    KEY,
+    UNREACHABLE,
+    axis,
+    config,
+    crash,
+    history,
+    no_secret_below,
+    records,
+    start,
+    tracked,
+    wait_until,
 )
 
 

@@ -8,11 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-import tiny
 import wandb
-from tiny import SCRIPT, run
-from tracked import KEY, axis, no_secret_below, records, start, tracked, wait_until
-from wandb_server import Health, WandbServer, serving
 
 from pipeline.config import TrackingMode
 from pipeline.errors import UserError
@@ -33,6 +29,10 @@ from pipeline.workflow.progress import (
     read_progress,
     write_progress,
 )
+from tests.support import tiny
+from tests.support.tiny import SCRIPT, run
+from tests.support.tracked import KEY, axis, no_secret_below, records, start, tracked, wait_until
+from tests.support.wandb_server import Health, WandbServer, serving
 
 ALL = list(range(8, 81, 8))
 

@@ -1,8 +1,9 @@
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
+
+from tests.support import tiny
 
 
 @pytest.fixture(autouse=True)

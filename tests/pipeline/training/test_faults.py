@@ -16,9 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import tiny
 import torch
-from tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 from pipeline.config import NonFinite
 from pipeline.data.dataset import CaptionedImages
@@ -32,6 +30,8 @@ from pipeline.training.strategies.portable import PlainStrategy
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.progress import Failure, Outcome, Phase, read_failure, read_progress
+from tests.support import ROOT, tiny
+from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 
 def failure_of(stage: FrozenStage) -> Failure:
@@ -261,7 +261,7 @@ def worker(stage: FrozenStage) -> subprocess.Popen[str]:
     """The stage in a process of its own, with this directory's `tiny` in its path."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
-        env={**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         text=True,
     )
 
@@ -348,7 +348,7 @@ def test_a_stage_is_published_where_nothing_can_be_told_of_the_code(
     assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
     release, _, commit = finished(stage).manifest.code_version.partition("+")
     assert (release == UNKNOWN) is (lose_metadata in lacking)
-    is_checkout = (Path(__file__).resolve().parents[3] / ".git").exists()
+    is_checkout = (ROOT / ".git").exists()
     assert (commit == UNKNOWN) is (is_checkout and lacking != (lose_metadata,))
 
 

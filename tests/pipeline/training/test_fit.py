@@ -3,9 +3,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 from pipeline.config import Precision, StrategyName
 from pipeline.training.checkpoints import latest_checkpoint
@@ -14,6 +12,8 @@ from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.progress import Outcome, Phase, read_failure, read_progress
+from tests.support import tiny
+from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 
 def crash(_context: object) -> None:

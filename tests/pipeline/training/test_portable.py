@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -15,6 +14,7 @@ from pipeline.training.optimizer import EMA, AdamWithEma, build_optimizer
 from pipeline.training.strategies import portable
 from pipeline.training.strategies.fragments import Fragment, read_fragments, trained_parameters, write_fragments
 from pipeline.training.strategies.portable import PlainStrategy
+from tests.support import tiny
 
 
 def trained(network: nn.Module) -> AdamWithEma:

@@ -2,7 +2,11 @@ import re
 from dataclasses import replace
 
 import pytest
-from fakes import (
+
+from pipeline.errors import UserError
+from pipeline.workflow.declaration import Arity, Catalog, Input, StageSettings
+from pipeline.workflow.graph import build_graph
+from tests.support.fakes import (
     STAGES,
     DecoderSettings,
     EncoderSettings,
@@ -11,11 +15,7 @@ from fakes import (
     LossSettings,
     SourceSettings,
 )
-from fakes import no_check as unchecked
-
-from pipeline.errors import UserError
-from pipeline.workflow.declaration import Arity, Catalog, Input, StageSettings
-from pipeline.workflow.graph import build_graph
+from tests.support.fakes import no_check as unchecked
 
 CATALOG = Catalog(STAGES, unchecked)
 SOURCE = StageSettings("source", SourceSettings(pictures=1))

@@ -144,9 +144,15 @@ def learner_module() -> LearnerModule:
 
 CATALOG = Catalog(
     {
-        "data": StageDeclaration(version=1, settings=DataSettings, run="tiny:make_data", output="data", computes=False),
+        "data": StageDeclaration(
+            version=1, settings=DataSettings, run=f"{__name__}:make_data", output="data", computes=False
+        ),
         "learner": StageDeclaration(
-            version=1, settings=LearnerSettings, run="tiny:learn", output="learner", inputs=(Input("data"),)
+            version=1,
+            settings=LearnerSettings,
+            run=f"{__name__}:learn",
+            output="learner",
+            inputs=(Input("data"),),
         ),
     },
     lambda _stages: None,
@@ -227,7 +233,7 @@ def _frozen(
         fingerprint=fingerprint,
         identity={},
         inputs=inputs,
-        catalog="tiny:CATALOG",
+        catalog=f"{__name__}:CATALOG",
         settings=settings.model_dump(mode="json"),
         seed=3,
         outputs=outputs,

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
-from tiny import frozen
-
 from pipeline.config import TrackedArtifacts, TrackingMode, TrackingSettings
 from pipeline.tracking.wandb_record import fragments
 from pipeline.workflow.frozen import FrozenStage, write_frozen
+from tests.support import ROOT
+from tests.support.tiny import frozen
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 UNREACHABLE = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
@@ -62,7 +61,7 @@ def start(stage: FrozenStage, **environment: str) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
         env={
             **os.environ,
-            "PYTHONPATH": f"{Path(tiny.__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
             **environment,
         },
     )
