@@ -1,59 +1,58 @@
-"""Where a stage's rows and pictures go: its own record (`metrics.jsonl`), Weights & Biases, and TensorBoard."""
+"""What is made of a stage's record: Weights & Biases and TensorBoard."""
 
+import secrets
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import TrackingMode
 from pipeline.errors import StageInterrupted
-from pipeline.tracking.own_record import append, cut_back
-from pipeline.tracking.settle import send_entries, send_lacking
+from pipeline.tracking.sending import Sending
 from pipeline.tracking.tensorboard import TensorBoard
-from pipeline.tracking.wandb_record import WandbRecord, read_record
-from pipeline.tracking.wandb_run import Ending, WandbRun
-from pipeline.workflow.artifacts import Artifact
+from pipeline.tracking.wandb_record import WandbRecord, read_record, write_record
+from pipeline.tracking.wandb_run import Ending
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost
-from pipeline.workflow.record import AXIS, METRICS, PICTURES
+from pipeline.workflow.record import AXIS, PICTURE, append, read_standing, resume
 
 
 class Tracker(AbstractContextManager["Tracker"]):
-    """Logs one stage's rows, pictures and summary on the axis `samples_seen`.
+    """Adds one stage's rows and pictures to its record, on the axis `samples_seen`.
 
-    A process that does not own the stage logs nothing. What the own record holds past `resumes_at` is dropped, since it
-    will be logged again; what of it W&B has already is not sent there twice.
+    A process that does not own the stage adds nothing. What the record holds past `resumes_at` is superseded, since it
+    is logged again. Where tracking is online, W&B is sent the record as it grows.
     """
 
     def __init__(self, frozen: FrozenStage, ownership: Ownership | None, resumes_at: int) -> None:
         self._frozen = frozen
         self._ownership = ownership
         self._resumes_at = resumes_at
-        self._wandb: WandbRun | None = None
+        self._sending: Sending | None = None
         self._tensorboard: TensorBoard | None = None
 
     def __enter__(self) -> "Tracker":
         if self._is_owner:
-            cut_back(self._frozen.work, self._resumes_at)
-            if self._frozen.tracking.tensorboard:
-                self._tensorboard = TensorBoard(self._frozen.work, first_samples=self._resumes_at + 1)
-            if self._frozen.tracking.mode is not TrackingMode.NONE:
-                self._wandb = WandbRun.begun(self._frozen)
-                # What a kill took before it was on disk or uploaded, or was logged before W&B was on.
-                send_entries(self._wandb, self._frozen.work)
+            tracking, work = self._frozen.tracking, self._frozen.work
+            resume(work, self._resumes_at)
+            if tracking.tensorboard:
+                self._tensorboard = TensorBoard(work, read_standing(work))
+            if tracking.mode is not TrackingMode.NONE and read_record(work) is None:
+                write_record(work, _begun(self._frozen))
+            if tracking.mode is TrackingMode.ONLINE:
+                self._sending = Sending(self._frozen)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is None:
+        if self._sending is None:
             return
-        ending = Ending.FINISHED if kind is None else self._ending(kind)
-        if ending is not Ending.LOST and self._wandb.is_cut_off:
-            print("W&B's process was ended by a signal; its run is opened once more", flush=True)
-            self._wandb.abandon()
-            self._wandb = WandbRun.begun(self._frozen)
-            send_lacking(self._wandb, self._frozen)
-        self._wandb.finish(ending)
+        if kind is not None and (not self._is_owner or issubclass(kind, StageLost)):
+            self._sending.abandon()  # the run is another process's now
+        else:
+            self._sending.finish(_ending(kind))
 
     @property
     def wandb_record(self) -> WandbRecord | None:
@@ -66,37 +65,29 @@ class Tracker(AbstractContextManager["Tracker"]):
 
     def log(self, samples_seen: int, metrics: Mapping[str, float]) -> None:
         """Add one row."""
-        if not self._is_owner:
-            return
-        row = {AXIS: samples_seen, **metrics}
-        append(self._frozen.work, METRICS, row)
-        if self._wandb is not None:
-            self._wandb.log(row)
-        if self._tensorboard is not None:
-            self._tensorboard.log(row)
+        self._add({AXIS: samples_seen, **metrics})
 
     def log_picture(self, samples_seen: int, name: str, picture: Path, captions: Sequence[str]) -> None:
-        """Add a picture that is on disk, captioned."""
+        """Add a picture that is on disk, below the work directory, captioned."""
+        file = picture.relative_to(self._frozen.work).as_posix()
+        self._add({AXIS: samples_seen, PICTURE: name, "file": file, "captions": list(captions)})
+
+    def _add(self, entry: dict[str, Any]) -> None:
         if not self._is_owner:
             return
-        entry = {AXIS: samples_seen, "name": name, "file": str(picture.absolute()), "captions": list(captions)}
-        append(self._frozen.work, PICTURES, entry)
-        if self._wandb is not None:
-            self._wandb.log_picture(samples_seen, name, picture, captions)
+        append(self._frozen.work, entry)
+        if self._sending is not None:
+            self._sending.keep_up()
         if self._tensorboard is not None:
-            self._tensorboard.log_picture(samples_seen, name, picture, captions)
+            self._tensorboard.add(entry)
 
-    def summarise(self, metrics: Mapping[str, float]) -> None:
-        """Set the final metrics."""
-        if self._wandb is not None:
-            self._wandb.summarise(metrics)
 
-    def log_artifact(self, artifact: Artifact) -> None:
-        """Name what the stage published as the output of its W&B run."""
-        if self._wandb is not None:
-            self._wandb.log_artifact(artifact)
+def _begun(frozen: FrozenStage) -> WandbRecord:
+    tracking, name = frozen.tracking, f"{frozen.run}/{frozen.stage}"
+    return WandbRecord(secrets.token_hex(8), tracking.project, tracking.entity, frozen.group, name, time.time())
 
-    def _ending(self, kind: type[BaseException]) -> Ending:
-        if not self._is_owner or issubclass(kind, StageLost):
-            return Ending.LOST
-        return Ending.INTERRUPTED if issubclass(kind, StageInterrupted) else Ending.FAILED
+
+def _ending(kind: type[BaseException] | None) -> Ending:
+    if kind is None:
+        return Ending.FINISHED
+    return Ending.INTERRUPTED if issubclass(kind, StageInterrupted) else Ending.FAILED

@@ -1,220 +1,102 @@
-"""One W&B run for the training of one stage, over all its starts."""
+"""A stage's record as one W&B run, over all starts of the stage, by W&B's public interface alone."""
 
-import secrets
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from enum import Enum
-from pathlib import Path
+from enum import StrEnum
 from typing import Any
 
 from PIL import Image
 
-from pipeline.config import TrackedArtifacts, TrackingMode
-from pipeline.tracking.wandb_record import (
-    WandbRecord,
-    key_of,
-    not_uploaded,
-    read_record,
-    write_record,
-)
-from pipeline.tracking.wandb_rows import Arrived, arrived, kept_in_logs
-from pipeline.tracking.wandb_session import (
-    TellsEnd,
-    forget_session,
-    fragment_of,
-    is_cut_off,
-    kill_session,
-    open_run,
-)
+from pipeline.config import TrackedArtifacts
+from pipeline.tracking.wandb_record import WandbRecord, read_record, write_record
 from pipeline.workflow.artifacts import MANIFEST, Artifact, file_sha256
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import EXIT_INTERRUPTED
-from pipeline.workflow.record import AXIS
+from pipeline.workflow.record import AXIS, PICTURE, Entry, Replay
+from pipeline.workflow.runs import config_with
 
-_SECONDS_TO_UPLOAD_AT_A_STOP = 10.0
+SCRATCH = "wandb-scratch"
+"""In the work directory: files of W&B's client, of which nothing is needed once its process has ended."""
+
+_SECONDS_TO_START = 20.0
+_LONGEST_TAG = 64
 
 
-class Ending(Enum):
-    """How a start of the stage ended. One that `LOST` the stage says nothing: the run is another process's now."""
+class Ending(StrEnum):
+    """How a start of a stage ended. Of `OPEN` the server is told nothing: the stage is to go on."""
 
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
     FAILED = "failed"
-    LOST = "lost"
+    OPEN = "open"
 
 
-_STATUS = {Ending.FINISHED: 0, Ending.INTERRUPTED: EXIT_INTERRUPTED, Ending.FAILED: 1}
+_STATUS = {Ending.FINISHED: 0, Ending.INTERRUPTED: EXIT_INTERRUPTED, Ending.FAILED: 1, Ending.OPEN: 1}
 
 
 class WandbRun:
-    """Sends rows, pictures and lineage to W&B: online, or to files below the work directory that `unclip sync` uploads.
+    """Sends what the server lacks of the record. The server says where its history ends when the run is opened.
 
-    Nothing that W&B does or fails to do stops training: a fault is a warning in the stage's log. Online, the run of a
-    server that is not reached goes to files; so does one whose earlier files are not uploaded yet, as its rows must not
-    come before theirs.
-
-    No row is sent twice, however often the stage starts, and none is left out: online the server says how many it has.
+    Raises whatever W&B raises, above all where the server is not reached.
     """
 
-    def __init__(self, frozen: FrozenStage) -> None:
+    def __init__(self, frozen: FrozenStage, ending: Ending | None) -> None:
+        """`ending` is how the stage ended, where that is known; else the process above this one works on the stage."""
+        record = read_record(frozen.work)
+        assert record is not None, "it is written before anything is sent"
         self._frozen = frozen
-        self._has = Arrived(frozenset())
-        self._skipped = 0
-        self._warned_of: set[str] = set()
-        self._run: Any = None
-        self._record: WandbRecord | None = None
+        self._record = record
+        self._replay = Replay(frozen.work)
+        self._run = _open(frozen, record, ending)
+        self._run.define_metric(AXIS)
+        self._run.define_metric("*", step_metric=AXIS)
+        self._use_inputs()
 
-    @classmethod
-    def begun(cls, frozen: FrozenStage) -> "WandbRun":
-        """For the next start of a stage, in the mode of its config."""
-        run = cls(frozen)
-        run._guarded(run._begin, "not started")
-        return run
+    def send(self) -> None:
+        """Send the entries that were added to the record since the last call, but for those that the server has."""
+        for step, entry in self._replay.new():
+            if step >= self._run.starting_step:
+                self._run.log(self._content(entry), step=step, commit=True)
 
-    @classmethod
-    def settling(cls, frozen: FrozenStage, record: WandbRecord, tells_end: TellsEnd) -> "WandbRun":
-        """Online and only so, to send what the server lacks of earlier starts. Raises whatever W&B raises."""
-        run = cls(frozen)
-        run._adopt(open_run(frozen, record, TrackingMode.ONLINE, tells_end), record)
-        return run
-
-    @property
-    def untouched(self) -> Path | None:
-        """The start whose upload failed before its first row arrived, if one did."""
-        return self._has.untouched
-
-    @property
-    def is_cut_off(self) -> bool:
-        """Whether what is sent now is lost, as W&B's process is gone."""
-        return self._run is not None and is_cut_off(self._run)
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Send a row, unless W&B has it."""
-        self._send(row, lambda: dict(row))
-
-    def log_picture(self, samples_seen: int, name: str, picture: Path, captions: Sequence[str]) -> None:
-        """Send a picture with its captions, unless W&B has it."""
-
-        def content() -> dict[str, Any]:
-            import wandb
-
-            with Image.open(picture) as image:
-                return {AXIS: samples_seen, name: wandb.Image(image, caption="\n".join(captions))}
-
-        self._send({AXIS: samples_seen, name: picture}, content)
-
-    def summarise(self, metrics: Mapping[str, float]) -> None:
-        """Set the final metrics."""
-        if self._run is not None:
-            self._guarded(lambda: self._run.summary.update(dict(metrics)), "summary not sent")
-
-    def log_artifact(self, artifact: Artifact) -> None:
-        """Name an artifact as the output: by reference to its directory, or copied where the config asks for that."""
-        if self._run is not None:
-            self._guarded(lambda: self._run.log_artifact(self._described(artifact)), "artifact not sent")
-
-    def finish(self, ending: Ending) -> bool:
-        """End this start of the run with the state that it has; whether all of it is where it belongs."""
-        if self._run is None:
-            return False
-        if ending is Ending.LOST:
-            self.abandon()
-            return False
-        # A stop has little time: under Slurm until the job is killed.
-        impatience = threading.Timer(_SECONDS_TO_UPLOAD_AT_A_STOP, kill_session)
+    def finish(self, ending: Ending) -> None:
+        """End the run with that state, once the server has all of it, and note that it has."""
+        if ending is Ending.FINISHED:
+            self._tell_of_artifact()
         if ending is Ending.INTERRUPTED:
-            self._guarded(self._run.mark_preempting, "state not sent")
-            impatience.start()
-        what = f"not all of it was uploaded; it is kept in {self._frozen.work}, and `unclip sync` sends what is missing"
-        is_complete = self._guarded(lambda: self._run.finish(exit_code=_STATUS[ending]), what)
-        impatience.cancel()
-        if is_complete:
-            self._guarded(self._close_record, "not recorded")
-        else:
-            self.abandon()
-        return is_complete
+            self._run.mark_preempting()
+        self._run.finish(exit_code=_STATUS[ending])
+        write_record(self._frozen.work, replace(self._record, sent=self._replay.count, told=ending.value))
+        shutil.rmtree(self._frozen.work / SCRATCH, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """End this start as a kill would, without a word to the server."""
-        kill_session()
-        forget_session()
-        self._run = None
+    def _content(self, entry: Entry) -> dict[str, Any]:
+        """The entry as W&B's client takes it; of a picture that is gone there is its place alone."""
+        import wandb
 
-    def _close_record(self) -> None:
-        # Where another process has taken the stage over, the record is its own.
-        record = self._record
-        if record is not None and read_record(self._frozen.work) == record:
-            is_settled = record.unsettled == record.open_fragment
-            closed = replace(record, open_fragment=None, unsettled=None if is_settled else record.unsettled)
-            write_record(self._frozen.work, closed)
+        if PICTURE not in entry:
+            return entry
+        content: dict[str, Any] = {AXIS: entry[AXIS]}
+        with suppress(OSError), Image.open(self._frozen.work / entry["file"]) as image:
+            content[entry[PICTURE]] = wandb.Image(image, caption="\n".join(entry["captions"]))
+        return content
 
-    def _send(self, row: Mapping[str, Any], content: Callable[[], dict[str, Any]]) -> None:
-        if self._run is None or key_of(row) in self._has.rows:
-            return
-        if self._skipped < self._has.unknown:
-            self._skipped += 1
-            return
-        self._guarded(lambda: self._run.log(content()), "row not sent")
-
-    def _guarded(self, act: Callable[[], object], what: str) -> bool:
-        """Do it, and go on if it fails; whether it did not."""
-        try:
-            act()
-        except Exception as error:  # whatever W&B raises, the stage goes on
-            if what not in self._warned_of:
-                self._warned_of.add(what)
-                print(f"warning: W&B: {what} ({_said_by(error)}); training goes on", flush=True)
-            return False
-        return True
-
-    def _begin(self) -> None:
-        work, tracking = self._frozen.work, self._frozen.tracking
-        record = read_record(work)
-        if record is None:
-            name = f"{self._frozen.run}/{self._frozen.stage}"
-            record = WandbRecord(secrets.token_hex(8), tracking.project, tracking.entity, self._frozen.group, name)
-            write_record(work, record)
-        mode = tracking.mode
-        if mode is TrackingMode.ONLINE and not_uploaded(work):
-            mode = TrackingMode.OFFLINE
-            print(
-                "W&B: an earlier start is not uploaded yet, so this one is kept in files too; `unclip sync` uploads "
-                "both in order, after which starts are online again",
-                flush=True,
-            )
-        try:
-            run = open_run(self._frozen, record, mode)
-        except Exception as error:
-            if mode is TrackingMode.OFFLINE:
-                raise
-            said = _said_by(error)
-            print(f"warning: W&B is not reached ({said}); offline now, `unclip sync` uploads it later", flush=True)
-            forget_session()  # it holds the id of the run that it could not start
-            run = open_run(self._frozen, record, TrackingMode.OFFLINE)
-        self._adopt(run, record)
-
-    def _adopt(self, run: Any, record: WandbRecord) -> None:
-        self._run = run
-        work, fragment = self._frozen.work, fragment_of(run)
-        # The steps of a run are its rows: this is how many the server has.
-        self._has = kept_in_logs(work, fragment) if run.offline else arrived(work, record, run.starting_step, fragment)
-        self._record = replace(record if run.offline else record.with_upload(fragment), open_fragment=fragment)
-        write_record(work, self._record)
-        run.define_metric(AXIS)
-        run.define_metric("*", step_metric=AXIS)
-        if not run.offline:
-            self._use_inputs()
+    def _tell_of_artifact(self) -> None:
+        """Set the final metrics, and name the artifact as the output: by reference, or copied where the config says."""
+        artifact = self._frozen.store.find(self._frozen.stage, self._frozen.fingerprint)
+        if artifact is not None:
+            self._run.summary.update(artifact.manifest.metrics)
+            _try(lambda: self._run.log_artifact(self._described(artifact)), "artifact not sent")
 
     def _use_inputs(self) -> None:
-        """Link the inputs in W&B; offline it has no call for that, and the config's `lineage` says it."""
         for artifacts in self._frozen.find_inputs().values():
             for artifact in artifacts:
                 tracking = artifact.manifest.tracking
                 if tracking:
                     place = "/".join(part for part in (tracking.get("entity"), tracking["project"]) if part)
                     name = f"{place}/{_artifact_name(artifact)}:latest"
-                    self._guarded(lambda name=name: self._run.use_artifact(name), f"input {name} not linked")
+                    _try(lambda name=name: self._run.use_artifact(name), f"input {name} not linked")
 
     def _described(self, artifact: Artifact) -> Any:
         import wandb
@@ -236,9 +118,77 @@ class WandbRun:
         return described
 
 
-def _said_by(error: Exception) -> str:
+def said_by(error: BaseException) -> str:
+    """An error in one line."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _open(frozen: FrozenStage, record: WandbRecord, ending: Ending | None) -> Any:
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    scratch = frozen.work / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(exist_ok=True)
+    tags = dict.fromkeys((frozen.run, record.group, frozen.stage, frozen.kind))
+    return wandb.init(
+        id=record.id,
+        resume="allow",
+        project=record.project,
+        entity=record.entity,
+        group=record.group,
+        job_type=frozen.stage,
+        name=record.name,
+        tags=[tag[:_LONGEST_TAG] for tag in tags],
+        mode="online",
+        dir=str(scratch),
+        config=_config(frozen),
+        settings=wandb.Settings(
+            console="off",
+            disable_git=True,
+            save_code=False,
+            silent=True,
+            init_timeout=_SECONDS_TO_START,
+            x_update_finish_state=ending is not Ending.OPEN,
+            # What is measured of the machine is to be of the one that the stage works on.
+            x_disable_stats=ending is not None,
+            x_disable_meta=ending is not None,
+            x_stats_pid=os.getppid(),
+        ),
+    )
+
+
+def _config(frozen: FrozenStage) -> dict[str, Any]:
+    """The frozen stage, the run's whole config, and where the inputs come from."""
+    config: dict[str, Any] = {**frozen.model_dump(mode="json"), "lineage": _lineage(frozen)}
+    run_config = config_with(frozen.outputs, frozen.run, frozen.stage, frozen.fingerprint)
+    return config if run_config is None else {**config, "run_config": run_config}
+
+
+def _lineage(frozen: FrozenStage) -> dict[str, list[dict[str, Any]]]:
+    """Each input's artifacts: which, the SHA-256 of the manifest (it has those of all files), who made it."""
+    return {
+        name: [
+            {
+                "stage": artifact.manifest.stage,
+                "fingerprint": artifact.manifest.fingerprint,
+                "manifest_sha256": file_sha256(artifact.path / MANIFEST),
+                "made_by_run": artifact.manifest.made_by_run,
+                "wandb_id": artifact.manifest.tracking.get("wandb_id"),
+            }
+            for artifact in artifacts
+        ]
+        for name, artifacts in frozen.find_inputs().items()
+    }
+
+
+def _try(act: Callable[[], object], what: str) -> None:
+    """Do what the run is good without."""
+    try:
+        act()
+    except Exception as error:
+        print(f"warning: W&B: {what} ({said_by(error)})", flush=True)
 
 
 def _artifact_name(artifact: Artifact) -> str:

@@ -1,7 +1,6 @@
 """A stage that trains a tiny network on tiny pictures, run through the engine's own entry point."""
 
 import io
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +43,7 @@ from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.declaration import Catalog, Input, StageDeclaration
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.progress import Outcome
+from pipeline.workflow.record import read_standing
 
 SIZE = 8
 DATA, LEARNER = "0" * 64, "1" * 64
@@ -265,8 +265,8 @@ def weights(stage: FrozenStage) -> dict[str, Tensor]:
 
 
 def rows(stage: FrozenStage) -> list[dict[str, float]]:
-    lines = (stage.work / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    """The rows that stand in the stage's record."""
+    return [entry for entry in read_standing(stage.work) if "captions" not in entry]
 
 
 def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
