@@ -163,9 +163,7 @@ def test_a_client_that_w_and_b_refuses_is_a_line_and_marks_nothing(
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     stage = copied(trained, tmp_path / "outputs")
-    with pytest.raises(
-        UserError, match=r"learner was not uploaded: .*; see `wandb login`, then run this again"
-    ):
+    with pytest.raises(UserError, match=r"learner was not uploaded: .*; see `wandb login`, then run this again"):
         sync([stage.work], server.address)
     record = read_record(stage.work)
     assert record is not None
