@@ -64,6 +64,7 @@ def test_the_judge_s_pictures_are_single_objects_of_all_pairs_and_held_out_ones_
     assert not held_out & {sample.image for sample, split in made if split.value == "train"}
 
 
+@pytest.mark.slow
 def test_a_judge_learns_to_read_real_pictures_and_is_no_worse_for_being_saved(outputs: Path):
     artifact = run_until(
         outputs, "judge", "stage.judge.max_samples=20480", "stage.judge.data.samples=2000", "stage.judge.width=12"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
@@ -257,6 +258,9 @@ def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_fin
     assert finished(stage).manifest.samples_seen == 80
 
 
+SIGNALS = (signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1)
+
+
 def worker(stage: FrozenStage) -> subprocess.Popen[str]:
     """The stage in a process of its own, with this directory's `tiny` in its path."""
     return subprocess.Popen(
@@ -267,22 +271,23 @@ def worker(stage: FrozenStage) -> subprocess.Popen[str]:
 
 
 def wait_for_samples(stage: FrozenStage) -> None:
-    for _ in range(1200):
+    limit = time.monotonic() + 300
+    while time.monotonic() < limit:
         progress = read_progress(stage.work)
         if progress is not None and progress.samples_seen:
             return
-        threading.Event().wait(0.05)
-    raise AssertionError("training did not begin in a minute")
+        time.sleep(0.05)
+    raise AssertionError("training did not begin in five minutes")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda each: each.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
 def test_a_signal_makes_the_worker_checkpoint_and_end_with_a_status_of_its_own(tmp_path: Path, number: signal.Signals):
     stage = frozen(tmp_path, max_samples=8_000_000)
     run_stage(tiny.data_of(stage), threading.Event())
     process = worker(stage)
     wait_for_samples(stage)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=180) == 75
     kept = latest_checkpoint(stage.work)
     assert kept is not None
     progress = read_progress(stage.work)
@@ -291,18 +296,18 @@ def test_a_signal_makes_the_worker_checkpoint_and_end_with_a_status_of_its_own(t
 
 
 def test_a_second_ctrl_c_ends_the_worker_at_once(tmp_path: Path):
-    stage = frozen(tmp_path, max_samples=8_000_000, step_s=30.0)
+    stage = frozen(tmp_path, max_samples=8_000_000, step_s=300.0)
     run_stage(tiny.data_of(stage), threading.Event())
     process = worker(stage)
-    for _ in range(1200):
-        if (stage.work / "in-step").exists():
-            break
-        threading.Event().wait(0.05)
+    limit = time.monotonic() + 300
+    while not (stage.work / "in-step").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
+    assert process.wait(timeout=60) == 130
 
 
 def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tmp_path: Path):
@@ -311,11 +316,10 @@ def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tm
     stalled = worker(stage)
     wait_for_samples(stage)
     stalled.send_signal(signal.SIGSTOP)
-    successor = worker(stage)
-    assert successor.wait(timeout=60) == 0
+    assert run(stage) is Outcome.FINISHED
     published = finished(stage)
     stalled.send_signal(signal.SIGCONT)
-    assert stalled.wait(timeout=60) == 75
+    assert stalled.wait(timeout=180) == 75
     assert finished(stage) == published
     published.verify()
     assert [row["samples_seen"] for row in rows(stage) if "train/loss" in row] == list(range(8, 8 * 60 + 1, 8))
