@@ -18,14 +18,14 @@ from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import rows_loader
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.runs import read_run, run_artifacts
-from stages.attribute_accuracy import MEAN, AttributeAccuracy, judged_rows, true_labels
-from stages.generation.decoder import DecoderOptions
+from stages.captions import CaptionEncoder
+from stages.clip.network import ClipModel
+from stages.clip.retrieval import Estimate
+from stages.decoder.sample import DecoderOptions
+from stages.evaluate.attributes import MEAN, AttributeAccuracy, judged_rows, true_labels
 from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
-from stages.metrics import Estimate
-from stages.models.captions import CaptionEncoder
-from stages.models.clip import ClipModel
-from stages.models.judge import Judge
-from stages.models.saved import load_clip, load_judge
+from stages.judge.network import Judge
+from stages.weights import load_clip, load_judge
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 64

@@ -17,8 +17,8 @@ import torch
 from pipeline.compose import compose_members
 from pipeline.config import validate
 from pipeline.data.batch import ImageBatch
-from stages.clip import ClipModule
-from stages.models.clip import ClipModel, contrastive_loss
+from stages.clip.network import ClipModel, contrastive_loss
+from stages.clip.train import ClipModule
 from stages.settings import ClipSettings
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.diffusion.objective import noise_from_x_0, predicted_noise, predicted_x_0
+from stages.diffusion.process import noise_from_x_0, predicted_noise, predicted_x_0
 from stages.diffusion.schedule import NoiseSchedule
 from stages.settings import PredictionType
 

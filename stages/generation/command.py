@@ -16,7 +16,7 @@ from pipeline.data.mixing import named_seed
 from pipeline.errors import UserError
 from pipeline.training.inference import inference_fabric
 from pipeline.workflow.runs import read_run, run_artifacts
-from stages.generation.decoder import DecoderOptions
+from stages.decoder.sample import DecoderOptions
 from stages.generation.grid import captioned_grid, to_pil
 from stages.generation.text_to_image import KINDS, GenerationOptions, TextToImage, chain_of_inputs, inputs_by_kind
 

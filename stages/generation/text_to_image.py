@@ -9,12 +9,13 @@ from torch import Tensor
 from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
-from stages.generation.decoder import DecoderOptions, DecoderSampler
-from stages.generation.prior import PriorSampler
-from stages.generation.upsampler import UpsamplerSampler
-from stages.models.captions import CaptionEncoder
-from stages.models.clip import ClipModel
-from stages.models.saved import (
+from stages.captions import CaptionEncoder
+from stages.clip.network import ClipModel
+from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.prior.sample import PriorSampler
+from stages.settings import DecoderCondition
+from stages.upsampler.sample import UpsamplerSampler
+from stages.weights import (
     decoder_settings,
     load_clip,
     load_decoder,
@@ -23,7 +24,6 @@ from stages.models.saved import (
     prior_settings,
     upsampler_settings,
 )
-from stages.settings import DecoderCondition
 
 KINDS = ("clip", "prior", "decoder", "upsampler")
 """The kinds of stages whose networks make the chain."""

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from stages.checks import check_clip_network, check_diffusion, check_unet, check_upsampler
-from stages.models.decoder import Decoder
+from stages.decoder.network import Decoder
 from stages.settings import (
     ClipNetworkSettings,
     Degradation,
@@ -17,6 +16,7 @@ from stages.settings import (
     UNetSettings,
     UpsamplerSettings,
 )
+from stages.unet import check_clip_network, check_diffusion, check_unet, check_upsampler
 
 
 def unet(**changes):
@@ -156,6 +156,6 @@ def test_upsampler_sizes_that_do_not_fit_are_refused(sizes, message):
 
 
 def test_checks_import_no_torch():
-    program = "import sys, stages.checks; sys.exit('torch' in sys.modules)"
+    program = "import sys, stages.unet; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

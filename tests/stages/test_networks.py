@@ -4,10 +4,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch.nn import functional as F
 
-from stages.models.decoder import Decoder
-from stages.models.prior import Whitening, build_prior, denoise_prior, get_whitening, set_whitening
-from stages.models.upsampler import build_upsampler, denoise_upsampler, upsample_condition
+from stages.decoder.network import Decoder
+from stages.prior.network import Whitening, build_prior, denoise_prior, get_whitening, set_whitening
 from stages.settings import PriorNetworkSettings, UNetSettings
+from stages.upsampler.network import build_upsampler, denoise_upsampler, upsample_condition
 
 EMBED_DIM, CONTEXT = 16, 10
 UNET = UNetSettings(

@@ -10,13 +10,13 @@ from torch import nn
 from pipeline.compose import CONFIG_DIRECTORY, compose_members
 from pipeline.config import Settings, validate
 from pipeline.workflow.declaration import StageSettings
-from stages.checks import check_workflow
-from stages.declarations import CATALOG
-from stages.models.clip import ClipModel, Towers
-from stages.models.decoder import Decoder
-from stages.models.prior import build_prior
-from stages.models.upsampler import build_upsampler
+from stages.catalog import CATALOG
+from stages.clip.network import ClipModel, Towers
+from stages.decoder.network import Decoder
+from stages.prior.network import build_prior
 from stages.settings import ClipSettings, DecoderSettings, PriorSettings, UpsamplerSettings
+from stages.unet import check_workflow
+from stages.upsampler.network import build_upsampler
 
 PAPER_BILLIONS = {"prior": 1.0, "decoder": 3.5, "upsampler 256": 0.7, "upsampler 1024": 0.3}
 

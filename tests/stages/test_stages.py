@@ -15,12 +15,12 @@ from pipeline.errors import UserError
 from pipeline.training.optimizer import build_optimizer
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.progress import Outcome
-from stages.clip import ClipModule
-from stages.decoder import DecoderModule
-from stages.models.clip import ClipModel, Towers, contrastive_loss
-from stages.models.embeddings import load_embeddings
-from stages.models.saved import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
+from stages.clip.network import ClipModel, Towers, contrastive_loss
+from stages.clip.train import ClipModule
+from stages.decoder.train import DecoderModule
+from stages.embed.embeddings import load_embeddings
 from stages.settings import ClipSettings
+from stages.weights import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,121 @@
+"""A run's networks as diffusers' stock `UnCLIPPipeline`, which loads them with no code of this project."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.transformers.prior_transformer import PriorTransformer
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
+from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
+from transformers import CLIPTokenizer
+
+from stages.clip.network import ClipModel, bpe_vocabulary
+from stages.decoder.network import Decoder
+from stages.export.transformers_clip import text_to_transformers
+from stages.settings import (
+    DecoderCondition,
+    DecoderSettings,
+    ObjectiveSettings,
+    PredictionType,
+    PriorSettings,
+    ScheduleKind,
+    ScheduleSettings,
+    UpsamplerSettings,
+)
+
+TEXT_PROJ_CLASS = ["diffusers.pipelines.deprecated.unclip.text_proj", "UnCLIPTextProjModel"]
+"""Where stock diffusers (0.38 and later) finds the class; what `save_pretrained` writes by itself does not load."""
+
+
+@dataclass(frozen=True)
+class StockNetworks:
+    """What the stock pipeline is made of; it has room for one upsampler."""
+
+    clip: ClipModel
+    prior: PriorTransformer
+    prior_settings: PriorSettings
+    decoder: Decoder
+    decoder_settings: DecoderSettings
+    upsampler: UNet2DModel
+    upsampler_settings: UpsamplerSettings
+
+
+def obstacle(prior: PriorSettings | None, decoder: DecoderSettings, upsampler: UpsamplerSettings | None) -> str | None:
+    """Why the stock pipeline cannot hold networks of these settings; None if it can."""
+    if prior is None or decoder.condition is not DecoderCondition.IMAGE_EMBED:
+        return "it needs a prior, and a decoder on image embeddings"
+    if upsampler is None:
+        return "it needs an upsampler"
+    for name, settings in (("prior", prior), ("decoder", decoder), ("upsampler", upsampler)):
+        if settings.schedule.kind is not ScheduleKind.COSINE or settings.schedule.zero_terminal_snr:
+            return f"its scheduler knows the cosine schedule alone, and that of the {name} is another"
+        if settings.objective.prediction_type is PredictionType.V_PREDICTION:
+            return f"its scheduler knows no v_prediction, and the {name} predicts v"
+    return None
+
+
+def save_stock_pipeline(directory: Path, networks: StockNetworks) -> None:
+    """Write a directory for `UnCLIPPipeline.from_pretrained`. Call only where `obstacle` is None.
+
+    The pipeline samples with ancestral steps; `super_res_last`, which takes only its last step, is a copy.
+    """
+    pipeline = UnCLIPPipeline(
+        prior=networks.prior,
+        decoder=_with_learned_range(networks.decoder.unet),
+        text_encoder=text_to_transformers(networks.clip),
+        tokenizer=_tokenizer(networks.clip.settings.context_length),
+        text_proj=networks.decoder.plain_text_proj(),
+        super_res_first=networks.upsampler,
+        super_res_last=networks.upsampler,
+        prior_scheduler=_scheduler(
+            networks.prior_settings.schedule,
+            networks.prior_settings.objective,
+            clip_range=networks.prior_settings.sampler.clip_sample_range,
+        ),
+        decoder_scheduler=_scheduler(
+            networks.decoder_settings.schedule, networks.decoder_settings.objective, variance_type="learned_range"
+        ),
+        super_res_scheduler=_scheduler(networks.upsampler_settings.schedule, networks.upsampler_settings.objective),
+    )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    index_file = directory / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    index["text_proj"] = TEXT_PROJ_CLASS
+    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_learned_range(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The pipeline's guidance splits off three channels of variance: -1 in each is the fixed small one, exactly."""
+    wide = UNet2DConditionModel.from_config({**unet.config, "out_channels": 6})
+    assert isinstance(wide, UNet2DConditionModel)
+    weights = dict(unet.state_dict())
+    weight, bias = weights["conv_out.weight"], weights["conv_out.bias"]
+    weights["conv_out.weight"] = torch.cat([weight, torch.zeros_like(weight)])
+    weights["conv_out.bias"] = torch.cat([bias, torch.full_like(bias, -1.0)])
+    wide.load_state_dict(weights)
+    return wide.eval()
+
+
+def _scheduler(
+    schedule: ScheduleSettings,
+    objective: ObjectiveSettings,
+    clip_range: float = 1.0,
+    variance_type: str = "fixed_small_log",
+) -> UnCLIPScheduler:
+    return UnCLIPScheduler(
+        num_train_timesteps=schedule.timesteps,
+        variance_type=variance_type,  # pyright: ignore[reportArgumentType]
+        clip_sample_range=clip_range,
+        prediction_type=objective.prediction_type.value,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _tokenizer(context_length: int) -> CLIPTokenizer:
+    vocabulary = bpe_vocabulary()
+    return CLIPTokenizer(
+        vocab=dict(vocabulary.ids), merges=cast(Any, list(vocabulary.merges)), model_max_length=context_length
+    )

@@ -1,0 +1,119 @@
+"""The stage `upsampler`: diffusion from a small picture to a larger one (unCLIP, section 2.1)."""
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor
+
+from pipeline.data.batch import ImageBatch
+from pipeline.data.draws import SampleDraws
+from pipeline.data.loader import evaluation_loader
+from pipeline.data.splits import Split
+from pipeline.training.context import StageContext, StageResult
+from pipeline.training.fit import fit
+from pipeline.training.module import LOSS, SampleGrid, StageModule, within
+from stages.clip.retrieval import peak_signal_to_noise
+from stages.diffusion.process import diffusion_loss, target, timestep_weight
+from stages.diffusion.schedule import NoiseSchedule
+from stages.generation.grid import captioned_grid, to_pil
+from stages.settings import UpsamplerSettings
+from stages.upsampler.degrade import degrade
+from stages.upsampler.network import build_upsampler, denoise_upsampler, upsample_condition
+from stages.upsampler.sample import UpsamplerSampler
+from stages.weights import save_weights
+
+GRID_PICTURES = 8
+MEASURED_PICTURES = 32
+
+
+def run(context: StageContext) -> StageResult:
+    """Train on random crops of pictures and their degraded reductions; needs the pictures alone."""
+    settings = context.settings_as(UpsamplerSettings)
+    images = context.images(settings.high_size, context.frozen.trainer.cache_mib)
+    upsampler = build_upsampler(settings.network, settings.high_size)
+    shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
+    result = fit(context, UpsamplerModule(upsampler, settings, shown), images)
+    if context.is_first_process:
+        save_weights(upsampler, context.output)
+    numbers = {"low_size": settings.low_size, "high_size": settings.high_size}
+    return StageResult(numbers, result.metrics, result.samples_seen)
+
+
+class UpsamplerModule(StageModule):
+    """Trains the upsampler."""
+
+    def __init__(self, upsampler: UNet2DModel, settings: UpsamplerSettings, shown: ImageBatch) -> None:
+        super().__init__(upsampler, settings)
+        self.settings = settings
+        self.schedule = NoiseSchedule(settings.schedule)
+        self._shown = shown
+
+    @property
+    def upsampler(self) -> UNet2DModel:
+        """The network that is trained."""
+        return cast(UNet2DModel, self.network)
+
+    def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
+        """The diffusion loss on one random crop of each picture."""
+        settings = self.settings
+        draws = SampleDraws(batch.sample_seed)
+        x_0 = random_crop(batch.image_signed(), settings.crop_size, settings.high_size // settings.low_size, draws)
+        low = reduce_size(x_0, settings.crop_size * settings.low_size // settings.high_size)
+        condition = upsample_condition(degrade(settings.degradation, low, draws), settings.crop_size)
+        timestep = draws.integer("timestep", self.schedule.timesteps)
+        noise = draws.normal("noise", x_0.shape[1:])
+        x_t = self.schedule.add_noise(x_0, noise, timestep)
+        prediction = denoise_upsampler(self.upsampler, x_t, timestep, condition)
+        truth = target(settings.objective.prediction_type, self.schedule, x_0, noise, timestep)
+        weight = timestep_weight(settings.objective, self.schedule, timestep)
+        return {LOSS: diffusion_loss(prediction, truth, weight).mean()}
+
+    def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """PSNR of sampled pictures against the truth, beside that of bicubic enlargement, and the loss."""
+        kept = list(batches)
+        return self._psnr(kept) | super().validation_metrics(kept)
+
+    def _psnr(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        measured = within(batches, min(MEASURED_PICTURES, self.settings.global_batch_size))
+        x_0 = torch.cat([batch.image_signed() for batch in measured])[:MEASURED_PICTURES]
+        sample_seed = torch.cat([batch.sample_seed for batch in measured])[:MEASURED_PICTURES]
+        low = reduce_size(x_0, self.settings.low_size)
+        drawn = self._sample(low, sample_seed)
+        bicubic = upsample_condition(low, self.settings.high_size)
+        return {"psnr_db": peak_signal_to_noise(drawn, x_0), "psnr_bicubic_db": peak_signal_to_noise(bicubic, x_0)}
+
+    def _sample(self, low: Tensor, sample_seed: Tensor) -> Tensor:
+        """Samples [B, 3, S, S], as many at a time as the device takes."""
+        sampler = UpsamplerSampler(self.upsampler, self.settings)
+        pieces = zip(low.split(self.micro_batch_size), sample_seed.split(self.micro_batch_size), strict=True)
+        return torch.cat([sampler.sample(piece, SampleDraws(seeds)) for piece, seeds in pieces])
+
+    def sample_grid(self) -> SampleGrid:
+        """Validation pictures: reduced and enlarged without smoothing, sampled from that, and the truth."""
+        batch = self._shown.to(self.device)
+        x_0 = batch.image_signed()
+        low = reduce_size(x_0, self.settings.low_size)
+        drawn = self._sample(low, batch.sample_seed)
+        cells = [[to_pil(a), to_pil(b), to_pil(c)] for a, b, c in zip(low, drawn, x_0, strict=True)]
+        names, seeds = ("reduced", "sample", "real"), batch.sample_seed.tolist()
+        grid = captioned_grid(cells, batch.caption, columns=2, names=names, seeds=seeds)
+        return SampleGrid(grid.image, batch.caption, grid.layout)
+
+
+def random_crop(image: Tensor, size: int, step: int, draws: SampleDraws) -> Tensor:
+    """A crop [B, C, size, size] of each picture [B, C, S, S], at a place that its sample draws, in multiples of `step`
+    so that crop and reduction cover whole low-resolution pixels."""
+    places = (image.shape[-1] - size) // step + 1
+    tops = (draws.integer("crop top", places) * step).tolist()
+    lefts = (draws.integer("crop left", places) * step).tolist()
+    crops = [
+        picture[:, top : top + size, left : left + size] for picture, top, left in zip(image, tops, lefts, strict=True)
+    ]
+    return torch.stack(crops)
+
+
+def reduce_size(image: Tensor, size: int) -> Tensor:
+    """Pictures [B, 3, S, S] reduced to [B, 3, size, size] (bicubic, antialiased)."""
+    return upsample_condition(image, size)
