@@ -18,8 +18,8 @@ from pipeline.compose import compose_members
 from pipeline.config import validate
 from pipeline.data.batch import ImageBatch
 from stages.clip.network import ClipModel, contrastive_loss
+from stages.clip.settings import ClipSettings
 from stages.clip.train import ClipModule
-from stages.settings import ClipSettings
 
 
 def main() -> None:

@@ -17,9 +17,17 @@ class CaptionEncoder:
         self._clip = clip
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str], dropped: Tensor | None = None) -> TextEncoding:
-        """The encoding of B captions on the CLIP's device; those where `dropped` bool [B] is true count as ""."""
-        if dropped is not None:
-            captions = [NO_CAPTION if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+    def encode(self, captions: Sequence[str]) -> TextEncoding:
+        """The encoding of B captions on the CLIP's device."""
         tokens = self._clip.tokenize(list(captions))
         return self._clip.encode_text(tokens.to(self._clip.pixel_mean.device))
+
+    def encode_none(self, count: int) -> TextEncoding:
+        """The encoding of `count` dropped captions."""
+        return self.encode([NO_CAPTION] * count)
+
+    def encode_dropping(self, captions: Sequence[str], dropped: Tensor) -> tuple[TextEncoding, TextEncoding]:
+        """The encoding of B captions, and the same with those dropped where `dropped` bool [B] is true: in one pass."""
+        encoded = self.encode([*captions, NO_CAPTION])
+        whole, none = encoded[:-1], encoded[-1:]
+        return whole, none.where(dropped, whole)

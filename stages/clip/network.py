@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from stages.settings import ClipNetworkSettings, ContrastiveLoss
+from pipeline.workflow.artifacts import Artifact
+from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
 
+_CPU = torch.device("cpu")
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
 _CACHED_CAPTIONS = 65536
@@ -50,6 +52,18 @@ class TextEncoding:
     embed: Tensor
     hidden: Tensor
     mask: Tensor
+
+    def __getitem__(self, rows: slice) -> "TextEncoding":
+        """Some of its captions."""
+        return TextEncoding(self.embed[rows], self.hidden[rows], self.mask[rows])
+
+    def where(self, condition: Tensor, other: "TextEncoding") -> "TextEncoding":
+        """This one's captions where `condition` bool [B] is true, else the other's; one of the two may have B = 1."""
+        return TextEncoding(
+            torch.where(condition[:, None], self.embed, other.embed),
+            torch.where(condition[:, None, None], self.hidden, other.hidden),
+            torch.where(condition[:, None], self.mask, other.mask),
+        )
 
 
 class ClipModel(nn.Module):
@@ -144,6 +158,11 @@ class ClipModel(nn.Module):
         )
         _load_weights(model.network, _read_weights(directory / WEIGHTS_FILE, towers), directory / WEIGHTS_FILE)
         return model
+
+
+def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = _CPU) -> ClipModel:
+    """The CLIP of an artifact."""
+    return ClipModel.load(artifact.path, towers).to(device).eval()
 
 
 ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -1,7 +1,7 @@
 """The stage `clip`: image and text towers, trained together from the first weight (arXiv 2103.00020, 2303.15343)."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
 from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_open_clip_checkpoint
 from stages.clip.retrieval import retrieval_recall
-from stages.settings import ClipSettings
+from stages.clip.settings import ClipNumbers, ClipSettings
 
 RETRIEVAL_POOL = 64
 
@@ -34,13 +34,13 @@ def run(context: StageContext) -> StageResult:
         metrics, samples_seen = result.metrics, result.samples_seen
     if context.is_first_process:
         clip.save(context.output)
-    numbers: dict[str, Any] = {
-        "embed_dim": settings.network.embed_dim,
-        "context_length": settings.network.context_length,
-        "image_size": settings.network.image_size,
-    }
-    if settings.checkpoint is not None:
-        numbers["checkpoint"] = settings.checkpoint.name
+    network = settings.network
+    numbers = ClipNumbers(
+        embed_dim=network.embed_dim,
+        context_length=network.context_length,
+        image_size=network.image_size,
+        checkpoint=settings.checkpoint.name if settings.checkpoint else None,
+    )
     return StageResult(numbers, metrics, samples_seen)
 
 

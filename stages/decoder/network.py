@@ -1,19 +1,55 @@
-"""The decoder: a diffusers U-Net conditioned on CLIP's embeddings and the caption's tokens (unCLIP, section 2.1)."""
+"""The decoder's networks, conditioned on CLIP's embeddings and the caption's tokens (unCLIP, section 2.1)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.workflow.artifacts import Artifact
+from stages.clip.network import TextEncoding
+from stages.clip.settings import ClipNumbers, require_same_clip
 from stages.decoder.decorrelation import Decorrelation
-from stages.settings import UNetSettings
-from stages.unet import CLIP_EXTRA_CONTEXT_TOKENS
+from stages.decoder.settings import DecoderSettings
+from stages.unet import CLIP_EXTRA_CONTEXT_TOKENS, UNetSettings
+from stages.weights import CPU, load_weights
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
+    """What every network of the decoder has: both CLIP embeddings are to be decorrelated before it works on them."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.image_decorrelation = Decorrelation(embed_dim)
+        self.text_decorrelation = Decorrelation(embed_dim)
+
+    @abstractmethod
+    def forward(
+        self,
+        noisy: Tensor,
+        timestep: Tensor,
+        image_embed: Tensor,
+        text: TextEncoding,
+        drop_image_embed: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction float [B, 3, S, S] for noisy pictures float [B, 3, S, S] at timestep int64 [B].
+
+        `image_embed` [B, E] and `text` come from CLIP, not normalised. Where `drop_image_embed` bool [B] is true, the
+        network does as if it had no `image_embed`. A dropped caption is the encoding of "".
+        """
+
+    def save_parts(self, directory: Path) -> None:
+        """Write the network for use without this project, below `directory`: its weights, unless it knows better."""
+        (directory / "decoder").mkdir()
+        save_file(self.state_dict(), directory / "decoder" / "weights.safetensors")
+
+
+class UNetDecoder(Decoder):
     """`unet` and `text_proj` are the two networks that diffusers' `UnCLIPPipeline` calls `decoder` and `text_proj`.
 
     Both CLIP embeddings are decorrelated before `text_proj`; `plain_text_proj` has that folded in, for export.
@@ -23,7 +59,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, network: UNetSettings, image_size: int, embed_dim: int) -> None:
-        super().__init__()
+        super().__init__(embed_dim)
         self.unet = UNet2DConditionModel(
             sample_size=image_size,
             in_channels=3,
@@ -46,25 +82,16 @@ class Decoder(nn.Module):
             time_embed_dim=4 * network.channels[0],
             cross_attention_dim=embed_dim,
         )
-        self.image_decorrelation = Decorrelation(embed_dim)
-        self.text_decorrelation = Decorrelation(embed_dim)
 
     def forward(
         self,
         noisy: Tensor,
         timestep: Tensor,
         image_embed: Tensor,
-        text_embed: Tensor,
-        text_hidden: Tensor,
-        text_mask: Tensor,
+        text: TextEncoding,
         drop_image_embed: Tensor | None = None,
     ) -> Tensor:
-        """The prediction float [B, 3, S, S] for noisy pictures float [B, 3, S, S] at timestep int64 [B].
-
-        `image_embed` [B, E], `text_embed` [B, E], `text_hidden` [B, L, E] and `text_mask` bool [B, L] come from CLIP,
-        not normalised. Where `drop_image_embed` bool [B] is true, the learned null embedding stands for `image_embed`.
-        A dropped caption is the encoding of "".
-        """
+        """As `Decoder.forward`. A learned null embedding stands for a dropped `image_embed`."""
         null_embed = self.text_proj.learned_classifier_free_guidance_embeddings
         if drop_image_embed is None:
             drop_image_embed = torch.zeros(len(noisy), dtype=torch.bool, device=noisy.device)
@@ -72,11 +99,11 @@ class Decoder(nn.Module):
         decorrelated = self.image_decorrelation(image_embed)
         hidden, time_embed = self.text_proj(
             image_embeddings=torch.where(drop_image_embed[:, None], null_embed.to(decorrelated), decorrelated),
-            prompt_embeds=self.text_decorrelation(text_embed),
-            text_encoder_hidden_states=text_hidden,
+            prompt_embeds=self.text_decorrelation(text.embed),
+            text_encoder_hidden_states=text.hidden,
             do_classifier_free_guidance=False,
         )
-        mask = F.pad(text_mask, (CLIP_EXTRA_CONTEXT_TOKENS, 0), value=True)
+        mask = F.pad(text.mask, (CLIP_EXTRA_CONTEXT_TOKENS, 0), value=True)
         # diffusers' unCLIP blocks take the mask of the conditioning tokens as `attention_mask`.
         return self.unet(
             noisy,
@@ -103,6 +130,23 @@ class Decoder(nn.Module):
             null_embed = plain.learned_classifier_free_guidance_embeddings
             null_embed.copy_(image.inverse(ours.learned_classifier_free_guidance_embeddings))
         return plain.eval()
+
+    def save_parts(self, directory: Path) -> None:
+        """Write both networks in diffusers' format, below `directory`."""
+        self.unet.save_pretrained(directory / "decoder")
+        self.plain_text_proj().save_pretrained(directory / "text_proj")
+
+
+def build_decoder(settings: DecoderSettings, embed_dim: int) -> Decoder:
+    """A decoder of the network that the settings choose, with new weights, on embeddings of width `embed_dim`."""
+    return settings.network_choice.build(settings.network, settings.image_size, embed_dim)
+
+
+def load_decoder(artifact: Artifact, clip: Artifact, device: torch.device = CPU) -> Decoder:
+    """The decoder of an artifact."""
+    require_same_clip(artifact, clip)
+    decoder = build_decoder(artifact.settings(DecoderSettings), clip.numbers(ClipNumbers).embed_dim)
+    return load_weights(decoder, artifact, device)
 
 
 def _block_types(attention: Sequence[bool], plain: str, attending: str) -> tuple[str, ...]:

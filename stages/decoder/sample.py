@@ -1,6 +1,5 @@
 """Image embeddings and captions to small pictures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +7,13 @@ from torch import Tensor
 
 from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
-from stages.captions import NO_CAPTION, CaptionEncoder
-from stages.clip.network import ClipModel, Towers
+from stages.captions import CaptionEncoder
+from stages.clip.network import ClipModel, TextEncoding, Towers
 from stages.decoder.network import Decoder
+from stages.decoder.settings import DecoderSettings
 from stages.diffusion.guidance import ClipGuidance, classifier_free
-from stages.diffusion.sampler import ReverseProcess, sample
-from stages.diffusion.schedule import NoiseSchedule
-from stages.settings import DecoderSettings
+from stages.diffusion.process import DiffusionProcess
+from stages.diffusion.sampler import drawn_noise, sample
 
 
 @dataclass(frozen=True)
@@ -34,36 +33,33 @@ class DecoderSampler:
         self._settings = settings
         self._clip = clip
         self._captions = CaptionEncoder(clip)
-        self._schedule = NoiseSchedule(settings.schedule).to(next(decoder.parameters()).device)
-        self._process = ReverseProcess(self._schedule, settings.objective.prediction_type, clip_range=1.0)
+        self._process = DiffusionProcess(settings.schedule, settings.objective).to(next(decoder.parameters()).device)
 
     def sample(
-        self, captions: Sequence[str], condition_embed: Tensor, draws: SampleDraws, options: DecoderOptions
+        self, text: TextEncoding, condition_embed: Tensor, draws: SampleDraws, options: DecoderOptions
     ) -> Tensor:
         """Pictures float32 [B, 3, S, S] in [-1, 1] for captions and CLIP embeddings [B, E] (not normalised)."""
         sampler = self._settings.sampler
         scale = sampler.guidance_scale if options.guidance_scale is None else options.guidance_scale
-        text = self._captions.encode(captions)
-        none = self._captions.encode([NO_CAPTION] * len(captions)) if scale != 1.0 else None
-        drop_all = torch.ones(len(captions), dtype=torch.bool, device=condition_embed.device)
-        shape = (3, self._settings.image_size, self._settings.image_size)
+        none = self._captions.encode_none(len(condition_embed)) if scale != 1.0 else None
+        drop_all = torch.ones(len(condition_embed), dtype=torch.bool, device=condition_embed.device)
 
         def denoise(x_t: Tensor, timestep: Tensor) -> Tensor:
-            conditional = self._decoder(x_t, timestep, condition_embed, text.embed, text.hidden, text.mask)
+            conditional = self._decoder(x_t, timestep, condition_embed, text)
             if none is None:
                 return conditional
-            unconditional = self._decoder(
-                x_t, timestep, condition_embed, none.embed, none.hidden, none.mask, drop_image_embed=drop_all
-            )
+            unconditional = self._decoder(x_t, timestep, condition_embed, none, drop_image_embed=drop_all)
             return classifier_free(unconditional, conditional, scale)
 
+        size = self._settings.image_size
+        x_T, step_noise = drawn_noise(draws, "decoder", (3, size, size))  # noqa: N806 (the paper's symbol)
         return sample(
             denoise,
-            draws.normal("decoder", shape),
+            x_T,
             self._process,
-            steps=options.steps or sampler.steps,
+            options.steps or sampler.steps,
             eta=sampler.eta,
-            step_noise=lambda index: draws.normal(f"decoder step {index}", shape),
+            step_noise=step_noise,
             guidance=self._clip_guidance(text.embed, options),
         )
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
@@ -15,16 +14,15 @@ from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule
 from stages.captions import CaptionEncoder
-from stages.clip.network import ClipModel, Towers
-from stages.decoder.network import Decoder
+from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
+from stages.decoder.network import Decoder, build_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
-from stages.diffusion.process import diffusion_loss, predicted_x_0, target, timestep_weight
-from stages.diffusion.schedule import NoiseSchedule
-from stages.embed.embeddings import Embeddings
+from stages.diffusion.process import DiffusionProcess
+from stages.embed.embeddings import Embeddings, load_clip_embeddings
 from stages.generation.grid import captioned_grid, to_pil
-from stages.settings import DecoderCondition, DecoderSettings
-from stages.weights import clip_numbers, load_clip, load_clip_embeddings, save_weights
+from stages.weights import save_weights
 
 GRID_PICTURES = 16
 DECORRELATION_SAMPLES = 4096
@@ -40,16 +38,17 @@ def run(context: StageContext) -> StageResult:
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
     images = context.images(settings.image_size, context.frozen.trainer.cache_mib)
-    decoder = Decoder(settings.network, settings.image_size, clip.settings.embed_dim)
+    decoder = build_decoder(settings, clip.settings.embed_dim)
     _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     module = DecoderModule(
         decoder, settings, clip, embeddings, shown, log_every_steps=context.frozen.trainer.log_every_steps
     )
     result = fit(context, module, images)
-    if context.is_first_process:
-        save_weights(decoder, context.output)
-    numbers = {**clip_numbers(clip_artifact), "image_size": settings.image_size}
+    save_weights(context, decoder)
+    numbers = DecoderNumbers(
+        clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim, image_size=settings.image_size
+    )
     return StageResult(numbers, result.metrics, result.samples_seen)
 
 
@@ -81,7 +80,7 @@ class DecoderModule(StageModule):
     ) -> None:
         super().__init__(decoder, settings, frozen_networks=(clip,))
         self.settings = settings
-        self.schedule = NoiseSchedule(settings.schedule)
+        self.process = DiffusionProcess(settings.schedule, settings.objective)
         self._captions = CaptionEncoder(clip)
         self._embeddings = embeddings
         self._shown = shown
@@ -99,34 +98,25 @@ class DecoderModule(StageModule):
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """L_diffusion, L_clip and their sum; at logged steps the norms of their gradients at the network's output."""
-        settings = self.settings
-        draws = SampleDraws(batch.sample_seed)
-        x_0 = batch.image_signed()
-        text = self._captions.encode(batch.caption, dropped=draws.uniform("caption") < settings.caption_dropout)
-        timestep = draws.integer("timestep", self.schedule.timesteps)
-        noise = draws.normal("noise", x_0.shape[1:])
-        x_t = self.schedule.add_noise(x_0, noise, timestep)
+        settings, draws = self.settings, batch.draws()
+        noised = self.process.noise(batch.image_signed(), draws)
+        is_dropped = draws.uniform("caption") < settings.caption_dropout
+        whole_text, text = self._captions.encode_dropping(batch.caption, is_dropped)
         prediction = self.decoder(
-            x_t,
-            timestep,
-            self._condition(batch),
-            text.embed,
-            text.hidden,
-            text.mask,
+            noised.x_t,
+            noised.timestep,
+            self._condition(batch, whole_text),
+            text,
             drop_image_embed=draws.uniform("image_embed") < settings.image_embed_dropout,
         )
-        prediction_type = settings.objective.prediction_type
-        truth = target(prediction_type, self.schedule, x_0, noise, timestep)
-        weight = timestep_weight(settings.objective, self.schedule, timestep)
-        loss_diffusion = diffusion_loss(prediction, truth, weight).mean()
+        loss_diffusion = self.process.loss(prediction, noised).mean()
         if settings.clip_loss.weight == 0:
             return {LOSS: loss_diffusion, "diffusion": loss_diffusion.detach()}
-        x_0_hat = predicted_x_0(prediction_type, self.schedule, prediction, x_t, timestep)
         loss_clip = clip_loss(
             self.clip,
-            x_0_hat,
-            self._captions.encode(batch.caption).embed,
-            self.schedule.sqrt_alpha_bar[timestep] ** 2,
+            self.process.x_0(prediction, noised),
+            whole_text.embed,
+            self.process.schedule.sqrt_alpha_bar[noised.timestep] ** 2,
             draws.uniform("clip_loss"),
             settings.clip_loss,
         ).mean()
@@ -134,11 +124,9 @@ class DecoderModule(StageModule):
         losses = {LOSS: loss, "diffusion": loss_diffusion.detach(), "clip": loss_clip.detach()}
         return losses | self._gradient_norms(loss_diffusion, settings.clip_loss.weight * loss_clip, prediction)
 
-    def _condition(self, batch: ImageBatch) -> Tensor:
+    def _condition(self, batch: ImageBatch, text: TextEncoding) -> Tensor:
         """The CLIP embedding that stands for the picture: its own from the cache, or that of its caption."""
-        if self._embeddings is None:
-            return self._captions.encode(batch.caption).embed
-        return self._embeddings.image_embed[batch.sample.cpu()].to(self.device)
+        return text.embed if self._embeddings is None else self._embeddings.image_embed[batch.sample].to(self.device)
 
     def _gradient_norms(self, loss_diffusion: Tensor, loss_clip: Tensor, prediction: Tensor) -> dict[str, Tensor]:
         is_logged = self.training and (self.global_step + 1) % self._log_every_steps == 0
@@ -154,13 +142,13 @@ class DecoderModule(StageModule):
         """Validation pictures, each beside a sample from its own embedding and caption."""
         batch = self._shown.to(self.device)
         sampler = DecoderSampler(self.decoder, self.settings, self.clip)
-        drawn = torch.cat(
-            [
-                sampler.sample(piece.caption, self._condition(piece), SampleDraws(piece.sample_seed), DecoderOptions())
-                for piece in batch.split(self.micro_batch_size)
-            ]
-        )
-        pairs = [[to_pil(real), to_pil(fake)] for real, fake in zip(batch.image_signed(), drawn, strict=True)]
+        drawn = []
+        for piece in batch.split(self.micro_batch_size):
+            text = self._captions.encode(piece.caption)
+            drawn.append(sampler.sample(text, self._condition(piece, text), piece.draws(), DecoderOptions()))
+        pairs = [
+            [to_pil(real), to_pil(fake)] for real, fake in zip(batch.image_signed(), torch.cat(drawn), strict=True)
+        ]
         names, seeds = ("real", "sample"), batch.sample_seed.tolist()
         grid = captioned_grid(pairs, batch.caption, columns=4, names=names, seeds=seeds)
         return SampleGrid(grid.image, batch.caption, grid.layout)

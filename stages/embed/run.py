@@ -22,11 +22,9 @@ from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
-from stages.clip.network import ClipModel
-from stages.embed.embeddings import Embeddings, save_embeddings
-from stages.prior.network import Whitening
-from stages.settings import EmbedSettings
-from stages.weights import load_clip
+from stages.clip.network import ClipModel, load_clip
+from stages.embed.embeddings import Embeddings, Whitening, save_embeddings
+from stages.embed.settings import EmbedNumbers, EmbedSettings
 
 PARTS = "parts"
 
@@ -58,7 +56,8 @@ def run(context: StageContext) -> StageResult:
     training_rows = torch.from_numpy(images.data.samples_in(Split.TRAIN))
     embeddings = Embeddings(image_embed, text_embed, Whitening.of(image_embed[training_rows]))
     save_embeddings(context.output, embeddings)
-    numbers = {"embed_dim": image_embed.shape[1], "samples": total, "clip": context.input("clip").manifest.fingerprint}
+    clip_fingerprint = context.input("clip").manifest.fingerprint
+    numbers = EmbedNumbers(clip=clip_fingerprint, embed_dim=image_embed.shape[1], samples=total)
     return StageResult(numbers, _similarities(embeddings, images.data) | tally.metrics(), samples_seen=total)
 
 

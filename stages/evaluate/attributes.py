@@ -1,6 +1,6 @@
 """Attribute accuracy: how often a judge reads off a picture what its caption asked for."""
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.splits import Split
-from stages.clip.retrieval import Estimate, mean_of_shares, proportion
 from stages.judge.labels import CLASSES, labels
 
 MEAN = "mean"
@@ -30,11 +29,34 @@ def judged_rows(images: CaptionedImages, samples: int) -> dict[str, NDArray[np.i
     return {group: np.array(rows, np.int64) for group, rows in found.items() if rows}
 
 
-def true_labels(images: CaptionedImages, rows: Iterable[int]) -> Tensor:
-    """The classes of every row's picture, int64 [N, A] in the order of `CLASSES`; each row must be one to judge."""
-    found = [labels(images.data.attributes(int(row))) for row in rows]
-    assert all(each is not None for each in found), "only pictures of one object, fully described, are judged"
-    return torch.tensor(found)
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+_Z_95 = 1.959964
+"""The 97.5 % quantile of the standard normal distribution."""
+
+
+def proportion(right: Tensor) -> Estimate:
+    """The share of true values in bool [N], with Wilson's score interval (which holds near 0 and 1 too)."""
+    samples, share = len(right), float(right.float().mean())
+    spread = _Z_95**2 / samples
+    centre = (share + spread / 2) / (1 + spread)
+    half = _Z_95 * ((share * (1 - share) + spread / 4) / samples) ** 0.5 / (1 + spread)
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_of_shares(right: Tensor) -> Estimate:
+    """The mean of bool [N, A], with the normal interval over the N rows, within which values depend on each other."""
+    of_row = right.float().mean(1)
+    half = float(of_row.std() / len(of_row) ** 0.5) * _Z_95
+    value = float(of_row.mean())
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half))
 
 
 class AttributeAccuracy:

@@ -11,20 +11,21 @@ from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
-from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import rows_loader
 from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
 from stages.captions import CaptionEncoder
-from stages.clip.network import ClipModel
-from stages.clip.retrieval import frechet_distance, peak_signal_to_noise, retrieval_recall
-from stages.evaluate.attributes import MEAN, AttributeAccuracy, judged_rows, true_labels
+from stages.clip.network import ClipModel, load_clip
+from stages.clip.retrieval import retrieval_recall
+from stages.evaluate.attributes import MEAN, AttributeAccuracy, judged_rows
+from stages.evaluate.frechet import frechet_distance
+from stages.evaluate.settings import EvaluateNumbers, EvaluateSettings
 from stages.generation.grid import captioned_grid, to_pil
 from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_of_inputs
-from stages.settings import EvaluateSettings
-from stages.upsampler.network import upsample_condition
-from stages.weights import load_clip, load_judge
+from stages.judge.labels import true_labels
+from stages.judge.network import load_judge
+from stages.pictures import peak_signal_to_noise, resize
 
 GRID_COLUMNS = 4
 PICTURES = ("real", "base", "final")
@@ -41,7 +42,7 @@ def run(context: StageContext) -> StageResult:
     with fabric.autocast():
         metrics = evaluation.attributes() | evaluation.samples() | evaluation.retrieval() | evaluation.upsampling()
     context.tracker.log(evaluation.made, {f"evaluate/{name}": value for name, value in metrics.items()})
-    return StageResult({"samples": evaluation.made}, metrics, evaluation.made)
+    return StageResult(EvaluateNumbers(samples=evaluation.made), metrics, evaluation.made)
 
 
 class Evaluation:
@@ -74,7 +75,7 @@ class Evaluation:
                 pictures = {
                     "base": generated.base,
                     "final": generated.final,
-                    "real_base": upsample_condition(real, generated.base.shape[-1]),
+                    "real_base": resize(real, generated.base.shape[-1]),
                     "real_final": real,
                 }
                 for name, picture in pictures.items():
@@ -131,13 +132,13 @@ class Evaluation:
         drawn = bicubic = 0.0
         for batch in self._batches(self._sampled_rows):
             real = batch.image_signed()
-            low = upsample_condition(real, self._chain.upsamplers[0].settings.low_size)
+            low = resize(real, self._chain.upsamplers[0].settings.low_size)
             enlarged = low
             for upsampler in self._chain.upsamplers:
-                enlarged = upsampler.sample(enlarged, SampleDraws(batch.sample_seed))
+                enlarged = upsampler.sample(enlarged, batch.draws())
             share = len(batch) / len(self._sampled_rows)
             drawn += share * peak_signal_to_noise(enlarged, real)
-            bicubic += share * peak_signal_to_noise(upsample_condition(low, real.shape[-1]), real)
+            bicubic += share * peak_signal_to_noise(resize(low, real.shape[-1]), real)
             self._context.step(self.made, self._to_make, "upsampling")
         return {"upsampler/psnr_db": drawn, "upsampler/psnr_bicubic_db": bicubic}
 

@@ -14,18 +14,13 @@ from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 from transformers import CLIPTokenizer
 
 from stages.clip.network import ClipModel, bpe_vocabulary
-from stages.decoder.network import Decoder
+from stages.decoder.network import UNetDecoder
+from stages.decoder.networks.unet import UNetDecoderSettings
+from stages.decoder.settings import DecoderCondition, DecoderSettings
+from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleKind, ScheduleSettings
 from stages.export.transformers_clip import text_to_transformers
-from stages.settings import (
-    DecoderCondition,
-    DecoderSettings,
-    ObjectiveSettings,
-    PredictionType,
-    PriorSettings,
-    ScheduleKind,
-    ScheduleSettings,
-    UpsamplerSettings,
-)
+from stages.prior.settings import PriorSettings
+from stages.upsampler.settings import UpsamplerSettings
 
 TEXT_PROJ_CLASS = ["diffusers.pipelines.deprecated.unclip.text_proj", "UnCLIPTextProjModel"]
 """Where stock diffusers (0.38 and later) finds the class; what `save_pretrained` writes by itself does not load."""
@@ -38,7 +33,7 @@ class StockNetworks:
     clip: ClipModel
     prior: PriorTransformer
     prior_settings: PriorSettings
-    decoder: Decoder
+    decoder: UNetDecoder
     decoder_settings: DecoderSettings
     upsampler: UNet2DModel
     upsampler_settings: UpsamplerSettings
@@ -48,6 +43,8 @@ def obstacle(prior: PriorSettings | None, decoder: DecoderSettings, upsampler: U
     """Why the stock pipeline cannot hold networks of these settings; None if it can."""
     if prior is None or decoder.condition is not DecoderCondition.IMAGE_EMBED:
         return "it needs a prior, and a decoder on image embeddings"
+    if not isinstance(decoder.network, UNetDecoderSettings):
+        return "its decoder is a U-Net, and this one is another network"
     if upsampler is None:
         return "it needs an upsampler"
     for name, settings in (("prior", prior), ("decoder", decoder), ("upsampler", upsampler)):

@@ -10,20 +10,16 @@ from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
 from stages.captions import CaptionEncoder
-from stages.clip.network import ClipModel
+from stages.clip.network import ClipModel, load_clip
+from stages.decoder.network import load_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
+from stages.prior.network import load_prior
 from stages.prior.sample import PriorSampler
-from stages.settings import DecoderCondition
+from stages.prior.settings import PriorSettings
+from stages.upsampler.network import load_upsampler
 from stages.upsampler.sample import UpsamplerSampler
-from stages.weights import (
-    decoder_settings,
-    load_clip,
-    load_decoder,
-    load_prior,
-    load_upsampler,
-    prior_settings,
-    upsampler_settings,
-)
+from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
 
 KINDS = ("clip", "prior", "decoder", "upsampler")
 """The kinds of stages whose networks make the chain."""
@@ -60,7 +56,7 @@ class TextToImage:
         self.prior = prior
         self.decoder = decoder
         self.upsamplers = tuple(upsamplers)
-        self._captions = CaptionEncoder(clip)
+        self.captions = CaptionEncoder(clip)
 
     @property
     def device(self) -> torch.device:
@@ -70,12 +66,12 @@ class TextToImage:
     @torch.no_grad()
     def generate(self, captions: Sequence[str], seeds: Sequence[int], options: GenerationOptions) -> Generated:
         """Pictures for B captions with B seeds; a picture does not depend on the others of its batch."""
-        draws = SampleDraws(torch.tensor(list(seeds), dtype=torch.int64, device=self.device))
-        if self.prior is None:
-            condition_embed = self._captions.encode(captions).embed
-        else:
-            condition_embed = self.prior.sample(captions, draws, options.prior_guidance_scale)
-        base = self.decoder.sample(captions, condition_embed, draws, options.decoder)
+        draws = SampleDraws(torch.tensor(list(seeds), dtype=torch.int64), self.device)
+        text = self.captions.encode(captions)
+        condition_embed = text.embed
+        if self.prior is not None:
+            condition_embed = self.prior.sample(text, draws, options.prior_guidance_scale)
+        base = self.decoder.sample(text, condition_embed, draws, options.decoder)
         final = base
         for upsampler in self.upsamplers:
             final = upsampler.sample(final, draws)
@@ -91,7 +87,7 @@ def load_text_to_image(
 ) -> TextToImage:
     """Load the networks behind artifacts. Raises `UserError` where they do not fit each other."""
     model = load_clip(clip, device=device)
-    settings = decoder_settings(decoder)
+    settings = decoder.settings(DecoderSettings)
     if (settings.condition is DecoderCondition.IMAGE_EMBED) != (prior is not None):
         raise UserError(
             f"{decoder.path} is conditioned on {settings.condition.value} and the run has "
@@ -100,18 +96,18 @@ def load_text_to_image(
     captions = CaptionEncoder(model)
     prior_sampler = None
     if prior is not None:
-        prior_sampler = PriorSampler(load_prior(prior, clip, device), prior_settings(prior), captions)
+        prior_sampler = PriorSampler(load_prior(prior, clip, device), prior.settings(PriorSettings), captions)
     return TextToImage(
         model,
         prior_sampler,
         DecoderSampler(load_decoder(decoder, clip, device), settings, model),
-        [UpsamplerSampler(load_upsampler(each, device), upsampler_settings(each)) for each in upsamplers],
+        [UpsamplerSampler(load_upsampler(each, device), each.settings(UpsamplerSettings)) for each in upsamplers],
     )
 
 
 def in_chain(upsamplers: Sequence[Artifact], base_size: int) -> list[Artifact]:
     """The upsamplers in the order in which they continue from `base_size`."""
-    remaining: dict[int, Artifact] = {each.numbers["low_size"]: each for each in upsamplers}
+    remaining = {each.numbers(UpsamplerNumbers).low_size: each for each in upsamplers}
     chain: list[Artifact] = []
     size = base_size
     while remaining:
@@ -120,7 +116,7 @@ def in_chain(upsamplers: Sequence[Artifact], base_size: int) -> list[Artifact]:
                 f"no upsampler of the run continues from {size} pixels; those left begin at {list(remaining)}"
             )
         chain.append(remaining.pop(size))
-        size = chain[-1].numbers["high_size"]
+        size = chain[-1].numbers(UpsamplerNumbers).high_size
     return chain
 
 
@@ -132,5 +128,5 @@ def inputs_by_kind(artifacts: Collection[Artifact]) -> dict[str, tuple[Artifact,
 def chain_of_inputs(inputs: Mapping[str, tuple[Artifact, ...]], device: torch.device) -> TextToImage:
     """The chain behind a stage's inputs `clip`, `prior`, `decoder` and `upsampler`."""
     (clip,), (decoder,) = inputs["clip"], inputs["decoder"]
-    upsamplers = in_chain(inputs["upsampler"], decoder.numbers["image_size"])
+    upsamplers = in_chain(inputs["upsampler"], decoder.numbers(DecoderNumbers).image_size)
     return load_text_to_image(clip, next(iter(inputs["prior"]), None), decoder, upsamplers, device)

@@ -1,14 +1,18 @@
-"""What can be read off a drawn scene: the classes of every attribute, and a sample's labels. Imports no torch."""
+"""What can be read off a drawn scene: the classes of every attribute, and a sample's labels."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from pipeline.data.dataset import CaptionedImages
 from pipeline.data.splits import Split
 from pipeline.data.write import SourceSample
+from stages.judge.settings import JudgeDataSettings
 from stages.prepare.scene_drawing import Background, Colour, Position, Shape, Size
 from stages.prepare.sources.scenes import ALL_PAIRS, Attribute, draw_sample, random_scene
-from stages.settings import JudgeDataSettings
 
 CLASSES: dict[Attribute, tuple[str, ...]] = {
     Attribute.COLOUR: tuple(Colour),
@@ -41,3 +45,10 @@ def judge_samples(settings: JudgeDataSettings) -> Iterator[tuple[SourceSample, S
         rng = random.Random(f"judge/{settings.seed}/{number}")
         split = Split.TRAIN if number < settings.samples else Split.VALIDATION
         yield draw_sample(f"judge-{number:08d}", random_scene(rng, 1, ALL_PAIRS), settings.image_size, rng), split
+
+
+def true_labels(images: CaptionedImages, rows: Iterable[int]) -> Tensor:
+    """The classes of every row's picture, int64 [N, A] in the order of `CLASSES`; each row must be one to judge."""
+    found = [labels(images.data.attributes(int(row))) for row in rows]
+    assert all(each is not None for each in found), "only pictures of one object, fully described, are judged"
+    return torch.tensor(found)

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from pipeline.workflow.artifacts import Artifact
 from stages.judge.labels import CLASSES
-from stages.settings import JudgeSettings
-from stages.upsampler.network import upsample_condition
+from stages.judge.settings import JudgeSettings
+from stages.pictures import resize
+from stages.weights import CPU, load_weights
 
 
 class Judge(nn.Module):
@@ -28,7 +30,7 @@ class Judge(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Logits float [B, classes] of every attribute for pictures float [B, 3, S, S] in [-1, 1], any S."""
         if image.shape[-1] != self.image_size:
-            image = upsample_condition(image, self.image_size)
+            image = resize(image, self.image_size)
         return self.heads(self.body(image)).split([len(classes) for classes in CLASSES.values()], dim=1)
 
     @torch.no_grad()
@@ -40,6 +42,11 @@ class Judge(nn.Module):
 def build_judge(settings: JudgeSettings) -> Judge:
     """A judge with new weights."""
     return Judge(settings.width, settings.image_size)
+
+
+def load_judge(artifact: Artifact, device: torch.device = CPU) -> Judge:
+    """The judge of an artifact."""
+    return load_weights(build_judge(artifact.settings(JudgeSettings)), artifact, device)
 
 
 def _block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
-from pipeline.data.draws import SampleDraws
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
 from pipeline.data.write import SourceSample
@@ -17,11 +16,10 @@ from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
 from pipeline.training.processes import process_rank
-from stages.evaluate.attributes import true_labels
-from stages.judge.labels import CLASSES, judge_samples
+from stages.judge.labels import CLASSES, judge_samples, true_labels
 from stages.judge.network import Judge, build_judge
-from stages.settings import JudgeDataSettings, JudgeSettings
-from stages.upsampler.network import upsample_condition
+from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
+from stages.pictures import resize
 from stages.weights import save_weights
 
 
@@ -34,9 +32,8 @@ def run(context: StageContext) -> StageResult:
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
     judge = build_judge(settings)
     result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
-    if context.is_first_process:
-        save_weights(judge, context.output)
-    return StageResult({"attributes": list(CLASSES)}, result.metrics, result.samples_seen)
+    save_weights(context, judge)
+    return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)
 
 
 def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[SourceSample, Split]]:
@@ -60,27 +57,26 @@ class JudgeModule(StageModule):
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The cross-entropy, summed over attributes, of noised pictures that were reduced to one of `seen_at` sizes."""
-        settings = self.settings
-        draws = SampleDraws(batch.sample_seed)
+        settings, draws = self.settings, batch.draws()
         size_of_sample = draws.integer("size", len(settings.seen_at))
         image = batch.image_signed()
-        seen = torch.empty_like(upsample_condition(image, settings.image_size))
+        seen = torch.empty_like(resize(image, settings.image_size))
         for place, size in enumerate(settings.seen_at):
             chosen = size_of_sample == place
             if chosen.any():
-                seen[chosen] = upsample_condition(upsample_condition(image[chosen], size), settings.image_size)
+                seen[chosen] = resize(resize(image[chosen], size), settings.image_size)
         strength = settings.max_noise * draws.uniform("noise strength")[:, None, None, None]
         logits = self.judge(seen + strength * draws.normal("noise", seen.shape[1:]))
-        truth = self._labels[batch.sample.cpu()].to(self.device)
+        truth = self._labels[batch.sample].to(self.device)
         return {LOSS: torch.stack([F.cross_entropy(each, truth[:, a]) for a, each in enumerate(logits)]).sum()}
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Accuracy on held-out pictures without noise, at each of the sizes."""
         right: dict[int, list[Tensor]] = {size: [] for size in self.settings.seen_at}
         for batch in batches:
-            truth = self._labels[batch.sample.cpu()].to(self.device)
+            truth = self._labels[batch.sample].to(self.device)
             for size, found in right.items():
-                found.append(self.judge.read(upsample_condition(batch.image_signed(), size)) == truth)
+                found.append(self.judge.read(resize(batch.image_signed(), size)) == truth)
         metrics = {}
         for size, found in right.items():
             by_attribute = torch.cat(found).float()

@@ -1,36 +1,15 @@
 """The diffusion prior: diffusers' `PriorTransformer` on whitened image embeddings."""
 
-from dataclasses import dataclass
-
 import torch
 from diffusers.models.transformers.prior_transformer import PriorTransformer
 from torch import Tensor
 
-from stages.settings import PriorNetworkSettings
-
-_MIN_STD = 1e-6
-"""Floor of a dimension's standard deviation: a constant one whitens to 0."""
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """Mean and standard deviation of every dimension of the image embeddings, float [E] each."""
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def of(cls, embeds: Tensor) -> "Whitening":
-        """The statistics of embeddings float [N, E]."""
-        return cls(mean=embeds.mean(0), std=embeds.std(0, correction=0).clamp(min=_MIN_STD))
-
-    def whiten(self, embed: Tensor) -> Tensor:
-        """Embeddings [..., E] as CLIP's projection gives them -> zero mean and unit variance in every dimension."""
-        return (embed - self.mean.to(embed)) / self.std.to(embed)
-
-    def unwhiten(self, embed: Tensor) -> Tensor:
-        """The inverse of `whiten`, [..., E]."""
-        return embed * self.std.to(embed) + self.mean.to(embed)
+from pipeline.workflow.artifacts import Artifact
+from stages.clip.network import TextEncoding
+from stages.clip.settings import ClipNumbers, require_same_clip
+from stages.embed.embeddings import Whitening
+from stages.prior.settings import PriorNetworkSettings, PriorSettings
+from stages.weights import CPU, load_weights
 
 
 def build_prior(network: PriorNetworkSettings, embed_dim: int, context_length: int) -> PriorTransformer:
@@ -63,19 +42,24 @@ def get_whitening(prior: PriorTransformer) -> Whitening:
     return Whitening(mean=prior.clip_mean.detach()[0].clone(), std=prior.clip_std.detach()[0].clone())
 
 
-def denoise_prior(
-    prior: PriorTransformer, noisy: Tensor, timestep: Tensor, text_embed: Tensor, text_hidden: Tensor, text_mask: Tensor
-) -> Tensor:
+def load_prior(artifact: Artifact, clip: Artifact, device: torch.device = CPU) -> PriorTransformer:
+    """The prior of an artifact, with the statistics of its embeddings in it."""
+    require_same_clip(artifact, clip)
+    sizes = clip.numbers(ClipNumbers)
+    prior = build_prior(artifact.settings(PriorSettings).network, sizes.embed_dim, sizes.context_length)
+    return load_weights(prior, artifact, device)
+
+
+def denoise_prior(prior: PriorTransformer, noisy: Tensor, timestep: Tensor, text: TextEncoding) -> Tensor:
     """The prediction float [B, E] for noisy whitened embeddings float [B, E] at timestep int64 [B].
 
-    `text_embed` [B, E], `text_hidden` [B, L, E] and `text_mask` bool [B, L] are the caption's `TextEncoding`. A dropped
-    caption is the encoding of "".
+    A dropped caption is the encoding of "".
     """
     return prior(
         noisy,
         timestep=timestep,
-        proj_embedding=text_embed,
-        encoder_hidden_states=text_hidden,
-        attention_mask=text_mask,
+        proj_embedding=text.embed,
+        encoder_hidden_states=text.hidden,
+        attention_mask=text.mask,
         return_dict=False,
     )[0]

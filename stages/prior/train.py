@@ -10,21 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.draws import SampleDraws
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule, within
 from stages.captions import CaptionEncoder
-from stages.clip.network import ClipModel, Towers
-from stages.diffusion.process import diffusion_loss, predicted_x_0, target, timestep_weight
-from stages.diffusion.schedule import NoiseSchedule
-from stages.embed.embeddings import Embeddings
+from stages.clip.network import ClipModel, Towers, load_clip
+from stages.clip.settings import OnClipNumbers
+from stages.diffusion.process import DiffusionProcess
+from stages.embed.embeddings import Embeddings, load_clip_embeddings
 from stages.prior.network import build_prior, denoise_prior, set_whitening
 from stages.prior.sample import PriorSampler
-from stages.settings import PriorSettings
-from stages.weights import clip_numbers, load_clip, load_clip_embeddings, save_weights
-
-"""Sampling costs as much as many steps of training, and the mean cosine of one batch tells enough."""
+from stages.prior.settings import PriorSettings
+from stages.weights import save_weights
 
 
 def run(context: StageContext) -> StageResult:
@@ -38,9 +35,9 @@ def run(context: StageContext) -> StageResult:
     # The pictures themselves are not needed: the smallest size costs next to nothing to decode.
     images = context.images(1, context.frozen.trainer.cache_mib)
     result = fit(context, PriorModule(prior, settings, clip, embeddings), images)
-    if context.is_first_process:
-        save_weights(prior, context.output)
-    return StageResult(clip_numbers(clip_artifact), result.metrics, result.samples_seen)
+    save_weights(context, prior)
+    numbers = OnClipNumbers(clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim)
+    return StageResult(numbers, result.metrics, result.samples_seen)
 
 
 class PriorModule(StageModule):
@@ -51,7 +48,7 @@ class PriorModule(StageModule):
     ) -> None:
         super().__init__(prior, settings, frozen_networks=(clip,))
         self.settings = settings
-        self.schedule = NoiseSchedule(settings.schedule)
+        self.process = DiffusionProcess(settings.schedule, settings.objective)
         self._captions = CaptionEncoder(clip)
         self._embeddings = embeddings
 
@@ -62,21 +59,16 @@ class PriorModule(StageModule):
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The diffusion loss of a batch, and the cosine of the predicted to the true embedding (no gradient)."""
-        draws = SampleDraws(batch.sample_seed)
-        image_embed = self._embeddings.image_embed[batch.sample.cpu()].to(self.device)
-        z_i = self._embeddings.whitening.whiten(image_embed)
-        text = self._captions.encode(batch.caption, dropped=draws.uniform("caption") < self.settings.caption_dropout)
-        timestep = draws.integer("timestep", self.schedule.timesteps)
-        noise = draws.normal("noise", z_i.shape[1:])
-        noisy = self.schedule.add_noise(z_i, noise, timestep)
-        prediction = denoise_prior(self.prior, noisy, timestep, text.embed, text.hidden, text.mask)
-        objective = self.settings.objective
-        truth = target(objective.prediction_type, self.schedule, z_i, noise, timestep)
-        weight = timestep_weight(objective, self.schedule, timestep)
-        x_0_hat = predicted_x_0(objective.prediction_type, self.schedule, prediction.detach(), noisy, timestep)
+        draws = batch.draws()
+        image_embed = self._embeddings.image_embed[batch.sample].to(self.device)
+        noised = self.process.noise(self._embeddings.whitening.whiten(image_embed), draws)
+        is_dropped = draws.uniform("caption") < self.settings.caption_dropout
+        _, text = self._captions.encode_dropping(batch.caption, is_dropped)
+        prediction = denoise_prior(self.prior, noised.x_t, noised.timestep, text)
+        z_i_hat = self._embeddings.whitening.unwhiten(self.process.x_0(prediction.detach(), noised))
         return {
-            LOSS: diffusion_loss(prediction, truth, weight).mean(),
-            "cosine_x_0_hat": F.cosine_similarity(self._embeddings.whitening.unwhiten(x_0_hat), image_embed).mean(),
+            LOSS: self.process.loss(prediction, noised).mean(),
+            "cosine_x_0_hat": F.cosine_similarity(z_i_hat, image_embed).mean(),
         }
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
@@ -84,10 +76,11 @@ class PriorModule(StageModule):
         kept = list(batches)
         sampler = PriorSampler(self.prior, self.settings, self._captions)
         sampled, true, text = [], [], []
+        # Sampling costs as much as many steps of training, and the mean cosine of one batch tells enough.
         for batch in within(kept, self.settings.global_batch_size):
-            sampled.append(sampler.sample(batch.caption, SampleDraws(batch.sample_seed)))
-            true.append(self._embeddings.image_embed[batch.sample.cpu()])
-            text.append(self._embeddings.text_embed[batch.sample.cpu()])
+            sampled.append(sampler.sample(self._captions.encode(batch.caption), batch.draws()))
+            true.append(self._embeddings.image_embed[batch.sample])
+            text.append(self._embeddings.text_embed[batch.sample])
         z_i = torch.cat(sampled).cpu()
         cosine_to = partial(F.cosine_similarity, z_i)
         true_embed, text_embed = torch.cat(true), torch.cat(text)

@@ -15,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from pipeline.data.draws import SampleDraws
-from stages.settings import Degradation
+from stages.upsampler.settings import Degradation
 
 BLUR_KERNEL = 3
 BLUR_SIGMA = 0.6

@@ -3,16 +3,18 @@
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
-from torch.nn import functional as F
 
-from stages.settings import UNetSettings
+from pipeline.workflow.artifacts import Artifact
+from stages.unet import UNetSettings
+from stages.upsampler.settings import UpsamplerSettings
+from stages.weights import CPU, load_weights
 
 
 def build_upsampler(network: UNetSettings, high_size: int) -> UNet2DModel:
     """6 channels in (noisy picture, condition), 3 out.
 
     Convolutional unless `attention` says otherwise, so that it runs at `high_size` pixels after training on crops.
-    Check the settings with `stages.unet.check_upsampler` first.
+    Check the settings with `stages.upsampler.settings.check_sizes` first.
     """
     return UNet2DModel(
         sample_size=high_size,
@@ -32,14 +34,15 @@ def build_upsampler(network: UNetSettings, high_size: int) -> UNet2DModel:
     )
 
 
-def upsample_condition(low: Tensor, size: int) -> Tensor:
-    """Small pictures float [B, 3, s, s] enlarged to float32 [B, 3, size, size] as the stock pipeline does it."""
-    return F.interpolate(low.float(), size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+def load_upsampler(artifact: Artifact, device: torch.device = CPU) -> UNet2DModel:
+    """The upsampler of an artifact."""
+    settings = artifact.settings(UpsamplerSettings)
+    return load_weights(build_upsampler(settings.network, settings.high_size), artifact, device)
 
 
 def denoise_upsampler(upsampler: UNet2DModel, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
     """The prediction float [B, 3, S, S] for noisy pictures float [B, 3, S, S] at timestep int64 [B].
 
-    `condition` float [B, 3, S, S] in [-1, 1] comes from `upsample_condition`.
+    `condition` float [B, 3, S, S] in [-1, 1] is the small picture, enlarged by `stages.pictures.resize`.
     """
     return upsampler(torch.cat([noisy, condition], dim=1), timestep, return_dict=False)[0]

@@ -14,14 +14,13 @@ from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule, within
-from stages.clip.retrieval import peak_signal_to_noise
-from stages.diffusion.process import diffusion_loss, target, timestep_weight
-from stages.diffusion.schedule import NoiseSchedule
+from stages.diffusion.process import DiffusionProcess
 from stages.generation.grid import captioned_grid, to_pil
-from stages.settings import UpsamplerSettings
+from stages.pictures import peak_signal_to_noise, resize
 from stages.upsampler.degrade import degrade
-from stages.upsampler.network import build_upsampler, denoise_upsampler, upsample_condition
+from stages.upsampler.network import build_upsampler, denoise_upsampler
 from stages.upsampler.sample import UpsamplerSampler
+from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
 from stages.weights import save_weights
 
 GRID_PICTURES = 8
@@ -35,9 +34,8 @@ def run(context: StageContext) -> StageResult:
     upsampler = build_upsampler(settings.network, settings.high_size)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     result = fit(context, UpsamplerModule(upsampler, settings, shown), images)
-    if context.is_first_process:
-        save_weights(upsampler, context.output)
-    numbers = {"low_size": settings.low_size, "high_size": settings.high_size}
+    save_weights(context, upsampler)
+    numbers = UpsamplerNumbers(low_size=settings.low_size, high_size=settings.high_size)
     return StageResult(numbers, result.metrics, result.samples_seen)
 
 
@@ -47,7 +45,7 @@ class UpsamplerModule(StageModule):
     def __init__(self, upsampler: UNet2DModel, settings: UpsamplerSettings, shown: ImageBatch) -> None:
         super().__init__(upsampler, settings)
         self.settings = settings
-        self.schedule = NoiseSchedule(settings.schedule)
+        self.process = DiffusionProcess(settings.schedule, settings.objective)
         self._shown = shown
 
     @property
@@ -57,18 +55,13 @@ class UpsamplerModule(StageModule):
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The diffusion loss on one random crop of each picture."""
-        settings = self.settings
-        draws = SampleDraws(batch.sample_seed)
+        settings, draws = self.settings, batch.draws()
         x_0 = random_crop(batch.image_signed(), settings.crop_size, settings.high_size // settings.low_size, draws)
-        low = reduce_size(x_0, settings.crop_size * settings.low_size // settings.high_size)
-        condition = upsample_condition(degrade(settings.degradation, low, draws), settings.crop_size)
-        timestep = draws.integer("timestep", self.schedule.timesteps)
-        noise = draws.normal("noise", x_0.shape[1:])
-        x_t = self.schedule.add_noise(x_0, noise, timestep)
-        prediction = denoise_upsampler(self.upsampler, x_t, timestep, condition)
-        truth = target(settings.objective.prediction_type, self.schedule, x_0, noise, timestep)
-        weight = timestep_weight(settings.objective, self.schedule, timestep)
-        return {LOSS: diffusion_loss(prediction, truth, weight).mean()}
+        low = resize(x_0, settings.crop_size * settings.low_size // settings.high_size)
+        condition = resize(degrade(settings.degradation, low, draws), settings.crop_size)
+        noised = self.process.noise(x_0, draws)
+        prediction = denoise_upsampler(self.upsampler, noised.x_t, noised.timestep, condition)
+        return {LOSS: self.process.loss(prediction, noised).mean()}
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """PSNR of sampled pictures against the truth, beside that of bicubic enlargement, and the loss."""
@@ -79,22 +72,22 @@ class UpsamplerModule(StageModule):
         measured = within(batches, min(MEASURED_PICTURES, self.settings.global_batch_size))
         x_0 = torch.cat([batch.image_signed() for batch in measured])[:MEASURED_PICTURES]
         sample_seed = torch.cat([batch.sample_seed for batch in measured])[:MEASURED_PICTURES]
-        low = reduce_size(x_0, self.settings.low_size)
+        low = resize(x_0, self.settings.low_size)
         drawn = self._sample(low, sample_seed)
-        bicubic = upsample_condition(low, self.settings.high_size)
+        bicubic = resize(low, self.settings.high_size)
         return {"psnr_db": peak_signal_to_noise(drawn, x_0), "psnr_bicubic_db": peak_signal_to_noise(bicubic, x_0)}
 
     def _sample(self, low: Tensor, sample_seed: Tensor) -> Tensor:
         """Samples [B, 3, S, S], as many at a time as the device takes."""
         sampler = UpsamplerSampler(self.upsampler, self.settings)
         pieces = zip(low.split(self.micro_batch_size), sample_seed.split(self.micro_batch_size), strict=True)
-        return torch.cat([sampler.sample(piece, SampleDraws(seeds)) for piece, seeds in pieces])
+        return torch.cat([sampler.sample(piece, SampleDraws(seeds, self.device)) for piece, seeds in pieces])
 
     def sample_grid(self) -> SampleGrid:
         """Validation pictures: reduced and enlarged without smoothing, sampled from that, and the truth."""
         batch = self._shown.to(self.device)
         x_0 = batch.image_signed()
-        low = reduce_size(x_0, self.settings.low_size)
+        low = resize(x_0, self.settings.low_size)
         drawn = self._sample(low, batch.sample_seed)
         cells = [[to_pil(a), to_pil(b), to_pil(c)] for a, b, c in zip(low, drawn, x_0, strict=True)]
         names, seeds = ("reduced", "sample", "real"), batch.sample_seed.tolist()
@@ -112,8 +105,3 @@ def random_crop(image: Tensor, size: int, step: int, draws: SampleDraws) -> Tens
         picture[:, top : top + size, left : left + size] for picture, top, left in zip(image, tops, lefts, strict=True)
     ]
     return torch.stack(crops)
-
-
-def reduce_size(image: Tensor, size: int) -> Tensor:
-    """Pictures [B, 3, S, S] reduced to [B, 3, size, size] (bicubic, antialiased)."""
-    return upsample_condition(image, size)

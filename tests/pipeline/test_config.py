@@ -21,7 +21,8 @@ from pipeline.config import (
     validate,
 )
 from pipeline.errors import UserError
-from stages.settings import JudgeDataSettings, ScenesSettings
+from stages.judge.settings import JudgeDataSettings
+from stages.prepare.sources.scenes import ScenesSettings
 
 
 class Numbers(Settings):

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from pipeline.compose import compose_members
-from pipeline.config import RuntimeMarker, Settings, validate
+from pipeline.config import RUNTIME, Settings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.fingerprint import canonical_json, counted_settings
 from pipeline.workflow.plan import plan_run
-from stages.catalog import CATALOG, clip_identity
-from stages.settings import ClipSettings
+from stages.catalog import CATALOG
+from stages.clip.settings import ClipSettings, identity
 
 KINDS = sorted(CATALOG.stages)
 
@@ -21,7 +21,7 @@ KINDS = sorted(CATALOG.stages)
 def leaves(settings: Settings, path: tuple[str, ...] = (), runtime: bool = False) -> Iterator[tuple[Any, bool]]:
     """(path, whether it is marked RUNTIME) of every setting, at any depth."""
     for name, field in type(settings).model_fields.items():
-        marked = runtime or any(isinstance(mark, RuntimeMarker) for mark in field.metadata)
+        marked = runtime or RUNTIME in field.metadata
         value = getattr(settings, name)
         if isinstance(value, Settings):
             yield from leaves(value, (*path, name), marked)
@@ -90,18 +90,18 @@ def test_an_open_clip_checkpoint_counts_by_its_contents_and_not_by_its_path(
     for name, content in (("a.pt", b"1"), ("b.pt", b"1"), ("c.pt", b"2")):
         (tmp_path / name).write_bytes(content)
     a, b, c = (
-        clip_identity(settings.model_copy(update={"checkpoint": tmp_path / name})) for name in ("a.pt", "b.pt", "c.pt")
+        identity(settings.model_copy(update={"checkpoint": tmp_path / name})) for name in ("a.pt", "b.pt", "c.pt")
     )
     assert a == b
     assert a != c
-    assert a != clip_identity(settings)
+    assert a != identity(settings)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_refused_before_anything_runs(composed: dict[str, Settings]):
     settings = composed["clip"].model_copy(update={"checkpoint": Path("/no/such.pt")})
     assert isinstance(settings, ClipSettings)
     with pytest.raises(UserError, match=r"stage\.clip\.checkpoint=/no/such\.pt cannot be read .*; give the path"):
-        clip_identity(settings)
+        identity(settings)
 
 
 def test_the_catalog_s_inputs_are_outputs_of_the_catalog():

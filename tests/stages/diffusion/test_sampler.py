@@ -3,29 +3,29 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from stages.diffusion.guidance import ClipGuidance, GuidanceGradient, classifier_free
-from stages.diffusion.process import predicted_x_0, target
-from stages.diffusion.sampler import ReverseProcess, invert, sample, sampling_timesteps
-from stages.diffusion.schedule import NoiseSchedule
-from stages.settings import PredictionType, ScheduleKind, ScheduleSettings
+from stages.diffusion.process import DiffusionProcess, Noised, Noisy
+from stages.diffusion.sampler import invert, sample, sampling_timesteps
+from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleKind, ScheduleSettings
 
 DATA_MEAN, DATA_STD = 0.4, 0.2
 
 
-def make_schedule(zero_terminal_snr=False, timesteps=1000):
-    return NoiseSchedule(
-        ScheduleSettings(kind=ScheduleKind.COSINE, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr)
+def make_process(prediction_type, zero_terminal_snr=False):
+    return DiffusionProcess(
+        ScheduleSettings(kind=ScheduleKind.COSINE, timesteps=1000, zero_terminal_snr=zero_terminal_snr),
+        ObjectiveSettings(prediction_type=prediction_type, min_snr_gamma=None),
     )
 
 
-def ideal_denoiser(schedule, prediction_type):
+def ideal_denoiser(process):
     """The exact prediction for data that is N(mean, std^2) in every pixel: a closed form."""
 
     def denoise(x_t, timestep):
-        alpha_bar = schedule.alpha_bar[timestep].float().reshape(-1, *([1] * (x_t.ndim - 1)))
+        alpha_bar = process.schedule.alpha_bar[timestep].float().reshape(-1, *([1] * (x_t.ndim - 1)))
         gain = alpha_bar.sqrt() * DATA_STD**2 / (alpha_bar * DATA_STD**2 + 1 - alpha_bar)
         x_0 = DATA_MEAN + gain * (x_t - alpha_bar.sqrt() * DATA_MEAN)
         noise = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-        return target(prediction_type, schedule, x_0, noise, timestep)
+        return process.target(Noised(x_t, timestep, x_0, noise))
 
     return denoise
 
@@ -46,11 +46,11 @@ def test_timesteps_are_those_that_diffusers_calls_trailing(steps):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction_type", list(PredictionType))
 def test_samples_are_those_of_diffusers_ddim_where_the_steps_divide_the_timesteps(prediction_type, eta):
-    schedule, steps = make_schedule(), 20
+    process, steps = make_process(prediction_type), 20
     x_T, noises = torch.randn(2, 3, 4, 4), torch.randn(steps, 2, 3, 4, 4)  # noqa: N806
     reference = DDIMScheduler(
         num_train_timesteps=1000,
-        trained_betas=schedule.betas.numpy(),
+        trained_betas=process.schedule.betas.numpy(),
         timestep_spacing="trailing",
         prediction_type=prediction_type.value,
         clip_sample=True,
@@ -69,8 +69,7 @@ def test_samples_are_those_of_diffusers_ddim_where_the_steps_divide_the_timestep
             return_dict=False,
         )[0]
 
-    process = ReverseProcess(schedule, prediction_type, clip_range=1.5)
-    ours = sample(wiggly_denoiser, x_T, process, steps, eta, step_noise=lambda index: noises[index])
+    ours = sample(wiggly_denoiser, x_T, process, steps, clip_range=1.5, eta=eta, step_noise=lambda index: noises[index])
 
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
@@ -79,16 +78,16 @@ def test_samples_are_those_of_diffusers_ddim_where_the_steps_divide_the_timestep
 @pytest.mark.parametrize("prediction_type", [PredictionType.SAMPLE, PredictionType.V_PREDICTION])
 def test_an_ideal_denoiser_gives_the_datas_distribution_from_pure_noise(prediction_type, eta, steps):
     generator = torch.Generator().manual_seed(0)
-    schedule = make_schedule(zero_terminal_snr=True)
+    process = make_process(prediction_type, zero_terminal_snr=True)
     x_T = torch.randn(16, 3, 16, 16, generator=generator)  # noqa: N806
-    process = ReverseProcess(schedule, prediction_type, clip_range=None)
 
     pictures = sample(
-        ideal_denoiser(schedule, prediction_type),
+        ideal_denoiser(process),
         x_T,
         process,
         steps,
-        eta,
+        clip_range=None,
+        eta=eta,
         step_noise=lambda _: torch.randn(x_T.shape, generator=generator),
     )
 
@@ -97,39 +96,37 @@ def test_an_ideal_denoiser_gives_the_datas_distribution_from_pure_noise(predicti
 
 
 def test_a_picture_does_not_depend_on_the_batch_it_is_in():
-    schedule = make_schedule()
-    process = ReverseProcess(schedule, PredictionType.V_PREDICTION, clip_range=1.0)
+    process = make_process(PredictionType.V_PREDICTION)
     x_T, noises = torch.randn(5, 3, 4, 4), torch.randn(10, 5, 3, 4, 4)  # noqa: N806
 
-    together = sample(wiggly_denoiser, x_T, process, 10, 1.0, step_noise=lambda index: noises[index])
-    alone = sample(wiggly_denoiser, x_T[3:4], process, 10, 1.0, step_noise=lambda index: noises[index, 3:4])
+    together = sample(wiggly_denoiser, x_T, process, 10, eta=1.0, step_noise=lambda index: noises[index])
+    alone = sample(wiggly_denoiser, x_T[3:4], process, 10, eta=1.0, step_noise=lambda index: noises[index, 3:4])
 
     torch.testing.assert_close(together[3:4], alone)
 
 
 def test_clipping_bounds_every_picture():
-    process = ReverseProcess(make_schedule(), PredictionType.SAMPLE, clip_range=0.25)
+    process = make_process(PredictionType.SAMPLE)
 
-    pictures = sample(lambda x_t, _: 10.0 * x_t, torch.randn(4, 3, 4, 4), process, 10)
+    pictures = sample(lambda x_t, _: 10.0 * x_t, torch.randn(4, 3, 4, 4), process, 10, clip_range=0.25)
 
     assert pictures.abs().max() <= 0.25
 
 
 def test_inversion_finds_the_noise_that_leads_back_to_the_picture():
-    schedule = make_schedule()
-    process = ReverseProcess(schedule, PredictionType.V_PREDICTION, clip_range=None)
-    denoise = ideal_denoiser(schedule, PredictionType.V_PREDICTION)
+    process = make_process(PredictionType.V_PREDICTION)
+    denoise = ideal_denoiser(process)
     picture = DATA_MEAN + DATA_STD * torch.randn(2, 3, 4, 4)
 
     x_T = invert(denoise, picture, process, steps=500)  # noqa: N806
 
     # For Gaussian data the flow is a shift and a scale, so x_T is known.
     torch.testing.assert_close(x_T, (picture - DATA_MEAN) / DATA_STD, rtol=0, atol=0.1)
-    torch.testing.assert_close(sample(denoise, x_T, process, steps=500), picture, rtol=0, atol=0.02)
+    torch.testing.assert_close(sample(denoise, x_T, process, steps=500, clip_range=None), picture, rtol=0, atol=0.02)
 
 
 def test_stochastic_sampling_without_noise_is_refused():
-    process = ReverseProcess(make_schedule(), PredictionType.SAMPLE, clip_range=None)
+    process = make_process(PredictionType.SAMPLE)
 
     with pytest.raises(ValueError, match="step_noise"):
         sample(wiggly_denoiser, torch.randn(1, 3, 4, 4), process, 5, eta=1.0)
@@ -152,15 +149,15 @@ class MeanColourClip:
 
 @pytest.mark.parametrize("prediction_type", list(PredictionType))
 def test_clip_guidance_shifts_the_noise_as_classifier_guidance_does(prediction_type):
-    schedule = make_schedule()
+    process = make_process(prediction_type)
     timestep, scale = 400, 100.0
-    alpha_bar = float(schedule.alpha_bar[timestep])
+    alpha_bar = float(process.schedule.alpha_bar[timestep])
     x_t, text_embed = 0.5 * torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    denoise = ideal_denoiser(schedule, prediction_type)
+    denoise = ideal_denoiser(process)
     batch_timestep = torch.full((2,), timestep)
 
     def predict_x_0(x):
-        return predicted_x_0(prediction_type, schedule, denoise(x, batch_timestep), x, batch_timestep)
+        return process.x_0(denoise(x, batch_timestep), Noisy(x, batch_timestep))
 
     def log_p(x):
         image_embed = predict_x_0(x).clamp(-1, 1).mean((2, 3))
@@ -181,9 +178,8 @@ def test_clip_guidance_shifts_the_noise_as_classifier_guidance_does(prediction_t
 @pytest.mark.parametrize("gradient", list(GuidanceGradient))
 @pytest.mark.parametrize("prediction_type", [PredictionType.SAMPLE, PredictionType.V_PREDICTION])
 def test_clip_guidance_raises_the_similarity_of_what_is_sampled(gradient, prediction_type):
-    schedule = make_schedule(zero_terminal_snr=True)
-    process = ReverseProcess(schedule, prediction_type, clip_range=1.0)
-    denoise = ideal_denoiser(schedule, prediction_type)
+    process = make_process(prediction_type, zero_terminal_snr=True)
+    denoise = ideal_denoiser(process)
     x_T, text_embed = torch.randn(4, 3, 4, 4), torch.tensor([[1.0, -1.0, 0.0]]).expand(4, 3)  # noqa: N806
     clip = MeanColourClip()
 

@@ -4,7 +4,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from stages.diffusion.schedule import NoiseSchedule
-from stages.settings import ScheduleKind, ScheduleSettings
+from stages.diffusion.settings import ScheduleKind, ScheduleSettings
 
 
 def make(kind=ScheduleKind.COSINE, timesteps=1000, zero_terminal_snr=False):

@@ -11,9 +11,9 @@ from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.picture_grid import read_layout
 from stages.evaluate.attributes import AttributeAccuracy
 from stages.judge.labels import CLASSES, judge_samples, labels
+from stages.judge.network import load_judge
+from stages.judge.settings import JudgeDataSettings
 from stages.prepare.sources.scenes import ALL_PAIRS, Attribute
-from stages.settings import JudgeDataSettings
-from stages.weights import load_judge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 JUDGED = ("colour", "shape", "size", "position", "background")
@@ -90,7 +90,7 @@ def test_evaluate_reports_every_attribute_for_seen_and_unseen_pairs_at_both_reso
 
 
 def test_evaluate_draws_a_grid_of_validation_captions(evaluation: Artifact):
-    assert evaluation.numbers == {"samples": 6 + 2 * 4}
+    assert evaluation.manifest.numbers == {"samples": 6 + 2 * 4}
     with Image.open(evaluation.path / "grid.png") as grid:
         assert grid.size[0] >= 4 * 3 * 64
 

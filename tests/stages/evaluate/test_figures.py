@@ -4,7 +4,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from stages.clip.retrieval import frechet_distance, mean_of_shares, peak_signal_to_noise, proportion, retrieval_recall
+from stages.clip.retrieval import retrieval_recall
+from stages.evaluate.attributes import mean_of_shares, proportion
+from stages.evaluate.frechet import frechet_distance
+from stages.pictures import peak_signal_to_noise
 
 
 def naive_recall(image_embed: Tensor, text_embed: Tensor, at: int) -> float:

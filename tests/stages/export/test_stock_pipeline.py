@@ -3,20 +3,16 @@ import torch
 from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
 
 from stages.clip.network import ClipModel
-from stages.decoder.network import Decoder
+from stages.clip.settings import ClipNetworkSettings
+from stages.decoder.network import UNetDecoder
+from stages.decoder.settings import DecoderSettings
+from stages.diffusion.settings import PredictionType, ScheduleKind
 from stages.export.stock_pipeline import StockNetworks, obstacle, save_stock_pipeline
 from stages.prior.network import build_prior
-from stages.settings import (
-    ClipNetworkSettings,
-    DecoderSettings,
-    PredictionType,
-    PriorNetworkSettings,
-    PriorSettings,
-    ScheduleKind,
-    UNetSettings,
-    UpsamplerSettings,
-)
+from stages.prior.settings import PriorNetworkSettings, PriorSettings
+from stages.unet import UNetSettings
 from stages.upsampler.network import build_upsampler
+from stages.upsampler.settings import UpsamplerSettings
 
 CAPTIONS = ["a small red circle at the left of a gray background", "Ünïcode &amp; HTML,   spaces", ""]
 OPTIMIZER = {
@@ -99,7 +95,7 @@ UPSAMPLER = UpsamplerSettings.model_validate(
 @pytest.fixture(scope="module")
 def networks() -> StockNetworks:
     torch.manual_seed(0)
-    decoder = Decoder(UNET, image_size=8, embed_dim=32).eval()
+    decoder = UNetDecoder(UNET, image_size=8, embed_dim=32).eval()
     # Unequal variances, a mean, a null embedding: whatever export has to fold in.
     decoder.image_decorrelation.fit(3.0 + torch.randn(256, 32) * torch.logspace(-1, 1, 32))
     decoder.text_decorrelation.fit(torch.randn(256, 32) @ torch.randn(32, 32))

@@ -14,9 +14,8 @@ from pipeline.data.splits import Split
 from pipeline.data.write import SourceSample
 from pipeline.errors import UserError
 from stages.prepare.scene_drawing import Background, Colour, Position, Scene, SceneObject, Shape, Size, draw
-from stages.prepare.source import make_samples
 from stages.prepare.sources import scenes
-from stages.settings import ScenesSettings
+from stages.prepare.sources.scenes import ScenesSettings
 
 Made = list[tuple[SourceSample, Split]]
 
@@ -38,7 +37,7 @@ def settings(**changes: Any) -> ScenesSettings:
 
 @pytest.fixture(scope="module")
 def made() -> Made:
-    return list(make_samples(settings()))
+    return list(scenes.samples(settings()))
 
 
 def pixels(sample: SourceSample) -> np.ndarray:
@@ -57,14 +56,14 @@ def test_the_world_is_as_large_as_promised():
 
 def test_each_picture_has_the_size_asked_for(made: Made):
     assert {pixels(sample).shape for sample, _ in made} == {(64, 64, 3)}
-    larger = next(iter(make_samples(settings(image_size=96))))[0]
+    larger = next(iter(scenes.samples(settings(image_size=96))))[0]
     assert pixels(larger).shape == (96, 96, 3)
 
 
 def test_a_sample_depends_on_its_seed_and_number_alone(made: Made):
-    few = list(make_samples(settings(samples=20, unseen_samples=3)))
+    few = list(scenes.samples(settings(samples=20, unseen_samples=3)))
     assert few == made[:20] + made[600:603]
-    assert next(iter(make_samples(settings(seed=2))))[0].image != made[0][0].image
+    assert next(iter(scenes.samples(settings(seed=2))))[0].image != made[0][0].image
 
 
 def test_unseen_pairs_are_shown_in_the_unseen_split_and_nowhere_else(made: Made):
@@ -201,4 +200,4 @@ def test_no_object_is_cut_off_by_much():
 
 def test_a_split_key_that_is_no_field_is_refused():
     with pytest.raises(UserError, match=r"data\.split_key glyph is no field .*: background, key, named"):
-        list(islice(make_samples(settings(split_key="glyph")), 1))
+        list(islice(scenes.samples(settings(split_key="glyph")), 1))

@@ -13,8 +13,7 @@ from pipeline.data.prepared import read_prepared, write_prepared
 from pipeline.data.shards import expand_shards
 from pipeline.data.splits import Split, split_of
 from pipeline.errors import UserError
-from stages.prepare.sources.webdataset import place_of, summary, take_in
-from stages.settings import WebDatasetSettings
+from stages.prepare.sources.webdataset import WebDatasetSettings, place_of, summary, take_in
 
 
 def settings(shards: Path | str, **changes: Any) -> WebDatasetSettings:

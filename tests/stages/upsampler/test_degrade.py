@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from pipeline.data.draws import SampleDraws
-from stages.settings import Degradation
 from stages.upsampler.degrade import blur, bsr, degrade
+from stages.upsampler.settings import Degradation
 
 
 def pictures(count=6, size=16):
