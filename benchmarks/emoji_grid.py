@@ -10,6 +10,7 @@ import argparse
 import io
 from pathlib import Path
 
+import emoji
 import torch
 from PIL import Image, ImageDraw, ImageFont
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ("stages/prepare/sources/*.py", "stages/decoder/networks/*.py")
+LISTED = ("stages/prepare/sources/*.py", "stages/decoder/networks/*.py", "stages/evaluate/metrics/*.py")
 """Modules that planning finds by listing their folder."""
 
 HEAVY = {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "diffusers", "transformers", "torchmetrics"}
@@ -49,6 +49,8 @@ def imports_when_loaded(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            pending += [child for child in node.orelse if isinstance(child, ast.stmt)]
         elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
             pending += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
 

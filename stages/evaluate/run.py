@@ -19,8 +19,8 @@ from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
 from stages.clip.retrieval import retrieval_recall
 from stages.evaluate.attributes import MEAN, AttributeAccuracy, judged_rows
-from stages.evaluate.frechet import frechet_distance
-from stages.evaluate.settings import EvaluateNumbers, EvaluateSettings
+from stages.evaluate.metric import Embeds, InClip, Made
+from stages.evaluate.settings import METRICS, EvaluateNumbers, EvaluateSettings
 from stages.generation.grid import captioned_grid, to_pil
 from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_of_inputs
 from stages.judge.labels import true_labels
@@ -86,28 +86,29 @@ class Evaluation:
         return {name: metrics[name] for name in most_telling} | metrics
 
     def samples(self) -> dict[str, float]:
-        """Pictures from validation captions beside the real ones: cosines, retrieval, Fréchet distance; the grid."""
-        own = Similarities(self._chain.clip)
+        """The metrics of pictures made from validation captions, beside the real ones; the grid."""
+        metrics = [METRICS[name]() for name in self._settings.metrics]
+        embedded = {"": Embedded(self._chain.clip)}
         judge_clip = self._context.optional_input("judge_clip")
-        foreign = Similarities(load_clip(judge_clip, device=self._chain.device)) if judge_clip else None
-        embeds, cells, captions, seeds = [], [], [], []
+        if judge_clip is not None:
+            embedded["judge_clip/"] = Embedded(load_clip(judge_clip, device=self._chain.device))
+        sampled, cells, captions, seeds = [], [], [], []
         for batch, generated in self._generated(self._sampled_rows, "validation captions"):
-            real = batch.image_signed()
-            for similarities in (own, foreign):
-                if similarities is not None:
-                    similarities.add(batch.caption, real, generated.final)
-            embeds.append(generated.image_embed.float())
-            cells += _cells(real, generated)
+            made = Made(batch.caption, batch.image_signed(), generated.base, generated.final)
+            for each in (*embedded.values(), *metrics):
+                each.add(made)
+            sampled.append(generated.image_embed.float())
+            pictures = zip(made.real, made.base, made.final, strict=True)
+            cells += [[to_pil(picture) for picture in cell] for cell in pictures]
             captions += batch.caption
             seeds += batch.sample_seed.tolist()
         self._draw_grid(cells, captions, seeds)
-        metrics = own.metrics(self._settings.retrieval_pool)
-        if self._chain.prior is not None:
-            metrics |= own.of_prior(torch.cat(embeds))
-        if foreign is not None:
-            of_foreign = foreign.metrics(self._settings.retrieval_pool) | foreign.frechet()
-            metrics |= {f"judge_clip/{name}": value for name, value in of_foreign.items()}
-        return metrics
+        embeds = Embeds(
+            {name: each.all() for name, each in embedded.items()},
+            torch.cat(sampled) if self._chain.prior else None,
+            self._settings.retrieval_pool,
+        )
+        return {name: value for metric in metrics for name, value in metric.results(embeds).items()}
 
     def retrieval(self) -> dict[str, float]:
         """How well CLIP finds real pictures by their captions and captions by their pictures, on validation pairs."""
@@ -167,55 +168,23 @@ class Evaluation:
         self._context.tracker.log_picture(self.made, "grid", path, shown_captions)
 
 
-class Similarities:
-    """Cosines in one CLIP between captions, real pictures and those made from the captions."""
+class Embedded:
+    """Collects the embeddings of captions, real pictures and those made from the captions, in one CLIP."""
 
     def __init__(self, clip: ClipModel) -> None:
         self._clip = clip
         self._captions = CaptionEncoder(clip)
-        self._real: list[Tensor] = []
-        self._text: list[Tensor] = []
-        self._made: list[Tensor] = []
+        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, captions: tuple[str, ...], real: Tensor, made: Tensor) -> None:
-        """Add B captions, their real pictures and those that were made, float [B, 3, S, S] in [-1, 1] each."""
-        self._real.append(F.normalize(self._clip.encode_image(real).float(), dim=-1))
-        self._text.append(F.normalize(self._captions.encode(captions).embed.float(), dim=-1))
-        self._made.append(F.normalize(self._clip.encode_image(made).float(), dim=-1))
+    def add(self, made: Made) -> None:
+        """Embed a batch."""
+        text = self._captions.encode(made.captions).embed
+        embeds = text, self._clip.encode_image(made.real), self._clip.encode_image(made.final)
+        self._found.append(tuple(F.normalize(each.float(), dim=-1) for each in embeds))
 
-    def metrics(self, pool: int) -> dict[str, float]:
-        """Mean cosines; `sample_R@...` says how well the pictures find their captions, among `pool`."""
-        real, text, made = (torch.cat(each) for each in (self._real, self._text, self._made))
-        return {
-            "sample_to_caption": float((made * text).sum(1).mean()),
-            "real_to_caption": float((real * text).sum(1).mean()),
-            "sample_to_other_caption": float((made * text.roll(1, 0)).sum(1).mean()),
-            "sample_to_real": float((made * real).sum(1).mean()),
-            **{f"sample_{name}": value for name, value in retrieval_recall(made, text, pool).items()},
-        }
-
-    def of_prior(self, sampled: Tensor) -> dict[str, float]:
-        """Mean cosines of the prior's embeddings float [N, E] to the true image's, another image's, the caption's."""
-        real, text = torch.cat(self._real), torch.cat(self._text)
-        return {
-            "prior/to_image": float(F.cosine_similarity(sampled, real).mean()),
-            "prior/to_other_image": float(F.cosine_similarity(sampled, real.roll(1, 0)).mean()),
-            "prior/to_caption": float(F.cosine_similarity(sampled, text).mean()),
-            "prior/caption_to_image": float((text * real).sum(1).mean()),
-        }
-
-    def frechet(self) -> dict[str, float]:
-        """Fréchet distance of half of the made pictures from the other half's real ones, and of the real halves.
-
-        Halves, so that both distances are of equally many pictures and none is of a caption with itself.
-        """
-        real, made = torch.cat(self._real), torch.cat(self._made)
-        if len(real) < 4:
-            return {}
-        return {
-            "frechet": frechet_distance(made[::2], real[1::2]),
-            "frechet_of_real": frechet_distance(real[::2], real[1::2]),
-        }
+    def all(self) -> InClip:
+        """Those of all batches."""
+        return InClip(*map(torch.cat, zip(*self._found, strict=True)))
 
 
 def _spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -223,10 +192,3 @@ def _spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     if len(rows) <= count:
         return rows
     return rows[np.arange(count) * len(rows) // count]
-
-
-def _cells(real: Tensor, generated: Generated) -> list[list[Image.Image]]:
-    return [
-        [to_pil(truth), to_pil(base), to_pil(final)]
-        for truth, base, final in zip(real, generated.base, generated.final, strict=True)
-    ]

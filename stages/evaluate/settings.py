@@ -2,16 +2,23 @@
 
 from typing import Annotated
 
-from pipeline.config import RUNTIME, Positive, Settings
+from pydantic import field_validator
+
+from pipeline.config import ADDED_LATER, RUNTIME, Positive, Settings
 from pipeline.workflow.artifacts import Numbers
-from pipeline.workflow.declaration import Arity, Better, Input, StageDeclaration
+from pipeline.workflow.declaration import Arity, Better, Input, StageDeclaration, modules_in
+from stages.evaluate.metric import Metric
+
+METRICS: dict[str, type[Metric]] = {
+    name: module.METRIC for name, module in modules_in("stages.evaluate.metrics").items()
+}
 
 
 class EvaluateSettings(Settings):
     """How good a run is, on held-out pictures and captions.
 
     `samples` pictures are made from validation captions, and `judged_samples` more from captions of one fully described
-    object for each kind of pairs, seen and never seen, where there is a judge.
+    object for each kind of pairs, seen and never seen, where there is a judge. `metrics` are measured on the former.
     """
 
     retrieval_pool: Positive
@@ -20,6 +27,15 @@ class EvaluateSettings(Settings):
     judged_samples: Positive
     grid_captions: Positive
     batch_size: Annotated[Positive, RUNTIME]
+    metrics: Annotated[tuple[str, ...], ADDED_LATER] = ("similarity", "prior", "frechet")
+
+    @field_validator("metrics")
+    @classmethod
+    def _are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = next((name for name in names if name not in METRICS), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown!r} is no metric; there are {', '.join(METRICS)}")
+        return names
 
 
 class EvaluateNumbers(Numbers):
@@ -45,13 +61,7 @@ EVALUATE = StageDeclaration(
     numbers=EvaluateNumbers,
     better={
         **{f"{pairs}/{size}/*": Better.HIGH for pairs in ("seen", "unseen") for size in ("base", "final")},
-        **{
-            f"{clip}{metric}": Better.HIGH
-            for clip in ("", "judge_clip/")
-            for metric in ("sample_to_caption", "sample_to_real", "sample_R@*")
-        },
-        "judge_clip/frechet": Better.LOW,
-        "prior/to_image": Better.HIGH,
+        **{name: better for metric in METRICS.values() for name, better in metric.better.items()},
         "clip/R@*": Better.HIGH,
         "upsampler/psnr_db": Better.HIGH,
     },
