@@ -71,7 +71,7 @@ DECODER = DecoderSettings.model_validate(
     | {
         "image_size": 8,
         "condition": "image_embed",
-        "network": UNET,
+        "network": UNET.model_dump(),
         "clip_loss": {"weight": 0.0, "timestep_power": 1.0, "sample_share": 1.0},
         "caption_dropout": 0.5,
         "image_embed_dropout": 0.1,
