@@ -213,8 +213,8 @@ def test_examples_are_found_where_they_are():
     assert {
         ("README.md", "unclip"),
         ("README.md", "make"),
-        ("README.md", "pip"),
-        ("README.md", "python"),
+        ("docs/sweeps.md", "pip"),
+        ("docs/figures.md", "python"),
         ("slurm/README.md", "unclip"),
         ("slurm/README.md", "sudo"),
         ("conf/experiment/paper.yaml", "unclip"),
