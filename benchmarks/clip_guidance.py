@@ -19,6 +19,7 @@ from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.runs import read_run, run_artifacts
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
+from stages.decoder.network import Condition
 from stages.decoder.sample import DecoderOptions
 from stages.evaluate.attributes import MEAN, AttributeAccuracy, Estimate, judged_rows
 from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
@@ -93,7 +94,7 @@ def _measure(instruments: Instruments, scale: float, samples: int) -> Row:
             draws, text = batch.draws(), chain.captions.encode(batch.caption)
             image_embed = chain.prior.sample(text, draws)
             options = DecoderOptions(clip_guidance_scale=scale)
-            made = chain.decoder.sample(text, image_embed, draws, options)
+            made = chain.decoder.sample(Condition(image_embed, text), draws, options)
             own.append(_similarity(chain.clip, made, batch.caption))
             other.append(_similarity(instruments.judge_clip, made, batch.caption))
             accuracy.add(group, instruments.judge.read(made) == true_labels(images, batch.sample.tolist()))

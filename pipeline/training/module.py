@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +22,8 @@ from pipeline.workflow.picture_grid import GridLayout
 
 LOSS = "loss"
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class SampleGrid:
@@ -31,7 +34,7 @@ class SampleGrid:
     layout: GridLayout | None = None
 
 
-class StageModule(pl.LightningModule, ABC):
+class StageModule(pl.LightningModule, ABC, Generic[Network]):
     """Trains `network`. Frozen networks go into `frozen_networks`, so that no checkpoint holds them.
 
     `needs_whole_share` is for losses over the whole batch: `losses` is then given a device's share of it in one piece,
@@ -41,7 +44,7 @@ class StageModule(pl.LightningModule, ABC):
     needs_whole_share = False
 
     def __init__(
-        self, network: nn.Module, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
+        self, network: Network, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
     ) -> None:
         super().__init__()
         self.network = network
@@ -118,7 +121,7 @@ class StageModule(pl.LightningModule, ABC):
             self.network = trained
             self.train(was_training)
 
-    def _evaluation_network(self) -> nn.Module | None:
+    def _evaluation_network(self) -> Network | None:
         constants = self.strategy.constants()
         if not self.trainer.is_global_zero:
             for _ in self.strategy.averaged_parameters():

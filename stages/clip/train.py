@@ -1,7 +1,6 @@
 """The stage `clip`: image and text towers, trained together from the first weight (arXiv 2103.00020, 2303.15343)."""
 
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def _initial_clip(settings: ClipSettings) -> ClipModel:
     return load_open_clip_checkpoint(settings.checkpoint, settings.network, settings.loss)
 
 
-class ClipModule(StageModule):
+class ClipModule(StageModule[ClipModel]):
     """Trains both towers by open_clip's contrastive or sigmoid loss over the global batch.
 
     A batch larger than memory is embedded in pieces whose activations are computed again when their gradients are due:
@@ -70,22 +69,17 @@ class ClipModule(StageModule):
         super().__init__(clip, settings)
         self._kind = settings.loss
 
-    @property
-    def clip(self) -> ClipModel:
-        """The network that is trained."""
-        return cast(ClipModel, self.network)
-
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The contrastive loss of a batch, and the scale on the similarities."""
         ranks = self.trainer.world_size if self.training else 1
         objective = contrastive_loss(self._kind, self.global_rank if self.training else 0, ranks)
         image_embed, text_embed = self._embed(batch)
-        loss = objective(image_embed, text_embed, self.clip.logit_scale, self.clip.logit_bias)
-        return {LOSS: loss, "logit_scale": self.clip.logit_scale.squeeze()}
+        loss = objective(image_embed, text_embed, self.network.logit_scale, self.network.logit_bias)
+        return {LOSS: loss, "logit_scale": self.network.logit_scale.squeeze()}
 
     def _embed(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Image and text embeddings, float [B, E] each."""
-        tokens = self.clip.tokenize(list(batch.caption)).to(self.device)
+        tokens = self.network.tokenize(list(batch.caption)).to(self.device)
         if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
             return self._embed_piece(batch.image, tokens)
         pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)
@@ -94,7 +88,7 @@ class ClipModule(StageModule):
         return torch.cat(image_embed), torch.cat(text_embed)
 
     def _embed_piece(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.clip(signed(image), tokens)
+        return self.network(signed(image), tokens)
 
     @property
     def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:

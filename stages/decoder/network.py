@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,19 @@ from stages.unet import CLIP_EXTRA_CONTEXT_TOKENS, UNetSettings
 from stages.weights import CPU, load_weights
 
 
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What B pictures are made from: CLIP's embeddings [B, E], not normalised, and captions; either may be dropped.
+
+    A dropped caption is the encoding of "". Where `drop_image_embed` bool [B] is true, the network does as if it had no
+    `image_embed`; None drops none.
+    """
+
+    image_embed: Tensor
+    text: TextEncoding
+    drop_image_embed: Tensor | None = None
+
+
 class Decoder(nn.Module, ABC):
     """What every network of the decoder has: both CLIP embeddings are to be decorrelated before it works on them."""
 
@@ -29,19 +43,8 @@ class Decoder(nn.Module, ABC):
         self.text_decorrelation = Decorrelation(embed_dim)
 
     @abstractmethod
-    def forward(
-        self,
-        noisy: Tensor,
-        timestep: Tensor,
-        image_embed: Tensor,
-        text: TextEncoding,
-        drop_image_embed: Tensor | None = None,
-    ) -> Tensor:
-        """The prediction float [B, 3, S, S] for noisy pictures float [B, 3, S, S] at timestep int64 [B].
-
-        `image_embed` [B, E] and `text` come from CLIP, not normalised. Where `drop_image_embed` bool [B] is true, the
-        network does as if it had no `image_embed`. A dropped caption is the encoding of "".
-        """
+    def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """The prediction float [B, 3, S, S] for noisy pictures float [B, 3, S, S] at timestep int64 [B]."""
 
     def save_parts(self, directory: Path) -> None:
         """Write the network for use without this project, below `directory`: its weights, unless it knows better."""
@@ -83,20 +86,14 @@ class UNetDecoder(Decoder):
             cross_attention_dim=embed_dim,
         )
 
-    def forward(
-        self,
-        noisy: Tensor,
-        timestep: Tensor,
-        image_embed: Tensor,
-        text: TextEncoding,
-        drop_image_embed: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """As `Decoder.forward`. A learned null embedding stands for a dropped `image_embed`."""
+        text, drop_image_embed = condition.text, condition.drop_image_embed
         null_embed = self.text_proj.learned_classifier_free_guidance_embeddings
         if drop_image_embed is None:
             drop_image_embed = torch.zeros(len(noisy), dtype=torch.bool, device=noisy.device)
         # Through `where` in every case, so that the null embedding has a gradient on every rank in every step.
-        decorrelated = self.image_decorrelation(image_embed)
+        decorrelated = self.image_decorrelation(condition.image_embed)
         hidden, time_embed = self.text_proj(
             image_embeddings=torch.where(drop_image_embed[:, None], null_embed.to(decorrelated), decorrelated),
             prompt_embeds=self.text_decorrelation(text.embed),

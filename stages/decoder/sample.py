@@ -8,10 +8,10 @@ from torch import Tensor
 from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
 from stages.captions import CaptionEncoder
-from stages.clip.network import ClipModel, TextEncoding, Towers
-from stages.decoder.network import Decoder
+from stages.clip.network import ClipModel, Towers
+from stages.decoder.network import Condition, Decoder
 from stages.decoder.settings import DecoderSettings
-from stages.diffusion.guidance import ClipGuidance, classifier_free
+from stages.diffusion.guidance import ClipGuidance, guided
 from stages.diffusion.process import DiffusionProcess
 from stages.diffusion.sampler import drawn_noise, sample
 
@@ -35,32 +35,24 @@ class DecoderSampler:
         self._captions = CaptionEncoder(clip)
         self._process = DiffusionProcess(settings.schedule, settings.objective).to(next(decoder.parameters()).device)
 
-    def sample(
-        self, text: TextEncoding, condition_embed: Tensor, draws: SampleDraws, options: DecoderOptions
-    ) -> Tensor:
-        """Pictures float32 [B, 3, S, S] in [-1, 1] for captions and CLIP embeddings [B, E] (not normalised)."""
+    def sample(self, condition: Condition, draws: SampleDraws, options: DecoderOptions) -> Tensor:
+        """Pictures float32 [B, 3, S, S] in [-1, 1]."""
         sampler = self._settings.sampler
         scale = sampler.guidance_scale if options.guidance_scale is None else options.guidance_scale
-        none = self._captions.encode_none(len(condition_embed)) if scale != 1.0 else None
-        drop_all = torch.ones(len(condition_embed), dtype=torch.bool, device=condition_embed.device)
-
-        def denoise(x_t: Tensor, timestep: Tensor) -> Tensor:
-            conditional = self._decoder(x_t, timestep, condition_embed, text)
-            if none is None:
-                return conditional
-            unconditional = self._decoder(x_t, timestep, condition_embed, none, drop_image_embed=drop_all)
-            return classifier_free(unconditional, conditional, scale)
-
+        unconditional, embed = None, condition.image_embed
+        if scale != 1.0:
+            drop_all = torch.ones(len(embed), dtype=torch.bool, device=embed.device)
+            unconditional = Condition(embed, self._captions.encode_none(len(embed)), drop_all)
         size = self._settings.image_size
         x_T, step_noise = drawn_noise(draws, "decoder", (3, size, size))  # noqa: N806 (the paper's symbol)
         return sample(
-            denoise,
+            guided(self._decoder, condition, unconditional, scale),
             x_T,
             self._process,
             options.steps or sampler.steps,
             eta=sampler.eta,
             step_noise=step_noise,
-            guidance=self._clip_guidance(text.embed, options),
+            guidance=self._clip_guidance(condition.text.embed, options),
         )
 
     def _clip_guidance(self, text_embed: Tensor, options: DecoderOptions) -> ClipGuidance | None:

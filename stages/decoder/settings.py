@@ -51,9 +51,14 @@ class DecoderSettings(DiffusionStageSettings):
 
     @field_validator("network", mode="before")
     @classmethod
-    def _is_a_unet_by_default(cls, network: Any) -> Any:
-        """Decoders that were made before there was a choice name no kind."""
-        return {"kind": "unet", **network} if isinstance(network, Mapping) else network
+    def _is_one_of_the_networks(cls, network: Any) -> Any:
+        """Decoders that were made before there was a choice name no kind: they are U-Nets."""
+        if not isinstance(network, Mapping):
+            return network
+        kind = network.get("kind", "unet")
+        if kind not in NETWORKS:
+            raise ValueError(f"kind={kind!r} is no network of the decoder; there are {', '.join(NETWORKS)}")
+        return {**network, "kind": kind}
 
     @property
     def network_choice(self) -> DecoderNetwork:

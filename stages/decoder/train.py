@@ -15,7 +15,7 @@ from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
-from stages.decoder.network import Decoder, build_decoder
+from stages.decoder.network import Condition, Decoder, build_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
@@ -66,7 +66,7 @@ def _fit_decorrelation(
     decoder.text_decorrelation.fit(text_embed)
 
 
-class DecoderModule(StageModule):
+class DecoderModule(StageModule[Decoder]):
     """Trains the decoder; the CLIP and the embeddings are frozen."""
 
     def __init__(
@@ -87,11 +87,6 @@ class DecoderModule(StageModule):
         self._log_every_steps = log_every_steps
 
     @property
-    def decoder(self) -> Decoder:
-        """The network that is trained."""
-        return cast(Decoder, self.network)
-
-    @property
     def clip(self) -> ClipModel:
         """The frozen CLIP; without its image tower where nothing needs it."""
         return cast(ClipModel, self.frozen_networks[0])
@@ -102,13 +97,9 @@ class DecoderModule(StageModule):
         noised = self.process.noise(batch.image_signed(), draws)
         is_dropped = draws.uniform("caption") < settings.caption_dropout
         whole_text, text = self._captions.encode_dropping(batch.caption, is_dropped)
-        prediction = self.decoder(
-            noised.x_t,
-            noised.timestep,
-            self._condition(batch, whole_text),
-            text,
-            drop_image_embed=draws.uniform("image_embed") < settings.image_embed_dropout,
-        )
+        drop_image_embed = draws.uniform("image_embed") < settings.image_embed_dropout
+        condition = Condition(self._embed(batch, whole_text), text, drop_image_embed)
+        prediction = self.network(noised.x_t, noised.timestep, condition)
         loss_diffusion = self.process.loss(prediction, noised).mean()
         if settings.clip_loss.weight == 0:
             return {LOSS: loss_diffusion, "diffusion": loss_diffusion.detach()}
@@ -124,7 +115,7 @@ class DecoderModule(StageModule):
         losses = {LOSS: loss, "diffusion": loss_diffusion.detach(), "clip": loss_clip.detach()}
         return losses | self._gradient_norms(loss_diffusion, settings.clip_loss.weight * loss_clip, prediction)
 
-    def _condition(self, batch: ImageBatch, text: TextEncoding) -> Tensor:
+    def _embed(self, batch: ImageBatch, text: TextEncoding) -> Tensor:
         """The CLIP embedding that stands for the picture: its own from the cache, or that of its caption."""
         return text.embed if self._embeddings is None else self._embeddings.image_embed[batch.sample].to(self.device)
 
@@ -141,11 +132,12 @@ class DecoderModule(StageModule):
     def sample_grid(self) -> SampleGrid:
         """Validation pictures, each beside a sample from its own embedding and caption."""
         batch = self._shown.to(self.device)
-        sampler = DecoderSampler(self.decoder, self.settings, self.clip)
+        sampler = DecoderSampler(self.network, self.settings, self.clip)
         drawn = []
         for piece in batch.split(self.micro_batch_size):
             text = self._captions.encode(piece.caption)
-            drawn.append(sampler.sample(text, self._condition(piece, text), piece.draws(), DecoderOptions()))
+            condition = Condition(self._embed(piece, text), text)
+            drawn.append(sampler.sample(condition, piece.draws(), DecoderOptions()))
         pairs = [
             [to_pil(real), to_pil(fake)] for real, fake in zip(batch.image_signed(), torch.cat(drawn), strict=True)
         ]

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from stages.diffusion.clip_loss import ImageEncoder, similarity
+
+C = TypeVar("C")
 
 
 def classifier_free(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -25,6 +28,20 @@ class GuidanceGradient(StrEnum):
 
     DENOISER = "denoiser"
     PREDICTION = "prediction"
+
+
+def guided(
+    denoise: Callable[[Tensor, Tensor, C], Tensor], condition: C, unconditional: C | None, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`denoise` (x_t, timestep, condition) under a condition, guided by what it does without; None is no guidance."""
+
+    def guided_denoise(x_t: Tensor, timestep: Tensor) -> Tensor:
+        prediction = denoise(x_t, timestep, condition)
+        if unconditional is None:
+            return prediction
+        return classifier_free(denoise(x_t, timestep, unconditional), prediction, scale)
+
+    return guided_denoise
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
-from stages.decoder.network import load_decoder
+from stages.decoder.network import Condition, load_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.prior.network import load_prior
@@ -42,21 +42,19 @@ class Generated:
     final: Tensor
 
 
+@dataclass(frozen=True)
 class TextToImage:
     """The networks of one run, chained. What is drawn for a picture follows from its seed alone."""
 
-    def __init__(
-        self,
-        clip: ClipModel,
-        prior: PriorSampler | None,
-        decoder: DecoderSampler,
-        upsamplers: Sequence[UpsamplerSampler],
-    ) -> None:
-        self.clip = clip
-        self.prior = prior
-        self.decoder = decoder
-        self.upsamplers = tuple(upsamplers)
-        self.captions = CaptionEncoder(clip)
+    clip: ClipModel
+    prior: PriorSampler | None
+    decoder: DecoderSampler
+    upsamplers: Sequence[UpsamplerSampler]
+
+    @property
+    def captions(self) -> CaptionEncoder:
+        """Captions through the run's CLIP."""
+        return CaptionEncoder(self.clip)
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +69,7 @@ class TextToImage:
         condition_embed = text.embed
         if self.prior is not None:
             condition_embed = self.prior.sample(text, draws, options.prior_guidance_scale)
-        base = self.decoder.sample(text, condition_embed, draws, options.decoder)
+        base = self.decoder.sample(Condition(condition_embed, text), draws, options.decoder)
         final = base
         for upsampler in self.upsamplers:
             final = upsampler.sample(final, draws)

@@ -1,7 +1,6 @@
 """The stage `judge`: learns from real pictures to read what is in them, so that `evaluate` can hold samples to it."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,18 +41,13 @@ def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple
         yield made
 
 
-class JudgeModule(StageModule):
+class JudgeModule(StageModule[Judge]):
     """Trains the judge by cross-entropy on every attribute."""
 
     def __init__(self, judge: Judge, settings: JudgeSettings, labels_of_rows: Tensor) -> None:
         super().__init__(judge, settings)
         self.settings = settings
         self._labels = labels_of_rows
-
-    @property
-    def judge(self) -> Judge:
-        """The network that is trained."""
-        return cast(Judge, self.network)
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The cross-entropy, summed over attributes, of noised pictures that were reduced to one of `seen_at` sizes."""
@@ -66,7 +60,7 @@ class JudgeModule(StageModule):
             if chosen.any():
                 seen[chosen] = resize(resize(image[chosen], size), settings.image_size)
         strength = settings.max_noise * draws.uniform("noise strength")[:, None, None, None]
-        logits = self.judge(seen + strength * draws.normal("noise", seen.shape[1:]))
+        logits = self.network(seen + strength * draws.normal("noise", seen.shape[1:]))
         truth = self._labels[batch.sample].to(self.device)
         return {LOSS: torch.stack([F.cross_entropy(each, truth[:, a]) for a, each in enumerate(logits)]).sum()}
 
@@ -76,7 +70,7 @@ class JudgeModule(StageModule):
         for batch in batches:
             truth = self._labels[batch.sample].to(self.device)
             for size, found in right.items():
-                found.append(self.judge.read(resize(batch.image_signed(), size)) == truth)
+                found.append(self.network.read(resize(batch.image_signed(), size)) == truth)
         metrics = {}
         for size, found in right.items():
             by_attribute = torch.cat(found).float()

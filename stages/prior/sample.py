@@ -1,5 +1,7 @@
 """Captions to image embeddings."""
 
+from functools import partial
+
 import torch
 from diffusers.models.transformers.prior_transformer import PriorTransformer
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from pipeline.data.draws import SampleDraws
 from stages.captions import CaptionEncoder
 from stages.clip.network import TextEncoding
-from stages.diffusion.guidance import classifier_free
+from stages.diffusion.guidance import guided
 from stages.diffusion.process import DiffusionProcess
 from stages.diffusion.sampler import drawn_noise, sample
 from stages.prior.network import denoise_prior, get_whitening
@@ -32,13 +34,7 @@ class PriorSampler:
         sampler = self._settings.sampler
         scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
         none = self._captions.encode_none(len(text.embed)) if scale != 1.0 else None
-
-        def denoise(x_t: Tensor, timestep: Tensor) -> Tensor:
-            conditional = denoise_prior(self._prior, x_t, timestep, text)
-            if none is None:
-                return conditional
-            return classifier_free(denoise_prior(self._prior, x_t, timestep, none), conditional, scale)
-
+        denoise = guided(partial(denoise_prior, self._prior), text, none, scale)
         best, best_score = None, None
         for candidate in range(sampler.candidates):
             x_T, step_noise = drawn_noise(draws, f"prior {candidate}", (text.embed.shape[1],))  # noqa: N806

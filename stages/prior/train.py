@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import cast
 
 import torch
 from diffusers.models.transformers.prior_transformer import PriorTransformer
@@ -40,7 +39,7 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, result.metrics, result.samples_seen)
 
 
-class PriorModule(StageModule):
+class PriorModule(StageModule[PriorTransformer]):
     """Trains the prior to predict the whitened image embedding from a noised one and the caption."""
 
     def __init__(
@@ -52,11 +51,6 @@ class PriorModule(StageModule):
         self._captions = CaptionEncoder(clip)
         self._embeddings = embeddings
 
-    @property
-    def prior(self) -> PriorTransformer:
-        """The network that is trained."""
-        return cast(PriorTransformer, self.network)
-
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The diffusion loss of a batch, and the cosine of the predicted to the true embedding (no gradient)."""
         draws = batch.draws()
@@ -64,7 +58,7 @@ class PriorModule(StageModule):
         noised = self.process.noise(self._embeddings.whitening.whiten(image_embed), draws)
         is_dropped = draws.uniform("caption") < self.settings.caption_dropout
         _, text = self._captions.encode_dropping(batch.caption, is_dropped)
-        prediction = denoise_prior(self.prior, noised.x_t, noised.timestep, text)
+        prediction = denoise_prior(self.network, noised.x_t, noised.timestep, text)
         z_i_hat = self._embeddings.whitening.unwhiten(self.process.x_0(prediction.detach(), noised))
         return {
             LOSS: self.process.loss(prediction, noised).mean(),
@@ -74,7 +68,7 @@ class PriorModule(StageModule):
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Losses, and the health of sampled embeddings: cosine to the true one, an unrelated one, and the caption's."""
         kept = list(batches)
-        sampler = PriorSampler(self.prior, self.settings, self._captions)
+        sampler = PriorSampler(self.network, self.settings, self._captions)
         sampled, true, text = [], [], []
         # Sampling costs as much as many steps of training, and the mean cosine of one batch tells enough.
         for batch in within(kept, self.settings.global_batch_size):

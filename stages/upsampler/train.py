@@ -1,7 +1,6 @@
 """The stage `upsampler`: diffusion from a small picture to a larger one (unCLIP, section 2.1)."""
 
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -39,7 +38,7 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, result.metrics, result.samples_seen)
 
 
-class UpsamplerModule(StageModule):
+class UpsamplerModule(StageModule[UNet2DModel]):
     """Trains the upsampler."""
 
     def __init__(self, upsampler: UNet2DModel, settings: UpsamplerSettings, shown: ImageBatch) -> None:
@@ -48,11 +47,6 @@ class UpsamplerModule(StageModule):
         self.process = DiffusionProcess(settings.schedule, settings.objective)
         self._shown = shown
 
-    @property
-    def upsampler(self) -> UNet2DModel:
-        """The network that is trained."""
-        return cast(UNet2DModel, self.network)
-
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The diffusion loss on one random crop of each picture."""
         settings, draws = self.settings, batch.draws()
@@ -60,7 +54,7 @@ class UpsamplerModule(StageModule):
         low = resize(x_0, settings.crop_size * settings.low_size // settings.high_size)
         condition = resize(degrade(settings.degradation, low, draws), settings.crop_size)
         noised = self.process.noise(x_0, draws)
-        prediction = denoise_upsampler(self.upsampler, noised.x_t, noised.timestep, condition)
+        prediction = denoise_upsampler(self.network, noised.x_t, noised.timestep, condition)
         return {LOSS: self.process.loss(prediction, noised).mean()}
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
@@ -79,7 +73,7 @@ class UpsamplerModule(StageModule):
 
     def _sample(self, low: Tensor, sample_seed: Tensor) -> Tensor:
         """Samples [B, 3, S, S], as many at a time as the device takes."""
-        sampler = UpsamplerSampler(self.upsampler, self.settings)
+        sampler = UpsamplerSampler(self.network, self.settings)
         pieces = zip(low.split(self.micro_batch_size), sample_seed.split(self.micro_batch_size), strict=True)
         return torch.cat([sampler.sample(piece, SampleDraws(seeds, self.device)) for piece, seeds in pieces])
 

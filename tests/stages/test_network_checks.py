@@ -7,7 +7,7 @@ import torch
 from pipeline.errors import UserError
 from stages.clip.network import TextEncoding
 from stages.clip.settings import ClipNetworkSettings, check_network
-from stages.decoder.network import UNetDecoder
+from stages.decoder.network import Condition, UNetDecoder
 from stages.diffusion.settings import (
     DiffusionStageSettings,
     ObjectiveSettings,
@@ -57,9 +57,11 @@ def run_decoder(image_size, context_length):
     decoder(
         torch.randn(1, 3, image_size, image_size),
         torch.tensor([1]),
-        torch.randn(1, 16),
-        TextEncoding(
-            torch.randn(1, 16), torch.randn(1, context_length, 16), torch.ones(1, context_length, dtype=torch.bool)
+        Condition(
+            torch.randn(1, 16),
+            TextEncoding(
+                torch.randn(1, 16), torch.randn(1, context_length, 16), torch.ones(1, context_length, dtype=torch.bool)
+            ),
         ),
     )
 

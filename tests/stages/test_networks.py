@@ -7,7 +7,7 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch.nn import functional as F
 
 from stages.clip.network import TextEncoding
-from stages.decoder.network import UNetDecoder
+from stages.decoder.network import Condition, UNetDecoder
 from stages.embed.embeddings import Whitening
 from stages.pictures import resize
 from stages.prior.network import build_prior, denoise_prior, get_whitening, set_whitening
@@ -69,11 +69,9 @@ def test_a_guided_decoder_call_is_that_of_the_stock_pipeline(decoder):
     unconditional = decoder(
         noisy,
         timestep,
-        given["image_embed"],
-        empty["text"],
-        drop_image_embed=torch.tensor([True, True]),
+        Condition(given["image_embed"], empty["text"], drop_image_embed=torch.tensor([True, True])),
     )
-    conditional = decoder(noisy, timestep, **given)
+    conditional = decoder(noisy, timestep, Condition(**given))
 
     torch.testing.assert_close(torch.cat([unconditional, conditional]), stock, rtol=1e-4, atol=1e-5)
     assert (unconditional - conditional).abs().max() > 1e-3
@@ -85,8 +83,8 @@ def test_each_sample_drops_its_own_image_embedding(decoder):
     other = {**given, "image_embed": torch.randn(2, EMBED_DIM)}
     drop = torch.tensor([True, False])
 
-    first = decoder(noisy, timestep, **given, drop_image_embed=drop)
-    second = decoder(noisy, timestep, **other, drop_image_embed=drop)
+    first = decoder(noisy, timestep, Condition(**given, drop_image_embed=drop))
+    second = decoder(noisy, timestep, Condition(**other, drop_image_embed=drop))
 
     torch.testing.assert_close(first[0], second[0])
     assert (first[1] - second[1]).abs().max() > 1e-4
@@ -102,16 +100,18 @@ def test_the_decoder_sees_no_token_behind_the_mask(decoder):
     visible = {**given, "text": replace(text, hidden=text.hidden.clone())}
     visible["text"].hidden[:, 0] = torch.randn(2, EMBED_DIM)
 
-    output = decoder(noisy, timestep, **given)
+    output = decoder(noisy, timestep, Condition(**given))
 
-    torch.testing.assert_close(output, decoder(noisy, timestep, **changed))
-    assert (output - decoder(noisy, timestep, **visible)).abs().max() > 1e-5
+    torch.testing.assert_close(output, decoder(noisy, timestep, Condition(**changed)))
+    assert (output - decoder(noisy, timestep, Condition(**visible))).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("drop", [None, torch.tensor([True, True, True]), torch.tensor([True, False, False])])
 def test_a_decoder_step_reaches_every_parameter(drop):
     decoder = UNetDecoder(UNET, image_size=8, embed_dim=EMBED_DIM)
-    decoder(torch.randn(3, 3, 8, 8), torch.tensor([1, 2, 3]), **condition(3), drop_image_embed=drop).sum().backward()
+    decoder(
+        torch.randn(3, 3, 8, 8), torch.tensor([1, 2, 3]), Condition(**condition(3), drop_image_embed=drop)
+    ).sum().backward()
 
     assert without_gradient(decoder) == []
 
@@ -124,7 +124,7 @@ def test_a_decoder_is_saved_and_loaded_as_the_classes_of_the_stock_pipeline(deco
     again.text_proj = UnCLIPTextProjModel.from_pretrained(tmp_path / "text_proj")
     given, noisy, timestep = condition(1), torch.randn(1, 3, 8, 8), torch.tensor([3])
 
-    torch.testing.assert_close(again(noisy, timestep, **given), decoder(noisy, timestep, **given))
+    torch.testing.assert_close(again(noisy, timestep, Condition(**given)), decoder(noisy, timestep, Condition(**given)))
 
 
 def make_prior():

@@ -87,7 +87,7 @@ def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_whole_batch(tmp_path: 
     for micro_batch_size in (8, 3):
         module.micro_batch_size = micro_batch_size
         module.zero_grad()
-        objective(*module._embed(batch), module.clip.logit_scale, module.clip.logit_bias).backward()
+        objective(*module._embed(batch), module.network.logit_scale, module.network.logit_bias).backward()
         gradients.append({name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None})
     whole, pieces = gradients
     assert whole.keys() == pieces.keys()
@@ -252,9 +252,9 @@ def test_clip_s_training_keeps_the_scale_on_the_similarities_below_one_hundred(o
     assert isinstance(settings, ClipSettings)
     module = ClipModule(ClipModel(settings.network, settings.loss), settings)
     optimizer = build_optimizer(module.network, settings.optimizer, module.parameter_ranges, fused=True)
-    scale = module.clip.network.logit_scale
+    scale = module.network.network.logit_scale
     with torch.no_grad():
         scale.fill_(9.0)
     scale.grad = -torch.ones_like(scale)
     optimizer.step()
-    assert module.clip.logit_scale.item() == pytest.approx(100.0)
+    assert module.network.logit_scale.item() == pytest.approx(100.0)
