@@ -12,8 +12,7 @@ from stages.clip.network import ClipModel, Towers
 from stages.decoder.network import Condition, Decoder
 from stages.decoder.settings import DecoderSettings
 from stages.diffusion.guidance import ClipGuidance, guided
-from stages.diffusion.process import DiffusionProcess
-from stages.diffusion.sampler import drawn_noise, sample
+from stages.diffusion.sampler import NetworkSampler
 
 
 @dataclass(frozen=True)
@@ -25,39 +24,34 @@ class DecoderOptions:
     steps: int | None = None
 
 
-class DecoderSampler:
+class DecoderSampler(NetworkSampler[Decoder, DecoderSettings]):
     """Draws pictures with classifier-free guidance and, where asked, CLIP guidance (which needs the image tower)."""
 
     def __init__(self, decoder: Decoder, settings: DecoderSettings, clip: ClipModel) -> None:
-        self._decoder = decoder
-        self._settings = settings
+        super().__init__(decoder, settings)
         self._clip = clip
-        self._captions = CaptionEncoder(clip)
-        self._process = DiffusionProcess(settings.schedule, settings.objective).to(next(decoder.parameters()).device)
 
     def sample(self, condition: Condition, draws: SampleDraws, options: DecoderOptions) -> Tensor:
         """Pictures float32 [B, 3, S, S] in [-1, 1]."""
-        sampler = self._settings.sampler
+        sampler, size = self.settings.sampler, self.settings.image_size
         scale = sampler.guidance_scale if options.guidance_scale is None else options.guidance_scale
         unconditional, embed = None, condition.image_embed
         if scale != 1.0:
             drop_all = torch.ones(len(embed), dtype=torch.bool, device=embed.device)
-            unconditional = Condition(embed, self._captions.encode_none(len(embed)), drop_all)
-        size = self._settings.image_size
-        x_T, step_noise = drawn_noise(draws, "decoder", (3, size, size))  # noqa: N806 (the paper's symbol)
-        return sample(
-            guided(self._decoder, condition, unconditional, scale),
-            x_T,
-            self._process,
-            options.steps or sampler.steps,
+            unconditional = Condition(embed, CaptionEncoder(self._clip).encode_none(len(embed)), drop_all)
+        return self.draw(
+            guided(self.network, condition, unconditional, scale),
+            draws,
+            "decoder",
+            (3, size, size),
+            steps=options.steps or sampler.steps,
             eta=sampler.eta,
-            step_noise=step_noise,
             guidance=self._clip_guidance(condition.text.embed, options),
         )
 
     def _clip_guidance(self, text_embed: Tensor, options: DecoderOptions) -> ClipGuidance | None:
         asked = options.clip_guidance_scale
-        scale = self._settings.sampler.clip_guidance_scale if asked is None else asked
+        scale = self.settings.sampler.clip_guidance_scale if asked is None else asked
         if scale == 0.0:
             return None
         if self._clip.towers is Towers.TEXT:

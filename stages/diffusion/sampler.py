@@ -5,13 +5,18 @@ the steps do not divide T; here each step ends where the next one starts. Where 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.draws import SampleDraws
 from stages.diffusion.process import DiffusionProcess, Noisy
 from stages.diffusion.schedule import NoiseSchedule
+from stages.diffusion.settings import DiffusionStageSettings
+
+Network = TypeVar("Network", bound=nn.Module)
+S = TypeVar("S", bound=DiffusionStageSettings)
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, ...], timestep int64 [B]) -> the network's prediction [B, ...], classifier-free guidance included."""
@@ -28,9 +33,38 @@ def sampling_timesteps(timesteps: int, steps: int) -> list[int]:
     return [round(timesteps - index * timesteps / steps) - 1 for index in range(steps)]
 
 
-def drawn_noise(draws: SampleDraws, purpose: str, shape: tuple[int, ...]) -> tuple[Tensor, StepNoise]:
-    """x_T and the noise of every step, float32 [B, *shape], as each picture's seed draws them."""
-    return draws.normal(purpose, shape), lambda index: draws.normal(f"{purpose} step {index}", shape)
+class NetworkSampler(Generic[Network, S]):
+    """Samples from a trained network, as the settings say that it was trained with."""
+
+    def __init__(self, network: Network, settings: S) -> None:
+        self.network = network
+        self.settings = settings
+        device = next(network.parameters()).device
+        self._process = DiffusionProcess(settings.schedule, settings.objective).to(device)
+
+    def draw(
+        self,
+        denoise: Denoise,
+        draws: SampleDraws,
+        purpose: str,
+        shape: tuple[int, ...],
+        *,
+        steps: int,
+        eta: float,
+        clip_range: float = 1.0,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
+        """Samples float32 [B, *shape]. All noise is drawn by the samples' seeds, for a `purpose` of this network's."""
+        return sample(
+            denoise,
+            draws.normal(purpose, shape),
+            self._process,
+            steps,
+            clip_range=clip_range,
+            eta=eta,
+            step_noise=lambda index: draws.normal(f"{purpose} step {index}", shape),
+            guidance=guidance,
+        )
 
 
 @torch.no_grad()

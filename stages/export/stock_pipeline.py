@@ -1,13 +1,10 @@
 """A run's networks as diffusers' stock `UnCLIPPipeline`, which loads them with no code of this project."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.models.transformers.prior_transformer import PriorTransformer
-from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
 from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
@@ -16,27 +13,17 @@ from transformers import CLIPTokenizer
 from stages.clip.network import ClipModel, bpe_vocabulary
 from stages.decoder.network import UNetDecoder
 from stages.decoder.networks.unet import UNetDecoderSettings
+from stages.decoder.sample import DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderSettings
-from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleKind, ScheduleSettings
+from stages.diffusion.settings import DiffusionStageSettings, PredictionType, ScheduleKind
 from stages.export.transformers_clip import text_to_transformers
+from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
+from stages.upsampler.sample import UpsamplerSampler
 from stages.upsampler.settings import UpsamplerSettings
 
 TEXT_PROJ_CLASS = ["diffusers.pipelines.deprecated.unclip.text_proj", "UnCLIPTextProjModel"]
 """Where stock diffusers (0.38 and later) finds the class; what `save_pretrained` writes by itself does not load."""
-
-
-@dataclass(frozen=True)
-class StockNetworks:
-    """What the stock pipeline is made of; it has room for one upsampler."""
-
-    clip: ClipModel
-    prior: PriorTransformer
-    prior_settings: PriorSettings
-    decoder: UNetDecoder
-    decoder_settings: DecoderSettings
-    upsampler: UNet2DModel
-    upsampler_settings: UpsamplerSettings
 
 
 def obstacle(prior: PriorSettings | None, decoder: DecoderSettings, upsampler: UpsamplerSettings | None) -> str | None:
@@ -55,28 +42,25 @@ def obstacle(prior: PriorSettings | None, decoder: DecoderSettings, upsampler: U
     return None
 
 
-def save_stock_pipeline(directory: Path, networks: StockNetworks) -> None:
+def save_stock_pipeline(
+    directory: Path, clip: ClipModel, prior: PriorSampler, decoder: DecoderSampler, upsampler: UpsamplerSampler
+) -> None:
     """Write a directory for `UnCLIPPipeline.from_pretrained`. Call only where `obstacle` is None.
 
     The pipeline samples with ancestral steps; `super_res_last`, which takes only its last step, is a copy.
     """
+    assert isinstance(decoder.network, UNetDecoder), "as `obstacle` checked"
     pipeline = UnCLIPPipeline(
-        prior=networks.prior,
-        decoder=_with_learned_range(networks.decoder.unet),
-        text_encoder=text_to_transformers(networks.clip),
-        tokenizer=_tokenizer(networks.clip.settings.context_length),
-        text_proj=networks.decoder.plain_text_proj(),
-        super_res_first=networks.upsampler,
-        super_res_last=networks.upsampler,
-        prior_scheduler=_scheduler(
-            networks.prior_settings.schedule,
-            networks.prior_settings.objective,
-            clip_range=networks.prior_settings.sampler.clip_sample_range,
-        ),
-        decoder_scheduler=_scheduler(
-            networks.decoder_settings.schedule, networks.decoder_settings.objective, variance_type="learned_range"
-        ),
-        super_res_scheduler=_scheduler(networks.upsampler_settings.schedule, networks.upsampler_settings.objective),
+        prior=prior.network,
+        decoder=_with_learned_range(decoder.network.unet),
+        text_encoder=text_to_transformers(clip),
+        tokenizer=_tokenizer(clip.settings.context_length),
+        text_proj=decoder.network.plain_text_proj(),
+        super_res_first=upsampler.network,
+        super_res_last=upsampler.network,
+        prior_scheduler=_scheduler(prior.settings, clip_range=prior.settings.sampler.clip_sample_range),
+        decoder_scheduler=_scheduler(decoder.settings, variance_type="learned_range"),
+        super_res_scheduler=_scheduler(upsampler.settings),
     )
     pipeline.save_pretrained(directory, safe_serialization=True)
     index_file = directory / "model_index.json"
@@ -98,16 +82,13 @@ def _with_learned_range(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def _scheduler(
-    schedule: ScheduleSettings,
-    objective: ObjectiveSettings,
-    clip_range: float = 1.0,
-    variance_type: str = "fixed_small_log",
+    settings: DiffusionStageSettings, clip_range: float = 1.0, variance_type: str = "fixed_small_log"
 ) -> UnCLIPScheduler:
     return UnCLIPScheduler(
-        num_train_timesteps=schedule.timesteps,
+        num_train_timesteps=settings.schedule.timesteps,
         variance_type=variance_type,  # pyright: ignore[reportArgumentType]
         clip_sample_range=clip_range,
-        prediction_type=objective.prediction_type.value,  # pyright: ignore[reportArgumentType]
+        prediction_type=settings.objective.prediction_type.value,  # pyright: ignore[reportArgumentType]
     )
 
 

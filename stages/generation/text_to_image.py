@@ -13,7 +13,7 @@ from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
 from stages.decoder.network import Condition, load_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
-from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
+from stages.decoder.settings import DecoderCondition, DecoderSettings
 from stages.prior.network import load_prior
 from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
@@ -76,33 +76,6 @@ class TextToImage:
         return Generated(condition_embed, base, final)
 
 
-def load_text_to_image(
-    clip: Artifact,
-    prior: Artifact | None,
-    decoder: Artifact,
-    upsamplers: Sequence[Artifact],
-    device: torch.device,
-) -> TextToImage:
-    """Load the networks behind artifacts. Raises `UserError` where they do not fit each other."""
-    model = load_clip(clip, device=device)
-    settings = decoder.settings(DecoderSettings)
-    if (settings.condition is DecoderCondition.IMAGE_EMBED) != (prior is not None):
-        raise UserError(
-            f"{decoder.path} is conditioned on {settings.condition.value} and the run has "
-            f"{'a' if prior else 'no'} prior; use the prior of its own workflow"
-        )
-    captions = CaptionEncoder(model)
-    prior_sampler = None
-    if prior is not None:
-        prior_sampler = PriorSampler(load_prior(prior, clip, device), prior.settings(PriorSettings), captions)
-    return TextToImage(
-        model,
-        prior_sampler,
-        DecoderSampler(load_decoder(decoder, clip, device), settings, model),
-        [UpsamplerSampler(load_upsampler(each, device), each.settings(UpsamplerSettings)) for each in upsamplers],
-    )
-
-
 def in_chain(upsamplers: Sequence[Artifact], base_size: int) -> list[Artifact]:
     """The upsamplers in the order in which they continue from `base_size`."""
     remaining = {each.numbers(UpsamplerNumbers).low_size: each for each in upsamplers}
@@ -124,7 +97,25 @@ def inputs_by_kind(artifacts: Collection[Artifact]) -> dict[str, tuple[Artifact,
 
 
 def chain_of_inputs(inputs: Mapping[str, tuple[Artifact, ...]], device: torch.device) -> TextToImage:
-    """The chain behind a stage's inputs `clip`, `prior`, `decoder` and `upsampler`."""
-    (clip,), (decoder,) = inputs["clip"], inputs["decoder"]
-    upsamplers = in_chain(inputs["upsampler"], decoder.numbers(DecoderNumbers).image_size)
-    return load_text_to_image(clip, next(iter(inputs["prior"]), None), decoder, upsamplers, device)
+    """The networks behind a stage's inputs `clip`, `prior`, `decoder` and `upsampler`.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    (clip,), (decoder,), prior = inputs["clip"], inputs["decoder"], next(iter(inputs["prior"]), None)
+    model, settings = load_clip(clip, device=device), decoder.settings(DecoderSettings)
+    if (settings.condition is DecoderCondition.IMAGE_EMBED) != (prior is not None):
+        raise UserError(
+            f"{decoder.path} is conditioned on {settings.condition.value} and the run has "
+            f"{'a' if prior else 'no'} prior; use the prior of its own workflow"
+        )
+    captions = CaptionEncoder(model)
+    return TextToImage(
+        model,
+        PriorSampler(load_prior(prior, clip, device), prior.settings(PriorSettings), captions) if prior else None,
+        DecoderSampler(load_decoder(decoder, clip, device), settings, model),
+        [
+            UpsamplerSampler(load_upsampler(each, device), each.settings(UpsamplerSettings))
+            for each in in_chain(inputs["upsampler"], settings.image_size)
+        ],
+    )

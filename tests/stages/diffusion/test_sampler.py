@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from stages.diffusion.guidance import ClipGuidance, GuidanceGradient, classifier_free
+from stages.diffusion.guidance import ClipGuidance, classifier_free
 from stages.diffusion.process import DiffusionProcess, Noised, Noisy
 from stages.diffusion.sampler import invert, sample, sampling_timesteps
 from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleKind, ScheduleSettings
@@ -175,16 +175,15 @@ def test_clip_guidance_shifts_the_noise_as_classifier_guidance_does(prediction_t
     torch.testing.assert_close(guided_noise, shifted_noise, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("gradient", list(GuidanceGradient))
 @pytest.mark.parametrize("prediction_type", [PredictionType.SAMPLE, PredictionType.V_PREDICTION])
-def test_clip_guidance_raises_the_similarity_of_what_is_sampled(gradient, prediction_type):
+def test_clip_guidance_raises_the_similarity_of_what_is_sampled(prediction_type):
     process = make_process(prediction_type, zero_terminal_snr=True)
     denoise = ideal_denoiser(process)
     x_T, text_embed = torch.randn(4, 3, 4, 4), torch.tensor([[1.0, -1.0, 0.0]]).expand(4, 3)  # noqa: N806
     clip = MeanColourClip()
 
     def similarity_with(scale):
-        guidance = ClipGuidance(clip, text_embed, scale, gradient)
+        guidance = ClipGuidance(clip, text_embed, scale)
         pictures = sample(denoise, x_T, process, 20, guidance=guidance)
         assert torch.isfinite(pictures).all()
         return torch.cosine_similarity(clip.encode_image(pictures), text_embed).mean().item()

@@ -2,16 +2,21 @@ import pytest
 import torch
 from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
 
+from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel
 from stages.clip.settings import ClipNetworkSettings
-from stages.decoder.network import UNetDecoder
+from stages.decoder.network import Condition, UNetDecoder
+from stages.decoder.sample import DecoderSampler
 from stages.decoder.settings import DecoderSettings
 from stages.diffusion.settings import PredictionType, ScheduleKind
-from stages.export.stock_pipeline import StockNetworks, obstacle, save_stock_pipeline
+from stages.export.stock_pipeline import obstacle, save_stock_pipeline
+from stages.generation.text_to_image import TextToImage
 from stages.prior.network import build_prior
+from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorNetworkSettings, PriorSettings
 from stages.unet import UNetSettings
 from stages.upsampler.network import build_upsampler
+from stages.upsampler.sample import UpsamplerSampler
 from stages.upsampler.settings import UpsamplerSettings
 
 CAPTIONS = ["a small red circle at the left of a gray background", "Ünïcode &amp; HTML,   spaces", ""]
@@ -93,28 +98,28 @@ UPSAMPLER = UpsamplerSettings.model_validate(
 
 
 @pytest.fixture(scope="module")
-def networks() -> StockNetworks:
+def networks() -> TextToImage:
     torch.manual_seed(0)
     decoder = UNetDecoder(UNET, image_size=8, embed_dim=32).eval()
     # Unequal variances, a mean, a null embedding: whatever export has to fold in.
     decoder.image_decorrelation.fit(3.0 + torch.randn(256, 32) * torch.logspace(-1, 1, 32))
     decoder.text_decorrelation.fit(torch.randn(256, 32) @ torch.randn(32, 32))
     torch.nn.init.normal_(decoder.text_proj.learned_classifier_free_guidance_embeddings)
-    return StockNetworks(
-        clip=ClipModel(CLIP_NETWORK).eval(),
-        prior=build_prior(PriorNetworkSettings(layers=1, heads=2, head_dim=8), embed_dim=32, context_length=24).eval(),
-        prior_settings=PRIOR,
-        decoder=decoder,
-        decoder_settings=DECODER,
-        upsampler=build_upsampler(UPSAMPLER.network, high_size=16).eval(),
-        upsampler_settings=UPSAMPLER,
+    clip = ClipModel(CLIP_NETWORK).eval()
+    prior = build_prior(PriorNetworkSettings(layers=1, heads=2, head_dim=8), embed_dim=32, context_length=24).eval()
+    upsampler = build_upsampler(UPSAMPLER.network, high_size=16).eval()
+    return TextToImage(
+        clip,
+        PriorSampler(prior, PRIOR, CaptionEncoder(clip)),
+        DecoderSampler(decoder, DECODER, clip),
+        [UpsamplerSampler(upsampler, UPSAMPLER)],
     )
 
 
 @pytest.fixture(scope="module")
 def pipeline(networks, tmp_path_factory) -> UnCLIPPipeline:
     directory = tmp_path_factory.mktemp("stock")
-    save_stock_pipeline(directory, networks)
+    save_stock_pipeline(directory, networks.clip, networks.prior, networks.decoder, networks.upsamplers[0])
     return UnCLIPPipeline.from_pretrained(directory, use_safetensors=True)
 
 
@@ -144,7 +149,7 @@ def test_the_saved_text_encoder_agrees_with_clip_on_whole_captions(networks, pip
 
 @torch.no_grad()
 def test_the_saved_decoder_predicts_what_ours_does_and_the_fixed_small_variance(networks, pipeline):
-    clip, decoder = networks.clip, networks.decoder
+    clip, decoder = networks.clip, networks.decoder.network
     text = clip.encode_text(clip.tokenize(CAPTIONS[:2]))
     image_embed = torch.randn(2, 32)
     noisy = torch.randn(2, 3, 8, 8)
@@ -160,7 +165,7 @@ def test_the_saved_decoder_predicts_what_ours_does_and_the_fixed_small_variance(
         noisy, timestep, encoder_hidden_states=hidden, class_labels=time_embed, attention_mask=mask
     ).sample
     dropped = torch.tensor([True, False])
-    own = decoder(noisy, timestep, image_embed, text.embed, text.hidden, text.mask, drop_image_embed=dropped)
+    own = decoder(noisy, timestep, Condition(image_embed, text, drop_image_embed=dropped))
     torch.testing.assert_close(stock[:, :3], own, atol=1e-4, rtol=1e-4)
     assert torch.equal(stock[:, 3:], torch.full_like(own, -1.0))
 
@@ -170,13 +175,13 @@ def test_the_saved_prior_and_upsampler_predict_what_ours_do(networks, pipeline):
     noisy = torch.randn(2, 6, 16, 16)
     timestep = torch.tensor([5, 500])
     torch.testing.assert_close(
-        pipeline.super_res_first(noisy, timestep).sample, networks.upsampler(noisy, timestep).sample
+        pipeline.super_res_first(noisy, timestep).sample, networks.upsamplers[0].network(noisy, timestep).sample
     )
     embeds, hidden = torch.randn(2, 32), torch.randn(2, 24, 32)
     arguments = {"timestep": timestep, "proj_embedding": embeds, "encoder_hidden_states": hidden}
     mask = torch.ones(2, 24, dtype=torch.bool)
     stock = pipeline.prior(embeds, attention_mask=mask, **arguments).predicted_image_embedding
-    own = networks.prior(embeds, attention_mask=mask, **arguments).predicted_image_embedding
+    own = networks.prior.network(embeds, attention_mask=mask, **arguments).predicted_image_embedding
     torch.testing.assert_close(stock, own)
 
 
@@ -188,3 +193,5 @@ def test_what_the_stock_schedulers_cannot_express_is_named():
     assert "cosine" in str(obstacle(PRIOR.model_copy(update={"schedule": linear}), DECODER, UPSAMPLER))
     assert "prior" in str(obstacle(None, DECODER, UPSAMPLER))
     assert "upsampler" in str(obstacle(PRIOR, DECODER, None))
+    other = DECODER.model_copy(update={"network": PRIOR.network})
+    assert "U-Net" in str(obstacle(PRIOR, other, UPSAMPLER))
