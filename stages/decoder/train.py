@@ -21,7 +21,7 @@ from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSet
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
 from stages.diffusion.process import DiffusionProcess
 from stages.embed.embeddings import Embeddings, load_clip_embeddings
-from stages.generation.grid import captioned_grid, to_pil
+from stages.generation.grid import captioned_grid
 from stages.weights import save_weights
 
 GRID_PICTURES = 16
@@ -138,9 +138,5 @@ class DecoderModule(StageModule[Decoder]):
             text = self._captions.encode(piece.caption)
             condition = Condition(self._embed(piece, text), text)
             drawn.append(sampler.sample(condition, piece.draws(), DecoderOptions()))
-        pairs = [
-            [to_pil(real), to_pil(fake)] for real, fake in zip(batch.image_signed(), torch.cat(drawn), strict=True)
-        ]
-        names, seeds = ("real", "sample"), batch.sample_seed.tolist()
-        grid = captioned_grid(pairs, batch.caption, columns=4, names=names, seeds=seeds)
-        return SampleGrid(grid.image, batch.caption, grid.layout)
+        pictures = {"real": batch.image_signed(), "sample": torch.cat(drawn)}
+        return captioned_grid(pictures, batch.caption, batch.sample_seed.tolist(), columns=4)

@@ -15,6 +15,7 @@ from pipeline.data.loader import rows_loader
 from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
+from pipeline.workflow.picture_grid import save_grid
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
 from stages.clip.retrieval import retrieval_recall
@@ -28,7 +29,6 @@ from stages.judge.network import load_judge
 from stages.pictures import peak_signal_to_noise, resize
 
 GRID_COLUMNS = 4
-PICTURES = ("real", "base", "final")
 
 
 @torch.no_grad()
@@ -92,17 +92,18 @@ class Evaluation:
         judge_clip = self._context.optional_input("judge_clip")
         if judge_clip is not None:
             embedded["judge_clip/"] = Embedded(load_clip(judge_clip, device=self._chain.device))
-        sampled, cells, captions, seeds = [], [], [], []
+        sampled, captions, seeds = [], [], []
+        pictures: dict[str, list[Image.Image]] = {"real": [], "base": [], "final": []}
         for batch, generated in self._generated(self._sampled_rows, "validation captions"):
             made = Made(batch.caption, batch.image_signed(), generated.base, generated.final)
             for each in (*embedded.values(), *metrics):
                 each.add(made)
             sampled.append(generated.image_embed.float())
-            pictures = zip(made.real, made.base, made.final, strict=True)
-            cells += [[to_pil(picture) for picture in cell] for cell in pictures]
+            for name, found in pictures.items():
+                found += map(to_pil, getattr(made, name))
             captions += batch.caption
             seeds += batch.sample_seed.tolist()
-        self._draw_grid(cells, captions, seeds)
+        self._draw_grid(pictures, captions, seeds)
         embeds = Embeds(
             {name: each.all() for name, each in embedded.items()},
             torch.cat(sampled) if self._chain.prior else None,
@@ -154,17 +155,13 @@ class Evaluation:
         for batch in rows_loader(self._images, rows, batch_size=self._settings.batch_size):
             yield batch.to(self._chain.device)
 
-    def _draw_grid(self, cells: list[list[Image.Image]], captions: list[str], seeds: list[int]) -> None:
-        shown = _spread(np.arange(len(cells)), self._settings.grid_captions)
-        path = self._context.output / "grid.png"
+    def _draw_grid(self, pictures: dict[str, list[Image.Image]], captions: list[str], seeds: list[int]) -> None:
+        shown = _spread(np.arange(len(captions)), self._settings.grid_captions).tolist()
+        chosen = {name: [found[place] for place in shown] for name, found in pictures.items()}
         shown_captions = [captions[place] for place in shown]
-        captioned_grid(
-            [cells[place] for place in shown],
-            shown_captions,
-            GRID_COLUMNS,
-            names=PICTURES,
-            seeds=[seeds[place] for place in shown],
-        ).save(path)
+        grid = captioned_grid(chosen, shown_captions, [seeds[place] for place in shown], columns=GRID_COLUMNS)
+        path = self._context.output / "grid.png"
+        save_grid(grid.image, grid.layout, path)
         self._context.tracker.log_picture(self.made, "grid", path, shown_captions)
 
 

@@ -14,7 +14,7 @@ from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule, within
 from stages.diffusion.process import DiffusionProcess
-from stages.generation.grid import captioned_grid, to_pil
+from stages.generation.grid import captioned_grid
 from stages.pictures import peak_signal_to_noise, resize
 from stages.upsampler.degrade import degrade
 from stages.upsampler.network import build_upsampler, denoise_upsampler
@@ -82,11 +82,8 @@ class UpsamplerModule(StageModule[UNet2DModel]):
         batch = self._shown.to(self.device)
         x_0 = batch.image_signed()
         low = resize(x_0, self.settings.low_size)
-        drawn = self._sample(low, batch.sample_seed)
-        cells = [[to_pil(a), to_pil(b), to_pil(c)] for a, b, c in zip(low, drawn, x_0, strict=True)]
-        names, seeds = ("reduced", "sample", "real"), batch.sample_seed.tolist()
-        grid = captioned_grid(cells, batch.caption, columns=2, names=names, seeds=seeds)
-        return SampleGrid(grid.image, batch.caption, grid.layout)
+        pictures = {"reduced": low, "sample": self._sample(low, batch.sample_seed), "real": x_0}
+        return captioned_grid(pictures, batch.caption, batch.sample_seed.tolist(), columns=2)
 
 
 def random_crop(image: Tensor, size: int, step: int, draws: SampleDraws) -> Tensor:
