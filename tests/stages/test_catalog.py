@@ -1,5 +1,7 @@
 """What counts in the fingerprints of the real stages."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -122,3 +124,9 @@ def test_seed_and_precision_count_in_every_stage_that_computes_and_not_in_what_i
         assert stage is not None
         counted = {key: stage.identity[key] for key in ("seed", "precision") if key in stage.identity}
         assert counted == ({} if name == "prepare" else {"seed": 7, "precision": "32-true"}), name
+
+
+def test_the_catalog_imports_no_torch():
+    program = "import sys, stages.catalog; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

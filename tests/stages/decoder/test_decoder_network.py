@@ -8,14 +8,11 @@ from torch.nn import functional as F
 
 from stages.clip.network import TextEncoding
 from stages.decoder.network import Condition, UNetDecoder
-from stages.embed.embeddings import Whitening
-from stages.pictures import resize
-from stages.prior.network import build_prior, denoise_prior, get_whitening, set_whitening
-from stages.prior.settings import PriorNetworkSettings
-from stages.unet import UNetSettings
-from stages.upsampler.network import build_upsampler, denoise_upsampler
+from stages.unet import UNetSettings, check_unet
 
 EMBED_DIM, CONTEXT = 16, 10
+
+
 UNET = UNetSettings(
     channels=(16, 32), layers_per_block=1, attention=(False, True), attention_head_dim=8, norm_groups=8, dropout=0.0
 )
@@ -127,103 +124,23 @@ def test_a_decoder_is_saved_and_loaded_as_the_classes_of_the_stock_pipeline(deco
     torch.testing.assert_close(again(noisy, timestep, Condition(**given)), decoder(noisy, timestep, Condition(**given)))
 
 
-def make_prior():
-    torch.manual_seed(0)
-    return build_prior(PriorNetworkSettings(layers=2, heads=2, head_dim=8), EMBED_DIM, CONTEXT)
+def run_decoder(image_size, context_length):
+    decoder = UNetDecoder(UNET, image_size, embed_dim=16)
+    decoder(
+        torch.randn(1, 3, image_size, image_size),
+        torch.tensor([1]),
+        Condition(
+            torch.randn(1, 16),
+            TextEncoding(
+                torch.randn(1, 16), torch.randn(1, context_length, 16), torch.ones(1, context_length, dtype=torch.bool)
+            ),
+        ),
+    )
 
 
-def test_a_prior_step_reaches_every_parameter():
-    prior, given = make_prior(), condition(3)
-    denoise_prior(
-        prior,
-        torch.randn(3, EMBED_DIM),
-        torch.tensor([1, 2, 3]),
-        given["text"],
-    ).sum().backward()
-
-    assert without_gradient(prior) == []
-    assert not prior.clip_mean.requires_grad
-
-
-@torch.no_grad()
-def test_the_prior_takes_a_timestep_for_each_sample():
-    prior, given, noisy = make_prior().eval(), condition(2), torch.randn(2, EMBED_DIM)
-    text = given["text"]
-
-    together = denoise_prior(prior, noisy, torch.tensor([5, 900]), text)
-
-    for row, timestep in enumerate((5, 900)):
-        one = text[row : row + 1]
-        alone = prior(noisy[row : row + 1], timestep, one.embed, one.hidden, one.mask).predicted_image_embedding
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_whitened_embeddings_have_zero_mean_and_unit_variance_and_come_back():
-    embeds = 3.0 + 2.0 * torch.randn(500, EMBED_DIM)
-    whitening = Whitening.of(embeds)
-
-    white = whitening.whiten(embeds)
-
-    torch.testing.assert_close(white.mean(0), torch.zeros(EMBED_DIM), rtol=0, atol=1e-5)
-    torch.testing.assert_close(white.std(0, correction=0), torch.ones(EMBED_DIM), rtol=1e-4, atol=0)
-    torch.testing.assert_close(whitening.unwhiten(white), embeds, rtol=1e-4, atol=1e-5)
-
-
-def test_a_constant_dimension_whitens_to_zero():
-    embeds = torch.randn(10, 3)
-    embeds[:, 1] = 4.0
-
-    assert (Whitening.of(embeds).whiten(embeds)[:, 1] == 0).all()
-
-
-def test_the_prior_carries_the_whitening_as_the_stock_pipeline_reads_it(tmp_path):
-    prior, embeds = make_prior(), 3.0 + 2.0 * torch.randn(50, EMBED_DIM)
-    whitening = Whitening.of(embeds)
-    set_whitening(prior, whitening)
-    prior.save_pretrained(tmp_path)
-
-    again = type(prior).from_pretrained(tmp_path)
-
-    white = torch.randn(4, EMBED_DIM)
-    torch.testing.assert_close(again.post_process_latents(white), whitening.unwhiten(white))
-    torch.testing.assert_close(get_whitening(again).std, whitening.std)
-
-
-UPSAMPLER = UNET.model_copy(update={"attention": (False, False)})
-
-
-def test_an_upsampler_step_reaches_every_parameter():
-    upsampler = build_upsampler(UPSAMPLER, high_size=32)
-    denoise_upsampler(
-        upsampler, torch.randn(2, 3, 16, 16), torch.tensor([1, 2]), torch.randn(2, 3, 16, 16)
-    ).sum().backward()
-
-    assert without_gradient(upsampler) == []
-
-
-@torch.no_grad()
-def test_an_upsampler_without_attention_does_the_same_on_a_crop_and_on_the_picture():
-    """Far from the borders, up to the statistics of group norm, which a constant picture shares with its crop."""
-    upsampler = build_upsampler(UPSAMPLER, high_size=32).eval()
-    picture, condition_ = torch.full((1, 3, 32, 32), 0.3), torch.full((1, 3, 32, 32), -0.2)
-
-    whole = denoise_upsampler(upsampler, picture, torch.tensor([10]), condition_)
-    crop = denoise_upsampler(upsampler, picture[..., :16, :16], torch.tensor([10]), condition_[..., :16, :16])
-
-    assert whole.shape == (1, 3, 32, 32)
-    assert crop.shape == (1, 3, 16, 16)
-
-
-def test_an_upsampler_has_no_attention_unless_it_is_asked_for():
-    def attention_layers(network):
-        return [name for name, _ in network.named_modules() if name.endswith("to_q")]
-
-    assert attention_layers(build_upsampler(UPSAMPLER, 32)) == []
-    assert attention_layers(build_upsampler(UNET, 32)) != []
-
-
-def test_the_condition_is_enlarged_as_the_stock_pipeline_enlarges_it():
-    low = torch.rand(2, 3, 4, 4)
-    stock = F.interpolate(low, size=[16, 16], mode="bicubic", align_corners=False, antialias=True)
-
-    assert torch.equal(resize(low, 16), stock)
+def test_what_is_refused_for_its_tokens_crashes_in_diffusers_and_its_neighbours_run():
+    with pytest.raises(RuntimeError):
+        run_decoder(image_size=12, context_length=32)
+    for context_length in (31, 33):
+        check_unet(UNET, 12, "network", "image_size", context_length)
+        run_decoder(image_size=12, context_length=context_length)
