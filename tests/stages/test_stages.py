@@ -156,7 +156,7 @@ def test_embed_resumes_by_parts_to_the_same_numbers(outputs: Path, tmp_path: Pat
 
 def test_the_prior_publishes_its_health_and_loads_with_its_clip(outputs: Path, clip: Artifact):
     prior = run_until(outputs, "prior")
-    assert prior.numbers["clip"] == clip.manifest.fingerprint
+    assert prior.manifest.numbers["clip"] == clip.manifest.fingerprint
     assert {"cosine_to_image", "cosine_to_other_image", "cosine_to_caption", "loss"} <= prior.manifest.metrics.keys()
     load_prior(prior, clip)
     assert [row["samples_seen"] for row in rows_of(prior) if "train/loss" in row] == [8, 16]
