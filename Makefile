@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-all lint setup clean
+.PHONY: demo test test-slow test-all lint setup clean
 
 demo: $(READY)
 	@$(BIN)/unclip run
@@ -14,6 +14,10 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: $(READY) lint
 	@$(PYTEST) -m "not slow"
+
+# Those that `make test` leaves out; TESTS="FILE ..." takes some of them.
+test-slow: $(READY)
+	@$(PYTEST) -m slow $(TESTS)
 
 test-all: $(READY) lint
 	@$(PYTEST)

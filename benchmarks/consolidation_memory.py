@@ -21,10 +21,8 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests/pipeline/training"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import tiny  # noqa: E402
-from ranks import log_of, run_on_ranks  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from pipeline.config import StrategyName  # noqa: E402
@@ -35,6 +33,8 @@ from pipeline.training.processes import process_rank  # noqa: E402
 from pipeline.training.stage import run_stage  # noqa: E402
 from pipeline.training.strategies.portable import PortableStrategy  # noqa: E402
 from pipeline.workflow.declaration import Catalog, Input, StageDeclaration  # noqa: E402
+from tests.support import tiny  # noqa: E402
+from tests.support.ranks import log_of, run_on_ranks  # noqa: E402
 
 PARAMETERS = "UNCLIP_BENCHMARK_PARAMETERS"
 LAYERS = 16

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests" / part) for part in ("pipeline/training", "stages")]
-
-from ranks import log_of, run_on_ranks  # noqa: E402
-from tiny_runs import TINY, plan_stages, run_until  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from pipeline.workflow.artifacts import Artifact  # noqa: E402
 from pipeline.workflow.frozen import FrozenStage  # noqa: E402
+from tests.support.ranks import log_of, run_on_ranks  # noqa: E402
+from tests.support.tiny_runs import TINY, plan_stages, run_until  # noqa: E402
 
 STAGES = ("clip", "prior", "decoder", "upsampler", "judge")
 """Every kind that trains a network."""

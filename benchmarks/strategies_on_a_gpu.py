@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from stage_runs import STAGES, TINY, Bench, finished, run_or_exit
-from tiny_runs import rows_of
+
+from tests.support.tiny_runs import rows_of
 
 STRATEGIES = ("ddp", "zero2", "zero2_offload", "zero3", "zero3_offload")
 WARM_UP_ROWS = 3

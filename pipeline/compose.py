@@ -31,7 +31,8 @@ from pipeline.overrides import (
 )
 from pipeline.secrecy import find_secret
 
-CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
+CONFIG_DIRECTORY = (Path(__file__).parent / "conf").resolve()
+"""A link to the checkout's folder, whose files a wheel has in its place."""
 _OF_ONE_STAGE = re.compile(r"(stage\.[^.=]+\.trainer|launch\.stages\.[^.=]+|launch\.environment)\.[^=]+=")
 _MULTIRUN = ("-m", "--multirun")
 _MEMBERS = "--members"

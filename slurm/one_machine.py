@@ -7,8 +7,8 @@ The first lasts until Ctrl-C and prints what to export, the second is for one co
 
 Two nodes of four CPUs and two pretended GPUs each, in a private directory, as the user who starts it, with nothing
 under /etc and no systemd. The partition `main` can be preempted by `high`. `sacct` works where slurmdbd and MariaDB are
-installed. Everything ends with this process: on Ctrl-C, SIGTERM, at the end of its standard input when that is a pipe,
-and with the jobs that run.
+installed. Other clusters on the machine do not disturb it: ports and job ids are its own. Everything ends with this
+process: on Ctrl-C, SIGTERM, at the end of its standard input when that is a pipe, and with the jobs that run.
 
 Debian and Ubuntu: `sudo apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge`, and for
 `sacct` slurmdbd mariadb-server-core mariadb-client-core.
@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import getpass
 import os
+import random
 import select
 import shutil
 import signal
@@ -38,8 +39,10 @@ import psutil
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 FOR_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 PACKAGES = "slurmctld slurmd slurm-client munge"
-SECONDS_TO_START = 60.0
+SECONDS_TO_START = 180.0
 SECONDS_BEFORE_A_RESTART = 5.0
+PORTS = range(30000, 32768)
+"""Below those that the kernel gives to outgoing connections, any of which could take a port before its daemon does."""
 _PR_SET_CHILD_SUBREAPER = 36
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -53,6 +56,7 @@ class Cluster:
         self._nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self.conf)}
         self._is_stopping = threading.Event()
+        self._ports = random.sample(PORTS, len(PORTS))
         self._has_accounting = all(map(_find, FOR_ACCOUNTING))
 
     def start(self) -> None:
@@ -94,7 +98,7 @@ class Cluster:
 
     def _start_database(self) -> int:
         data, client = self.directory / "database", self.directory / "run" / "mariadb.sock"
-        port, dbd_port = _free_port(), _free_port()
+        port, dbd_port = self._free_port(), self._free_port()
         me = getpass.getuser()
         self._run(
             "mariadb-install-db", "--no-defaults", f"--datadir={data}", f"--user={me}", "--skip-test-db",
@@ -131,14 +135,14 @@ class Cluster:
             else ""
         )
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=4 Sockets=1 "
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={self._free_port()} CPUs=4 Sockets=1 "
             "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=16384 Gres=gpu:2 State=UNKNOWN"
             for node in self._nodes
         )
         self.conf.write_text(f"""\
 ClusterName=one_machine
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={_free_port()}
+SlurmctldPort={self._free_port()}
 SlurmUser={me}
 SlurmdUser={me}
 AuthType=auth/munge
@@ -168,14 +172,15 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=10
-SlurmctldTimeout=10
+SlurmdTimeout=60
+SlurmctldTimeout=60
 MessageTimeout=20
 InactiveLimit=0
 KillWait=5
 CompleteWait=0
 MinJobAge=900
 MaxArraySize=1001
+FirstJobId={random.randrange(1, 60000)}
 GresTypes=gpu
 {loopback}
 {accounting}
@@ -191,6 +196,14 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=100 Pr
             self._start("slurmdbd", "-D")
             self._wait("slurmdbd", lambda: _is_open(database_port))
             self._wait("accounting", lambda: self._succeeds("sacctmgr", "-i", "add", "cluster", "one_machine"))
+
+    def _free_port(self) -> int:
+        """A port that nobody has, and no other daemon of this cluster will have."""
+        while True:
+            port = self._ports.pop()
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("", port))
+                return port
 
     def _start(self, program: str, *arguments: str, log: str | None = None) -> subprocess.Popen[bytes]:
         command = [_find(program) or program, *arguments]
@@ -300,12 +313,6 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def _find(program: str) -> str | None:
     return shutil.which(program, path=_PATH)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _is_open(port: int) -> bool:

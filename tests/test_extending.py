@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-HELPERS = ROOT / "tests" / "stages"
+from tests.support import ROOT
 
 STAGE = {
     "stages/palette/settings.py": '''
@@ -215,7 +214,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import stages
-from tiny_runs import TINY, run_until
+from tests.support.tiny_runs import TINY, run_until
 
 outputs, name = Path(sys.argv[1]), sys.argv[2]
 base = ["experiment=smoke", "tracking=none"]
@@ -254,7 +253,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_in(checkout: Path, *arguments: str) -> dict[str, Any]:
     """The manifest of what the project makes that has the additions, and where it was imported from."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(HELPERS)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(ROOT)])}
     report = checkout / f"{'-'.join(arguments)}.json"
     command = [sys.executable, "-c", PROGRAM, str(checkout / "outputs"), *arguments, str(report)]
     done = subprocess.run(command, env=environment, cwd=checkout, check=False, capture_output=True, text=True)

@@ -27,7 +27,7 @@ def run(context: StageContext) -> StageResult:
     clip = _initial_clip(settings)
     metrics, samples_seen = {}, 0
     if settings.max_samples > 0:
-        images = context.images(settings.network.image_size, context.frozen.trainer.cache_mib)
+        images = context.images(settings.network.image_size)
         _check_batches(images, settings.global_batch_size, f"stage.{context.frozen.stage}.global_batch_size")
         result = fit(context, ClipModule(clip, settings), images)
         metrics, samples_seen = result.metrics, result.samples_seen

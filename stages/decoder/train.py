@@ -22,7 +22,6 @@ from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
 from stages.diffusion.process import DiffusionProcess
 from stages.embed.embeddings import Embeddings, load_clip_embeddings
 from stages.generation.grid import captioned_grid
-from stages.weights import save_weights
 
 GRID_PICTURES = 16
 DECORRELATION_SAMPLES = 4096
@@ -37,7 +36,7 @@ def run(context: StageContext) -> StageResult:
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
-    images = context.images(settings.image_size, context.frozen.trainer.cache_mib)
+    images = context.images(settings.image_size)
     decoder = build_decoder(settings, clip.settings.embed_dim)
     _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
@@ -45,7 +44,7 @@ def run(context: StageContext) -> StageResult:
         decoder, settings, clip, embeddings, shown, log_every_steps=context.frozen.trainer.log_every_steps
     )
     result = fit(context, module, images)
-    save_weights(context, decoder)
+    context.save(decoder)
     numbers = DecoderNumbers(
         clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim, image_size=settings.image_size
     )

@@ -19,7 +19,6 @@ from stages.judge.labels import CLASSES, judge_samples, true_labels
 from stages.judge.network import Judge, build_judge
 from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
 from stages.pictures import resize
-from stages.weights import save_weights
 
 
 def run(context: StageContext) -> StageResult:
@@ -31,7 +30,7 @@ def run(context: StageContext) -> StageResult:
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
     judge = build_judge(settings)
     result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
-    save_weights(context, judge)
+    context.save(judge)
     return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)
 
 

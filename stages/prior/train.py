@@ -20,7 +20,6 @@ from stages.embed.embeddings import Embeddings, load_clip_embeddings
 from stages.prior.network import build_prior, denoise_prior, set_whitening
 from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
-from stages.weights import save_weights
 
 
 def run(context: StageContext) -> StageResult:
@@ -32,9 +31,9 @@ def run(context: StageContext) -> StageResult:
     prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
     set_whitening(prior, embeddings.whitening)
     # The pictures themselves are not needed: the smallest size costs next to nothing to decode.
-    images = context.images(1, context.frozen.trainer.cache_mib)
+    images = context.images(1)
     result = fit(context, PriorModule(prior, settings, clip, embeddings), images)
-    save_weights(context, prior)
+    context.save(prior)
     numbers = OnClipNumbers(clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim)
     return StageResult(numbers, result.metrics, result.samples_seen)
 

@@ -20,7 +20,6 @@ from stages.upsampler.degrade import degrade
 from stages.upsampler.network import build_upsampler, denoise_upsampler
 from stages.upsampler.sample import UpsamplerSampler
 from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
-from stages.weights import save_weights
 
 GRID_PICTURES = 8
 MEASURED_PICTURES = 32
@@ -29,11 +28,11 @@ MEASURED_PICTURES = 32
 def run(context: StageContext) -> StageResult:
     """Train on random crops of pictures and their degraded reductions; needs the pictures alone."""
     settings = context.settings_as(UpsamplerSettings)
-    images = context.images(settings.high_size, context.frozen.trainer.cache_mib)
+    images = context.images(settings.high_size)
     upsampler = build_upsampler(settings.network, settings.high_size)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     result = fit(context, UpsamplerModule(upsampler, settings, shown), images)
-    save_weights(context, upsampler)
+    context.save(upsampler)
     numbers = UpsamplerNumbers(low_size=settings.low_size, high_size=settings.high_size)
     return StageResult(numbers, result.metrics, result.samples_seen)
 

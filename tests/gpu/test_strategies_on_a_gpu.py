@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import log_of, run_on_ranks
 from safetensors.torch import load_file
-from tiny_runs import TINY, plan_stages, run_stage_of, run_until, the_last_of_each_key
 from torch import Tensor, distributed
 
 from pipeline.cli import main
@@ -20,6 +18,8 @@ from pipeline.training.strategies.choose import StrategyChoice
 from pipeline.training.strategies.portable import ReplicatedStrategy
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
+from tests.support.ranks import log_of, run_on_ranks
+from tests.support.tiny_runs import TINY, plan_stages, run_stage_of, run_until, the_last_of_each_key
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,9 +150,8 @@ def test_one_replica_of_ddp_learns_what_a_device_without_it_does(place: Place, m
             super().setup_distributed()
             backends.append(distributed.get_backend())
 
-    strategy = Replica(timeout=timedelta(seconds=60), gradient_as_bucket_view=True)
     choice = StrategyChoice(StrategyName.DDP, Offload.NONE, "for this test")
-    strategy.title = choice.title
+    strategy = Replica(timeout=timedelta(seconds=60), gradient_as_bucket_view=True, title=choice.title)
     monkeypatch.setattr(fit, "build_strategy", lambda *_: (strategy, choice))
     replica = place.stage("prior", "replica", "ddp")
     train_here(replica)

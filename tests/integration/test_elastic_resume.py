@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import log_of, run_on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_runs import plan_stages, rows_of, run_until
 from torch import Tensor
 
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.frozen import FrozenStage
+from tests.support.ranks import log_of, run_on_ranks
+from tests.support.tiny_runs import plan_stages, rows_of, run_until
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 STEPS = 6
@@ -33,10 +33,11 @@ SETTINGS = [
 class Runs:
     """The prior, whose statistics are frozen parameters, trained to its end by each strategy on two processes."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, strategies: tuple[str, ...]) -> None:
         self.place = place
+        self.strategies = strategies
         run_until(place / "inputs", "embed", *SETTINGS)
-        self.whole = {name: self.stage(f"whole-{name}", name) for name in STRATEGIES}
+        self.whole = {name: self.stage(f"whole-{name}", name) for name in strategies}
         assert run_on_ranks(list(self.whole.values())) == [0, 0]
 
     def stage(self, name: str, strategy: str, devices: int = 2) -> FrozenStage:
@@ -57,11 +58,11 @@ class Runs:
         return stage
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+@pytest.fixture(scope="module", params=[("ddp", "zero3"), pytest.param(STRATEGIES, marks=pytest.mark.slow)], ids=len)
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = Runs(tmp_path_factory.mktemp("elastic"))
+    made = Runs(tmp_path_factory.mktemp("elastic"), request.param)
     torch.set_num_threads(threads)
     return made
 
@@ -77,8 +78,8 @@ class Resumed:
 @pytest.fixture(scope="module")
 def resumed(runs: Runs) -> Resumed:
     """All in one launch."""
-    pairs = {(first, then): runs.half_done(first, then) for first in STRATEGIES for then in STRATEGIES}
-    changed = {then: runs.half_done("zero3", then, name="changed-") for then in STRATEGIES}
+    pairs = {(first, then): runs.half_done(first, then) for first in runs.strategies for then in runs.strategies}
+    changed = {then: runs.half_done(runs.strategies[-1], then, name="changed-") for then in runs.strategies}
     for stage in changed.values():
         change_constants(stage.work / "checkpoints" / HALF)
     stages = [*pairs.values(), *changed.values()]
@@ -108,6 +109,14 @@ def rows(stage: FrozenStage) -> list[dict[str, float]]:
     return rows_of(artifact)
 
 
+def test_every_strategy_learns_what_ddp_learns(runs: Runs):
+    expected = weights(runs.whole["ddp"])
+    for strategy, stage in runs.whole.items():
+        assert f"training by {strategy} on 2 devices" in log_of(stage)
+        for name, weight in weights(stage).items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5, msg=f"{strategy} {name}")
+
+
 def test_every_strategy_goes_on_from_the_checkpoint_of_every_other_one(runs: Runs, resumed: Resumed):
     for (first, then), stage in resumed.pairs.items():
         assert f"resuming from {HALF}.ckpt, which 2 processes wrote" in log_of(stage)
@@ -124,50 +133,48 @@ def test_every_strategy_goes_on_from_the_checkpoint_of_every_other_one(runs: Run
                 assert row[name] == pytest.approx(undisturbed[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("then", [pytest.param("ddp"), pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
-def test_one_process_goes_on_where_two_stopped_whatever_their_strategy(runs: Runs, then: str):
-    resumed = [runs.half_done(first, then, devices=1) for first in STRATEGIES]
+def test_one_process_goes_on_where_two_stopped_whatever_their_strategy(runs: Runs):
+    resumed = [runs.half_done(first, then, devices=1) for first in runs.strategies for then in runs.strategies]
     assert run_on_ranks(resumed, processes=1) == [0], "\n".join(map(log_of, resumed))
     for stage in resumed:
         for name, expected in weights(runs.whole["ddp"]).items():
             torch.testing.assert_close(weights(stage)[name], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_averaged_weights_are_those_of_their_formula(runs: Runs, strategy: str):
+def test_the_averaged_weights_are_those_of_their_formula(runs: Runs):
     """Kept by hand from the weights in the checkpoint of each step, in float64."""
-    stage = runs.whole[strategy]
-    average: dict[str, Tensor] = {}
-    for step in range(1, STEPS + 1):
-        checkpoint = stage.work / "checkpoints" / f"samples-{8 * step:012}.ckpt"
-        decay = min(0.9, (1 + step) / (10 + step))
-        for name, weight in whole_state(checkpoint, "weight").items():
-            average[name] = average.get(name, weight) * decay + weight * (1 - decay)
-    final = stage.work / "checkpoints" / f"samples-{8 * STEPS:012}.ckpt"
-    saved, published = whole_state(final, "ema"), weights(stage)
-    assert saved.keys() == average.keys()
-    assert saved.keys() < published.keys()
-    for name, expected in average.items():
-        torch.testing.assert_close(saved[name], expected, rtol=1e-5, atol=1e-7)
-        assert torch.equal(published[name].flatten().double(), saved[name])
+    for stage in runs.whole.values():
+        average: dict[str, Tensor] = {}
+        for step in range(1, STEPS + 1):
+            checkpoint = stage.work / "checkpoints" / f"samples-{8 * step:012}.ckpt"
+            decay = min(0.9, (1 + step) / (10 + step))
+            for name, weight in whole_state(checkpoint, "weight").items():
+                average[name] = average.get(name, weight) * decay + weight * (1 - decay)
+        final = stage.work / "checkpoints" / f"samples-{8 * STEPS:012}.ckpt"
+        saved, published = whole_state(final, "ema"), weights(stage)
+        assert saved.keys() == average.keys()
+        assert saved.keys() < published.keys()
+        for name, expected in average.items():
+            torch.testing.assert_close(saved[name], expected, rtol=1e-5, atol=1e-7)
+            assert torch.equal(published[name].flatten().double(), saved[name])
 
 
 def test_frozen_parameters_come_back_from_the_checkpoint(runs: Runs, resumed: Resumed):
-    before = weights(runs.whole["zero3"])
+    before = weights(runs.whole[runs.strategies[-1]])
     for stage in resumed.with_other_constants.values():
         assert torch.equal(weights(stage)["clip_mean"], before["clip_mean"] + 1)
         assert torch.equal(weights(stage)["clip_std"], before["clip_std"])
 
 
-@pytest.mark.parametrize("first", STRATEGIES)
-def test_each_process_writes_a_part_and_no_element_twice(runs: Runs, first: str):
-    checkpoint = latest_checkpoint(runs.whole[first].work)
-    assert isinstance(checkpoint, Checkpoint)
-    assert checkpoint.writers == 2
-    shapes = json.loads((checkpoint.path / "description.json").read_text())["trained"]
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
-        assert {name: len(each) for name, each in whole_state(checkpoint.path, state).items()} == sizes
+def test_each_process_writes_a_part_and_no_element_twice(runs: Runs):
+    for stage in runs.whole.values():
+        checkpoint = latest_checkpoint(stage.work)
+        assert isinstance(checkpoint, Checkpoint)
+        assert checkpoint.writers == 2
+        shapes = json.loads((checkpoint.path / "description.json").read_text())["trained"]
+        sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+            assert {name: len(each) for name, each in whole_state(checkpoint.path, state).items()} == sizes
 
 
 def whole_state(checkpoint: Path, state: str) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # it trains for 6 minutes, and some machines are half as fast
 def test_colours_and_backgrounds_are_right_after_a_short_training(tmp_path: Path):
     done = subprocess.run(

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny_runs import NARROW_UNET, plan_stages, run_and_stop, run_stage_of, run_until
 
 from pipeline.cli import main
 from pipeline.compose import compose_members
@@ -24,6 +23,7 @@ from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.plan import Action, plan_run
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
+from tests.support.tiny_runs import NARROW_UNET, plan_stages, run_and_stop, run_stage_of, run_until
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from ranks import log_of, run_on_ranks
 from safetensors.torch import load_file
-from tiny_runs import plan_stages, rows_of, run_until
 from torch import Tensor
 
 from pipeline.config import Offload, Precision
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
+from tests.support import tiny
+from tests.support.ranks import log_of, run_on_ranks
+from tests.support.tiny_runs import plan_stages, rows_of, run_until
 
 STAGES = ("clip", "prior", "decoder", "upsampler", "judge")
 ZERO = ("zero1", "zero2", "zero3")
@@ -147,29 +147,33 @@ def require_agreement(
             assert column(stage, measured) == pytest.approx(column(reference, measured), rel=rel), case
 
 
+@pytest.mark.slow
 def test_in_float32_every_stage_learns_under_zero_what_it_learns_under_ddp(world: World):
     planned = run_all(world, "exact", EXACT, STAGES, ("ddp", *ZERO))
     require_agreement(planned, FLOAT32, BITS)
 
 
+@pytest.mark.slow
 def test_with_accumulation_and_clipping_the_weights_agree_to_rounding(world: World):
     planned = run_all(world, "rounded", ROUNDED, ("clip", "decoder"), ("ddp", "zero2", "zero3"))
     require_agreement(planned, FLOAT32)
 
 
+@pytest.mark.slow
 def test_in_bf16_the_weights_agree_to_rounding(world: World):
     planned = run_all(world, "bf16", BFLOAT16, ("prior", "upsampler"), ("ddp", "zero2", "zero3"))
     require_agreement(planned, ROUGH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "overrides", "stages", "strategies", "rtol", "atol"),
     [
         ("exact", EXACT, ("clip", "decoder", "upsampler"), ("ddp", "zero3"), 1e-3, 1e-5),
         ("rounded", ROUNDED, ("clip", "decoder"), ("ddp", "zero2", "zero3"), 1e-3, 1e-5),
         ("bf16", BFLOAT16, ("prior", "upsampler"), ("ddp", "zero2", "zero3"), 5e-2, 1e-3),
-        pytest.param("rounded-all", ROUNDED, STAGES, ("ddp", *ZERO), 1e-3, 1e-5, marks=pytest.mark.slow),
-        pytest.param("bf16-all", BFLOAT16, STAGES, ("ddp", *ZERO), 5e-2, 1e-3, marks=pytest.mark.slow),
+        ("rounded-all", ROUNDED, STAGES, ("ddp", *ZERO), 1e-3, 1e-5),
+        ("bf16-all", BFLOAT16, STAGES, ("ddp", *ZERO), 5e-2, 1e-3),
     ],
 )
 def test_in_the_warm_up_not_one_weight_differs_by_more_than_rounding(
@@ -228,6 +232,7 @@ def test_a_strategy_leaves_torch_as_it_found_it(monkeypatch: pytest.MonkeyPatch)
         precision=Precision.FLOAT32,
         collective_timeout_s=60,
         on_cuda=True,
+        title="zero3",
     )
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: None)
     strategy.teardown()

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runs import the_last_of_each_key
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.compose import compose_members
 from pipeline.workflow.leaf import run_and_measure
+from tests.support.tiny_runs import the_last_of_each_key
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
 NARROW_UNET = (
@@ -194,6 +194,7 @@ def test_the_plan_names_the_setting_that_causes_a_rerun(outputs: Path):
     assert text.count("│ reuse") == 7
 
 
+@pytest.mark.slow
 def test_glide_trains_without_a_prior_and_samples(outputs: Path, tmp_path: Path):
     lines = run(outputs, *COMMON, *upsampler("upsampler", 16), "workflow=glide", "run.name=glide", "~stage.prior")
     assert stages_by(lines, "reused") == ["prepare", "clip", "upsampler", "judge_clip", "judge"]
@@ -203,6 +204,7 @@ def test_glide_trains_without_a_prior_and_samples(outputs: Path, tmp_path: Path)
     assert len(list(tmp_path.glob("00-*.png"))) == 1
 
 
+@pytest.mark.slow
 def test_two_upsamplers_stand_in_a_chain(outputs: Path):
     chain = [*upsampler("upsampler_1", 16), *upsampler("upsampler_2", 32)]
     lines = run(
@@ -326,6 +328,7 @@ def test_an_interrupted_and_then_killed_stage_ends_bit_identical_to_an_undisturb
     assert [json.loads(row)["samples_seen"] for row in rows] == [*range(8, total + 1, 8), total]
 
 
+@pytest.mark.slow
 def test_two_runs_at_the_same_time_train_every_stage_once(outputs: Path, halfway: Path):
     first, second = (Running(halfway, f"at-once-{number}") for number in (1, 2))
     texts = [running.process.communicate(timeout=180)[0] for running in (first, second)]

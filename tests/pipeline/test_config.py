@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import run_config
 
 from pipeline.config import (
     INTEGER_LIMIT,
@@ -23,6 +22,7 @@ from pipeline.config import (
 from pipeline.errors import UserError
 from stages.judge.settings import JudgeDataSettings
 from stages.prepare.sources.scenes import ScenesSettings
+from tests.support.fakes import run_config
 
 
 class Numbers(Settings):

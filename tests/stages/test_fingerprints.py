@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_runs import plan_stages
+
+from tests.support.tiny_runs import plan_stages
 
 RECORDED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("fingerprints.json").read_text())
 

@@ -8,7 +8,6 @@ import torch
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 from pipeline.data.batch import ImageBatch
 from pipeline.errors import UserError
@@ -23,6 +22,7 @@ from stages.decoder.train import DecoderModule
 from stages.embed.embeddings import load_clip_embeddings, load_embeddings
 from stages.prior.network import load_prior
 from stages.upsampler.network import load_upsampler
+from tests.support.tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

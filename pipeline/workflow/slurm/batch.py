@@ -10,7 +10,8 @@ from pipeline.workflow.artifacts import MANIFEST
 from pipeline.workflow.frozen import FrozenStage, frozen_path
 from pipeline.workflow.progress import FAILURE, LOG
 
-TEMPLATE = Path(__file__).resolve().parents[3] / "slurm" / "stage.sbatch"
+TEMPLATE = Path(__file__).resolve().parents[2] / "stage.sbatch"
+"""A link to the checkout's file, which a wheel has in its place."""
 _PLACE_OF_ENVIRONMENT = "# {environment}"
 
 

@@ -5,26 +5,28 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import tiny
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support import ROOT
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """Every Slurm command of this process and of its children speaks to the cluster."""
+def programs() -> None:
+    """Skips the tests on a machine without Slurm."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
         message = f"{', '.join(missing)} are missing; sudo apt-get install -y {PACKAGES} brings them"
-        if os.environ.get("UNCLIP_REQUIRE_SLURM"):
-            pytest.fail(message)
         pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def slurm_conf(programs: None) -> Iterator[str]:
+    """The configuration of a cluster that runs."""
     program = subprocess.Popen(
         [sys.executable, str(ROOT / "slurm" / "one_machine.py")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -33,12 +35,14 @@ def cluster() -> Iterator[None]:
     assert program.stdout is not None
     ready = program.stdout.readline()
     assert ready.startswith("export SLURM_CONF="), "the cluster did not start"
-    # The jobs' worlds of stages are modules of the tests.
-    worlds = os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(__file__).parent)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", ready.strip().removeprefix("export SLURM_CONF="))
-        patch.setenv("PYTHONPATH", worlds)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+    yield ready.strip().removeprefix("export SLURM_CONF=")
     program.stdin.close()
     program.wait(timeout=60)
+
+
+@pytest.fixture
+def cluster(slurm_conf: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Slurm command of the test and of its children speaks to the cluster, whose jobs find the tests' modules."""
+    monkeypatch.setenv("SLURM_CONF", slurm_conf)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -3,15 +3,15 @@
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import tiny
-import world
 from torch import Tensor
 
 from pipeline.workflow.frozen import FrozenStage
+from tests.support import tiny, world
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -50,9 +50,9 @@ def set_the_node_down(_stage: FrozenStage, job_id: int) -> None:
 DISTURBANCES = (
     pytest.param(requeue, marks=pytest.mark.slow),
     pytest.param(signal_the_steps, marks=pytest.mark.slow),
-    signal_the_script,
+    pytest.param(signal_the_script, marks=pytest.mark.slow),
     preempt,
-    set_the_node_down,
+    pytest.param(set_the_node_down, marks=pytest.mark.slow),
 )
 
 
@@ -103,7 +103,7 @@ def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
     learner, job_id = world.submitted_learner(tmp_path, step_s=1.0)
     world.wait("two checkpoints", lambda: world.is_training(learner))
     node = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
-    daemons = [pid for pid in processes(f"slurmd -D -N {node}$") if is_of_this_cluster(pid)]
+    daemons = processes(f"slurmd -D -N {node}$")
     # All of Slurm on that node dies, and the stage's process alone goes on, as where a node loses its network.
     (orphan,) = processes(f"^[^ ]*python -m pipeline.training.worker {tmp_path}/")
     own = [*processes(rf"slurmstepd: \[{job_id}\."), *processes(f"/job{job_id:05}/slurm_script"), *processes("^srun ")]
@@ -133,10 +133,13 @@ def bring_back(node: str) -> None:
     world.wait(f"{node}", lambda: world.slurm("sinfo", "-h", "-n", node, "-o", "%T").strip() in ("idle", "mixed"))
 
 
-def is_of_this_cluster(pid: int) -> bool:
-    return psutil.Process(pid).environ().get("SLURM_CONF") == os.environ["SLURM_CONF"]
-
-
 def processes(pattern: str) -> list[int]:
+    """Those of this cluster alone: others on the machine have nodes and jobs of the same names."""
     found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout
-    return [int(line) for line in found.split()]
+    return [int(line) for line in found.split() if is_of_this_cluster(int(line))]
+
+
+def is_of_this_cluster(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).environ().get("SLURM_CONF") == os.environ["SLURM_CONF"]
+    return False

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support import ROOT
+
 OWNER = """
 import subprocess, sys
 program = subprocess.Popen([sys.executable, sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -32,7 +33,7 @@ def processes_of(directory: Path) -> list[str]:
     return found
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("programs")
 def test_a_cluster_whose_owner_is_killed_ends_with_its_jobs():
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(ROOT / "slurm" / "one_machine.py")], stdout=subprocess.PIPE, text=True
@@ -42,7 +43,7 @@ def test_a_cluster_whose_owner_is_killed_ends_with_its_jobs():
     environment = {**os.environ, "SLURM_CONF": str(conf)}
     submit = ["sbatch", "--output=/dev/null", "--wrap", "srun sleep 1000"]
     subprocess.run(submit, check=True, env=environment, capture_output=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     try:
         while not any(command.endswith("/sleep 1000") for command in processes_of(conf.parent)):
             assert time.monotonic() < deadline, "the job did not start"

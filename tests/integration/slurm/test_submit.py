@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import tiny
-import world
 
 from pipeline.cli import main
 from pipeline.config import StrategyName
@@ -17,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.runs import read_runs
 from pipeline.workflow.slurm.status import cancel_runs, job_statuses
 from pipeline.workflow.slurm.submit import Submission, SubmittedStage
+from tests.support import tiny, world
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -39,12 +38,12 @@ def dependency(job_id: int) -> str:
 
 def test_a_failed_stage_takes_its_descendants_along_and_the_same_submission_makes_up_for_them(tmp_path: Path):
     gate = tmp_path / "gate"
+    world.run_stages_here(world.plan(tmp_path, steps=4), "data", "learner")
     first = jobs_of(world.submit(world.plan(tmp_path, steps=4, note="a", gate=gate)))
-    assert set(first) == {"data", "learner", "gate", "reader"}
+    assert set(first) == {"gate", "reader"}
     assert f"afterok:{first['gate']}" in dependency(first["reader"])
     wait_for(first["gate"], state="FAILED")
     wait_for(first["reader"], state="CANCELLED")
-    wait_for(first["learner"])
     statuses = {each.stage: each for each in job_statuses(tmp_path, read_runs(tmp_path, "trial"))}
     assert statuses["gate"].state == "FAILED"
     assert statuses["gate"].detail == "the gate is closed; open it"
@@ -86,12 +85,14 @@ def test_a_job_that_waits_for_one_that_is_gone_is_submitted_anew_with_it(tmp_pat
     assert again["reader"].submission is Submission.SUBMITTED
     assert again["reader"].after == (again["learner"].job_id,)
     wait_for(first["reader"], state="CANCELLED")
-    wait_for(*jobs_of(again).values())
+    cancel_runs(tmp_path, read_runs(tmp_path, "trial"))
 
 
+@pytest.mark.slow
 def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Path):
     script = (
-        "import sys, world; from pathlib import Path; out = Path(sys.argv[1]); name = sys.argv[2]\n"
+        "import sys; from pathlib import Path; from tests.support import world\n"
+        "out, name = Path(sys.argv[1]), sys.argv[2]\n"
         "plans = [world.plan(out, f'{name}.{n}', group=name, steps=4, seed=5, note=f'{name} {n}') for n in (0, 1)]\n"
         "world.submit(*plans)"
     )
@@ -115,12 +116,10 @@ def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Pa
 
 
 def test_at_most_so_many_jobs_of_a_sweep_run_at_a_time(tmp_path: Path):
-    data = world.plan(tmp_path).stages[0].frozen
-    assert data is not None
-    world.run_here(data)
-    plans = [world.plan(tmp_path, f"s.{n}", group="s", steps=4, seed=n, step_s=0.2, launch=TWO) for n in range(4)]
+    world.run_stages_here(world.plan(tmp_path), "data")
+    plans = [world.plan(tmp_path, f"s.{n}", group="s", steps=4, seed=n, step_s=0.2, launch=TWO) for n in range(3)]
     ids = list(jobs_of(world.submit(*plans)).values())
-    assert len(ids) == 4
+    assert len(ids) == 3
     most = 0
 
     def all_done() -> bool:
@@ -171,7 +170,7 @@ def test_what_slurm_refuses_is_said_in_its_words_and_what_was_submitted_is_taken
         world.submit(refused)
     again = world.submit(world.plan(tmp_path, steps=4))
     assert again["learner"].submission is Submission.SUBMITTED
-    wait_for(*jobs_of(again).values())
+    cancel_runs(tmp_path, read_runs(tmp_path, "trial"))
 
 
 def test_the_jobs_ask_for_what_their_profile_says(tmp_path: Path):
@@ -189,10 +188,9 @@ def test_the_jobs_ask_for_what_their_profile_says(tmp_path: Path):
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp_path: Path, strategy: str):
     here = world.plan(tmp_path / "here", steps=12, is_local=True, devices=2, strategy=StrategyName(strategy))
-    data, learner = (stage.frozen for stage in here.stages)
-    assert data is not None
+    world.run_stages_here(here, "data")
+    learner = here.stages[1].frozen
     assert learner is not None
-    world.run_here(data)
     command = [sys.executable, "-m", "pipeline.training.worker", str(world.write(learner))]
     subprocess.run(command, check=True, env={**os.environ})
     stage, job_id = world.submitted_learner(
@@ -221,6 +219,8 @@ def test_the_commands_tell_of_a_submitted_run_from_first_to_last(
 ):
     monkeypatch.setenv("COLUMNS", "200")
     option = ["--outputs", str(tmp_path)]
+    made = world.plan(tmp_path, steps=100, step_s=0.5, note="a")
+    world.run_stages_here(made, "data")
     ids = jobs_of(world.submit(world.plan(tmp_path, steps=100, step_s=0.5, note="a")))
     world.wait("training", lambda: world.state_of(ids["learner"]) == "RUNNING")
     assert main(["status", "trial", *option]) == 0
@@ -246,6 +246,7 @@ def test_many_threads_of_submission_leave_one_job_per_stage(tmp_path: Path):
     cancel_runs(tmp_path, [record for n in range(4) for record in read_runs(tmp_path, f"run{n}")])
 
 
+@pytest.mark.slow
 def test_status_knows_of_jobs_that_have_left_the_queue(tmp_path: Path):
     made = world.plan(tmp_path, steps=4, gate=tmp_path / "gate")
     ids = jobs_of(world.submit(made))

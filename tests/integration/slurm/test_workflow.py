@@ -1,20 +1,22 @@
 """A sweep of the whole workflow, by the command that a user types, on the real cluster."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import world
-from tiny_runs import TINY
 
 from pipeline.workflow.runs import read_runs, run_artifacts
+from tests.support import world
+from tests.support.tiny_runs import TINY
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
-SHARED = {"prepare", "clip", "embed", "prior", "upsampler", "judge", "judge_clip"}
+SHARED = ("prepare", "clip", "embed", "prior", "upsampler", "judge", "judge_clip")
+OF_A_MEMBER = ("decoder", "evaluate", "export")
 
 
 def unclip(*arguments: str) -> str:
@@ -25,15 +27,22 @@ def unclip(*arguments: str) -> str:
     return done.stdout
 
 
-def test_a_submitted_sweep_trains_shared_stages_once_and_ends_without_a_driver(tmp_path: Path):
-    line = [*TINY, "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.1", f"paths.outputs={tmp_path}"]
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_submitted_sweep_trains_shared_stages_once_and_ends_without_a_driver(tmp_path: Path, is_whole: bool):
+    left_out = () if is_whole else ("prior", "upsampler", "judge", "judge_clip", "evaluate", "export")
+    shared, own = (set(stages).difference(left_out) for stages in (SHARED, OF_A_MEMBER))
+    line = [
+        *(each for each in TINY if re.split("[.=]", each)[1] not in left_out),
+        *(f"~stage.{stage}" for stage in left_out),
+        "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.1", f"paths.outputs={tmp_path}",
+    ]  # fmt: skip
     profile = ["launch=slurm", "launch.mem_gib=2", "launch.stages.decoder.time_limit_min=30", "launch.max_parallel=3"]
     dry = unclip("plan", "-m", *line, *profile)
     assert "--time=30" in dry
     assert "scontrol requeue" in dry
     assert not list(tmp_path.iterdir())
     shown = unclip("submit", "-m", *line, *profile)
-    assert shown.count("submitted") == len(SHARED) + 2 * len({"decoder", "evaluate", "export"})
+    assert shown.count("submitted") == len(shared) + 2 * len(own)
     assert "queued already" in unclip("submit", "-m", *line, *profile)
 
     def is_finished() -> bool:
@@ -44,12 +53,12 @@ def test_a_submitted_sweep_trains_shared_stages_once_and_ends_without_a_driver(t
     members = read_runs(tmp_path, "sweep")
     assert [member.name for member in members] == ["sweep.0", "sweep.1"]
     of_members = [run_artifacts(tmp_path, member) for member in members]
-    assert all(set(artifacts) == SHARED | {"decoder", "evaluate", "export"} for artifacts in of_members), unclip(
+    assert all(set(artifacts) == shared | own for artifacts in of_members), unclip(
         "status", "sweep", "--outputs", str(tmp_path)
     )
     first, second = of_members
-    assert {name for name in first if first[name].path == second[name].path} == SHARED
+    assert {name for name in first if first[name].path == second[name].path} == shared
     status = unclip("status", "sweep", "--outputs", str(tmp_path))
-    assert status.count("finished") == len(SHARED) + 6
+    assert status.count("finished") == len(shared) + 2 * len(own)
     assert "0-1" in status
     assert "every stage is finished" in unclip("submit", "-m", *line, *profile)

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest_data import source_sample
 
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import write_prepared
 from pipeline.data.splits import split_of
 from pipeline.data.write import write_shards
+from tests.support.pictures import source_sample
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ import io
 from pathlib import Path
 
 import pytest
-from conftest_data import png, tar
 from PIL import Image
 
 from pipeline.cli import main
 from pipeline.data.decode import MAX_PIXELS
+from tests.support.pictures import png, tar
 
 
 def jpeg(**options: object) -> bytes:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest_data import png, source_sample, tar
 from numpy.typing import NDArray
 
 from pipeline.data.index import ShardIndex, read_index, write_index
@@ -19,6 +18,7 @@ from pipeline.data.summary import index_identity, read_summary
 from pipeline.data.walk import walk_shard
 from pipeline.data.write import write_shards
 from pipeline.errors import UserError
+from tests.support.pictures import png, source_sample, tar
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 

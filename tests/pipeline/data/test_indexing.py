@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest_data import png, source_sample, tar
 
 from pipeline.cli import main
 from pipeline.data.index import ShardIndex, read_index
@@ -23,6 +22,7 @@ from pipeline.data.place import ShardPlace
 from pipeline.data.walk import walk_shard
 from pipeline.data.write import write_shards
 from pipeline.errors import UserError
+from tests.support.pictures import png, source_sample, tar
 
 
 @pytest.fixture

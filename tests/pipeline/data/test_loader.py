@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest_data import source_sample, tar
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.captions import parse_sources
@@ -24,6 +23,7 @@ from pipeline.data.prepared import read_prepared, write_prepared
 from pipeline.data.splits import Split, split_of
 from pipeline.data.write import SourceSample, write_shards
 from pipeline.errors import UserError
+from tests.support.pictures import source_sample, tar
 
 OPTIONS: dict[str, Any] = {
     "seed": 5,

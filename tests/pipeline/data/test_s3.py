@@ -11,8 +11,6 @@ from typing import Any
 import fsspec.config
 import pytest
 import torch
-from conftest_data import source_sample
-from s3_server import Fault, Front, front_of, request, s3_server
 
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.indexing import update_index
@@ -26,6 +24,8 @@ from pipeline.data.s3 import fetch_object
 from pipeline.data.shards import expand_shards
 from pipeline.data.write import write_shards
 from pipeline.errors import UserError
+from tests.support.pictures import source_sample
+from tests.support.s3_server import Fault, Front, front_of, request, s3_server
 
 
 @pytest.fixture(scope="module")

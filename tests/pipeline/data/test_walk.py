@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-from conftest_data import png, tar
 
 from pipeline.data.check import CHANGED, UNREADABLE
 from pipeline.data.decode import DecodeFault
@@ -10,6 +9,7 @@ from pipeline.data.reader import SampleReader
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.tar import Damage, NotAFile
 from pipeline.data.walk import MAX_TEXTS, LeftOut, Skipped, walk_shard
+from tests.support.pictures import png, tar
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 

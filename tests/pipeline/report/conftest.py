@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-import small_world
-from small_world import compared
 
 from pipeline.report.records import Comparison
+from tests.support import small_world
+from tests.support.small_world import compared
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import small_world
-from small_world import compared
 
 from pipeline.cli import main
 from pipeline.report.page import page
@@ -17,6 +15,8 @@ from pipeline.report.sweep import SweepView, effects
 from pipeline.report.table import columns, table_csv, table_json
 from pipeline.workflow.progress import read_failure, read_progress
 from pipeline.workflow.runs import RECORD
+from tests.support import small_world
+from tests.support.small_world import compared
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 import shutil
 from pathlib import Path
 
-import small_world
 from markdown_it import MarkdownIt
 
 from pipeline.cli import main
+from tests.support import small_world
 
 
 def card_of(outputs: Path, name: str, capsys, *options: str) -> tuple[Path, str]:

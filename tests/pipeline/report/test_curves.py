@@ -1,8 +1,7 @@
 from pathlib import Path
 
-from small_world import compared
-
 from pipeline.report.curves import curves, thinned
+from tests.support.small_world import compared
 
 
 def test_curves_of_a_shared_stage_are_read_once_with_samples_and_hours(outputs: Path):

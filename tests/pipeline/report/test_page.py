@@ -1,9 +1,8 @@
 import re
 from pathlib import Path
 
-from small_world import HARM, compared
-
 from pipeline.report.page import page
+from tests.support.small_world import HARM, compared
 
 
 def test_what_comes_from_users_is_escaped_wherever_it_stands(outputs: Path):

@@ -3,12 +3,12 @@ import io
 from pathlib import Path
 
 import pytest
-import small_world
 from PIL import Image
-from small_world import compared
 
 from pipeline.report.pictures import Picture, picture_tables
 from pipeline.workflow.picture_grid import GridLayout, read_layout, save_grid
+from tests.support import small_world
+from tests.support.small_world import compared
 
 
 def decoded(picture: Picture) -> Image.Image:

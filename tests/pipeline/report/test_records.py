@@ -3,11 +3,10 @@ import json
 import time
 from pathlib import Path
 
-from small_world import compared
-
 from pipeline.report.records import RunReport, State
 from pipeline.report.rows import sampled_rows
 from pipeline.workflow.progress import read_progress
+from tests.support.small_world import compared
 
 
 def run_of(outputs: Path, name: str) -> RunReport:

@@ -1,8 +1,7 @@
 from pathlib import Path
 
-from small_world import compared
-
 from pipeline.report.graph import sharing_graph
+from tests.support.small_world import compared
 
 
 def test_stages_that_the_same_runs_share_stand_in_one_box(outputs: Path):

@@ -1,14 +1,14 @@
 from pathlib import Path
 
 import pytest
-import small_world
-from small_world import compared
 
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.report.records import Comparison
 from pipeline.report.sweep import best_levels, chosen_metric, effects, settings
 from pipeline.workflow.declaration import Better
+from tests.support import small_world
+from tests.support.small_world import compared
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import small_world
-from small_world import compared
 
 from pipeline.cli import main
 from pipeline.report.differences import differing_settings
 from pipeline.report.records import Comparison
 from pipeline.report.table import Column, columns, run_cost, table_csv, table_json, totals
+from tests.support import small_world
+from tests.support.small_world import compared
 
 
 def column(comparison: Comparison, key: str) -> Column:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import tiny
 import torch
 from lightning_fabric.accelerators import MPSAccelerator
 from torch import nn
@@ -29,6 +28,7 @@ from pipeline.training.strategies.choose import (
 from pipeline.training.strategies.portable import ReplicatedStrategy
 from pipeline.workflow.frozen import write_frozen
 from pipeline.workflow.progress import read_failure
+from tests.support import ROOT, tiny
 
 GPU = Device("H100", 80 * 2**30, is_cuda=True)
 
@@ -128,7 +128,7 @@ def test_where_its_compiler_is_missing_one_line_says_so(tmp_path: Path):
     )
     stage = tiny.frozen(tmp_path, strategy=StrategyName.ZERO3)
     run_stage(tiny.data_of(stage), Event())
-    places = [str(tmp_path), str(Path(tiny.__file__).parent)]
+    places = [str(tmp_path), str(ROOT)]
     command = [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)]
     subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(places)})
     failure = read_failure(stage.work)

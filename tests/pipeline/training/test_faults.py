@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
@@ -16,9 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import tiny
 import torch
-from tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 from pipeline.config import NonFinite
 from pipeline.data.dataset import CaptionedImages
@@ -32,6 +31,8 @@ from pipeline.training.strategies.portable import PlainStrategy
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.progress import Failure, Outcome, Phase, read_failure, read_progress
+from tests.support import ROOT, tiny
+from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
 
 def failure_of(stage: FrozenStage) -> Failure:
@@ -175,7 +176,7 @@ def test_an_overflow_under_a_gradient_scaler_is_routine_and_a_broken_loss_is_not
     stage = frozen(tmp_path)
     run(stage)
     module = tiny.learner_module()
-    strategy = PlainStrategy(torch.device("cpu"))
+    strategy = PlainStrategy(torch.device("cpu"), title="ddp")
     strategy.connect(module)
     context = SimpleNamespace(frozen=stage, work=stage.work, is_first_process=True, is_lost=False)
     images = CaptionedImages(tmp_path / "artifacts" / "data" / tiny.DATA, tiny.SIZE)
@@ -257,32 +258,36 @@ def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_fin
     assert finished(stage).manifest.samples_seen == 80
 
 
+SIGNALS = (signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1)
+
+
 def worker(stage: FrozenStage) -> subprocess.Popen[str]:
     """The stage in a process of its own, with this directory's `tiny` in its path."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.training.worker", str(write_frozen(stage).path)],
-        env={**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         text=True,
     )
 
 
 def wait_for_samples(stage: FrozenStage) -> None:
-    for _ in range(1200):
+    limit = time.monotonic() + 300
+    while time.monotonic() < limit:
         progress = read_progress(stage.work)
         if progress is not None and progress.samples_seen:
             return
-        threading.Event().wait(0.05)
-    raise AssertionError("training did not begin in a minute")
+        time.sleep(0.05)
+    raise AssertionError("training did not begin in five minutes")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda each: each.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
 def test_a_signal_makes_the_worker_checkpoint_and_end_with_a_status_of_its_own(tmp_path: Path, number: signal.Signals):
     stage = frozen(tmp_path, max_samples=8_000_000)
     run_stage(tiny.data_of(stage), threading.Event())
     process = worker(stage)
     wait_for_samples(stage)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=180) == 75
     kept = latest_checkpoint(stage.work)
     assert kept is not None
     progress = read_progress(stage.work)
@@ -291,18 +296,18 @@ def test_a_signal_makes_the_worker_checkpoint_and_end_with_a_status_of_its_own(t
 
 
 def test_a_second_ctrl_c_ends_the_worker_at_once(tmp_path: Path):
-    stage = frozen(tmp_path, max_samples=8_000_000, step_s=30.0)
+    stage = frozen(tmp_path, max_samples=8_000_000, step_s=300.0)
     run_stage(tiny.data_of(stage), threading.Event())
     process = worker(stage)
-    for _ in range(1200):
-        if (stage.work / "in-step").exists():
-            break
-        threading.Event().wait(0.05)
+    limit = time.monotonic() + 300
+    while not (stage.work / "in-step").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
+    assert process.wait(timeout=60) == 130
 
 
 def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tmp_path: Path):
@@ -311,11 +316,10 @@ def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tm
     stalled = worker(stage)
     wait_for_samples(stage)
     stalled.send_signal(signal.SIGSTOP)
-    successor = worker(stage)
-    assert successor.wait(timeout=60) == 0
+    assert run(stage) is Outcome.FINISHED
     published = finished(stage)
     stalled.send_signal(signal.SIGCONT)
-    assert stalled.wait(timeout=60) == 75
+    assert stalled.wait(timeout=180) == 75
     assert finished(stage) == published
     published.verify()
     assert [row["samples_seen"] for row in rows(stage) if "train/loss" in row] == list(range(8, 8 * 60 + 1, 8))
@@ -348,7 +352,7 @@ def test_a_stage_is_published_where_nothing_can_be_told_of_the_code(
     assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
     release, _, commit = finished(stage).manifest.code_version.partition("+")
     assert (release == UNKNOWN) is (lose_metadata in lacking)
-    is_checkout = (Path(__file__).resolve().parents[3] / ".git").exists()
+    is_checkout = (ROOT / ".git").exists()
     assert (commit == UNKNOWN) is (is_checkout and lacking != (lose_metadata,))
 
 

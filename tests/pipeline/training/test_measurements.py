@@ -7,17 +7,17 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import tiny
 import torch
-from tiny import SCRIPT, finished, frozen, rows, run
 
 from pipeline.config import Precision
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, SampleRequest
 from pipeline.training import measurements
 from pipeline.training.measurements import peak_flops
-from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import Outcome
+from pipeline.workflow.record import without_measured
+from tests.support import tiny
+from tests.support.tiny import SCRIPT, finished, frozen, rows, run
 
 
 def test_every_row_has_what_was_measured_under_one_prefix(tmp_path: Path):

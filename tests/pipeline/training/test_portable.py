@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -15,6 +14,7 @@ from pipeline.training.optimizer import EMA, AdamWithEma, build_optimizer
 from pipeline.training.strategies import portable
 from pipeline.training.strategies.fragments import Fragment, read_fragments, trained_parameters, write_fragments
 from pipeline.training.strategies.portable import PlainStrategy
+from tests.support import tiny
 
 
 def trained(network: nn.Module) -> AdamWithEma:
@@ -54,7 +54,7 @@ def test_a_process_that_holds_nothing_writes_a_file_that_says_so(tmp_path: Path)
 
 
 def strategy_of(network: nn.Module) -> PlainStrategy:
-    strategy = PlainStrategy(torch.device("cpu"))
+    strategy = PlainStrategy(torch.device("cpu"), title="ddp")
     strategy._lightning_module = cast(Any, SimpleNamespace(network=network))
     strategy.optimizers = [trained(network)]
     return strategy
@@ -95,8 +95,7 @@ def test_a_checkpoint_names_its_files_with_their_digests(tmp_path: Path):
 
 
 def test_processes_that_chose_different_strategies_say_so(monkeypatch: pytest.MonkeyPatch):
-    strategy = PlainStrategy(torch.device("cpu"))
-    strategy.title = "zero2"
+    strategy = PlainStrategy(torch.device("cpu"), title="zero2")
     strategy.require_agreement()
     monkeypatch.setattr(portable, "gather_objects", lambda own: [own, "zero3"])
     with pytest.raises(UserError, match="chose zero2, zero3, as their devices differ in memory; name one strategy"):

@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes import manifest_of
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, file_sha256, write_json_atomically
+from tests.support.fakes import manifest_of
 
 FINGERPRINT = "ab" * 32
 

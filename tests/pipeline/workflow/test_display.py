@@ -2,12 +2,12 @@ import io
 from pathlib import Path
 
 import pytest
-from fakes import plan, run_config
 from rich.console import Console
 
 from pipeline.workflow.display import Display, format_duration, progress_line
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.progress import Failure, Phase, Progress
+from tests.support.fakes import plan, run_config
 
 
 @pytest.mark.parametrize(

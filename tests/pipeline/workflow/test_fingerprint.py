@@ -4,9 +4,9 @@ import sys
 from hashlib import sha256
 
 import pytest
-from fakes import DecoderSettings, LossSettings
 
 from pipeline.workflow.fingerprint import canonical_json, counted_settings, differences, fingerprint
+from tests.support.fakes import DecoderSettings, LossSettings
 
 DECODER = DecoderSettings(channels=(1, 2), loss=LossSettings(weight=0.1))
 

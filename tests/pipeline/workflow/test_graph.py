@@ -2,7 +2,11 @@ import re
 from dataclasses import replace
 
 import pytest
-from fakes import (
+
+from pipeline.errors import UserError
+from pipeline.workflow.declaration import Arity, Catalog, Input, StageSettings
+from pipeline.workflow.graph import build_graph
+from tests.support.fakes import (
     STAGES,
     DecoderSettings,
     EncoderSettings,
@@ -11,10 +15,6 @@ from fakes import (
     LossSettings,
     SourceSettings,
 )
-
-from pipeline.errors import UserError
-from pipeline.workflow.declaration import Arity, Catalog, Input, StageSettings
-from pipeline.workflow.graph import build_graph
 
 CATALOG = Catalog(STAGES)
 SOURCE = StageSettings("source", SourceSettings(pictures=1))

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from fakes import run_config
 
 from pipeline.config import RunSettings
 from pipeline.errors import UserError
 from pipeline.workflow.leaf import run_and_measure
+from tests.support.fakes import run_config
 
 
 @pytest.mark.parametrize("objective", ["decodr.loss", "decoder", "decoder.", ".loss"])

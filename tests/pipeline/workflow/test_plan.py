@@ -1,13 +1,13 @@
 from pathlib import Path
 
-import fakes
 import pytest
-from fakes import TRAINER, actions, plan, publish, publish_all, with_settings
 
 from pipeline.config import PathSettings, Precision, TrackedArtifacts, TrackingMode, TrackingSettings
 from pipeline.errors import UserError
 from pipeline.workflow.plan import PlannedStage, plan_run
 from pipeline.workflow.progress import Failure, write_failure
+from tests.support import fakes
+from tests.support.fakes import TRAINER, actions, plan, publish, publish_all, with_settings
 
 ALL = list(fakes.WORKFLOW)
 
@@ -204,6 +204,6 @@ def test_settings_of_a_stage_that_the_workflow_lacks_are_refused(tmp_path: Path)
 
 
 def test_a_catalog_that_does_not_exist_is_refused(tmp_path: Path):
-    config = fakes.run_config(tmp_path).model_copy(update={"catalog": "fakes:CATALOGUE"})
-    with pytest.raises(UserError, match="'fakes:CATALOGUE' names nothing that can be imported"):
+    config = fakes.run_config(tmp_path).model_copy(update={"catalog": "tests.support.fakes:CATALOGUE"})
+    with pytest.raises(UserError, match=r"'tests\.support\.fakes:CATALOGUE' names nothing that can be imported"):
         plan_run(config)

@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import plan, publish, run_config, with_settings
 
 from pipeline.config import RunSettings
 from pipeline.errors import UserError
@@ -12,6 +11,7 @@ from pipeline.workflow.plan import plan_run
 from pipeline.workflow.progress import Failure, Phase, Progress, write_failure, write_progress
 from pipeline.workflow.runs import config_with, gather_pictures, read_run, record_run, run_artifacts, run_names
 from pipeline.workflow.summary import stage_state
+from tests.support.fakes import plan, publish, run_config, with_settings
 
 
 def record(outputs: Path, name: str, **changes: Any) -> Path:

@@ -1,5 +1,6 @@
 """What the ranks' losses come to together is the loss of the global batch, for every way the ring is cut."""
 
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,11 @@ def run_rank(rank: int, directory: str) -> None:
 @pytest.fixture(scope="module")
 def results_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run_rank, args=(str(directory),), nprocs=max(WORLD_SIZES))
+    # Of a process that has imported what each of them would.
+    get_context("forkserver").set_forkserver_preload(["stages.models.clip"])
+    multiprocessing.start_processes(
+        run_rank, args=(str(directory),), nprocs=max(WORLD_SIZES), start_method="forkserver"
+    )
     return directory
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import run_until
 
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.picture_grid import read_layout
@@ -14,6 +13,7 @@ from stages.judge.labels import CLASSES, judge_samples, labels
 from stages.judge.network import load_judge
 from stages.judge.settings import JudgeDataSettings
 from stages.prepare.sources.scenes import ALL_PAIRS, Attribute
+from tests.support.tiny_runs import run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 JUDGED = ("colour", "shape", "size", "position", "background")
@@ -64,6 +64,7 @@ def test_the_judge_s_pictures_are_single_objects_of_all_pairs_and_held_out_ones_
     assert not held_out & {sample.image for sample, split in made if split.value == "train"}
 
 
+@pytest.mark.slow
 def test_a_judge_learns_to_read_real_pictures_and_is_no_worse_for_being_saved(outputs: Path):
     artifact = run_until(
         outputs, "judge", "stage.judge.max_samples=20480", "stage.judge.data.samples=2000", "stage.judge.width=12"

@@ -1,7 +1,6 @@
 import subprocess
 from pathlib import Path
 
-import fakes
 import pytest
 import yaml
 
@@ -13,6 +12,7 @@ from pipeline.workflow.plan import plan_run
 from pipeline.workflow.slurm.batch import render
 from pipeline.workflow.slurm.commands import environment_of_jobs
 from pipeline.workflow.slurm.submit import plan_jobs
+from tests.support import fakes
 
 NASTY = 'it\'s $(touch pwned) "x" `touch pwned`\n; touch pwned'
 

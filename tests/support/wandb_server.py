@@ -27,6 +27,8 @@ class ServerRun:
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    begun: dict[str, Any] = field(default_factory=dict)
+    """What the client said of it when it was opened first."""
     ended_with: list[int] = field(default_factory=list)
     preempted: int = 0
     is_known: bool = False
@@ -41,13 +43,19 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, ServerRun] = {}
-        self.artifacts: list[str] = []
+        self.artifacts: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.used: list[str] = []
+        """Names of artifacts that runs asked for as their inputs."""
         self.secrets: list[str] = []
+        self.rows_to_take: int | None = None
+        """After so many rows of a run the server is broken, and the client does not hear of the last ones."""
         self._health = Health.WELL
         self._changed = Event()
         handler = type("_BoundHandler", (_Handler,), {"owner": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
+        setattr(self.http, "handle_error", lambda *_: None)  # noqa: B010 - clients that are killed hang up
         self.address = f"http://127.0.0.1:{self.http.server_port}"
 
     @property
@@ -99,8 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({})
 
     def do_PUT(self) -> None:
-        self._body()
+        body = self._body()
         if self._is_well():
+            self.owner.files[self.path.removeprefix("/up/")] = body
             self._answer({})
 
     def do_POST(self) -> None:
@@ -114,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body or b"{}")
         if "file_stream" in self.path:
             self._take_rows(self.owner.run(self.path.split("/")[-2]), asked)
-            self._answer({})
+            if self._is_well():
+                self._answer({})
         else:
             self._graphql(asked.get("query", ""), asked.get("variables") or {})
 
@@ -139,13 +149,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    @staticmethod
-    def _take_rows(run: ServerRun, asked: dict[str, Any]) -> None:
+    def _take_rows(self, run: ServerRun, asked: dict[str, Any]) -> None:
         for name, part in (asked.get("files") or {}).items():
             if name == "wandb-history.jsonl":
                 rows = [json.loads(line) for line in part["content"]]
                 assert part["offset"] <= len(run.rows), "a gap"
                 run.rows[part["offset"] : part["offset"] + len(rows)] = rows
+                if self.owner.rows_to_take is not None and len(run.rows) > self.owner.rows_to_take:
+                    del run.rows[self.owner.rows_to_take :]
+                    self.owner.health = Health.BROKEN
+                    return
             elif name == "wandb-summary.json":
                 run.summary = json.loads(part["content"][-1])
         if asked.get("complete") is not None:
@@ -160,19 +173,24 @@ class _Handler(BaseHTTPRequestHandler):
             "Viewer": self._viewer,
             "ServerFeaturesQuery": self._viewer,
             "CreateRunFiles": self._files,
+            "CreateArtifact": self._artifact,
+            "CreateArtifactManifest": self._manifest,
+            "CreateArtifactFiles": self._artifact_files,
+            "CommitArtifact": lambda _values: {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}},
         }
         if "ResumeStatus" in operation:
             self._answer({"data": self._resume_status(values)})
         elif operation in answers:
             self._answer({"data": answers[operation](values)})
         else:
-            if operation == "CreateArtifact":  # noted as asked for; what comes after it is not spoken
-                self.owner.artifacts.append(values["input"].get("artifactCollectionName", ""))
+            if operation == "ArtifactType":
+                self.owner.used.append(values["name"])
             self._answer({"errors": [{"message": f"{operation} is not spoken here"}], "data": None})
 
     def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
         run = self.owner.run(values["name"])
         is_new, run.is_known = not run.is_known, True
+        run.begun = run.begun or values
         if values.get("config"):
             run.config = json.loads(values["config"])
         project = {"id": "p", "name": values.get("project") or "p", "entity": {"id": "e", "name": "me"}}
@@ -199,6 +217,27 @@ class _Handler(BaseHTTPRequestHandler):
     def _viewer(self, _values: dict[str, Any]) -> dict[str, Any]:
         viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer, "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None, "features": []}}
+
+    def _artifact(self, values: dict[str, Any]) -> dict[str, Any]:
+        self.owner.artifacts.append(values["input"])
+        sequence = {"id": "s", "latestArtifact": None}
+        return {"createArtifact": {"artifact": {"id": "a", "state": "PENDING", "artifactSequence": sequence}}}
+
+    def _artifact_files(self, values: dict[str, Any]) -> dict[str, Any]:
+        nodes = [
+            {
+                "id": "f", "name": each["name"], "displayName": each["name"], "uploadUrl":
+                f"{self.owner.address}/up/{each['name']}", "uploadHeaders": [], "artifact": {"id": "a"},
+                "storagePath": each["name"], "uploadMultipartUrls": None,
+            }
+            for each in values["input"]["artifactFiles"]
+        ]  # fmt: skip
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def _manifest(self, _values: dict[str, Any]) -> dict[str, Any]:
+        url = f"{self.owner.address}/up/manifest-{len(self.owner.artifacts)}"
+        file = {"id": "f", "name": "wandb_manifest.json", "displayName": "m", "uploadUrl": url, "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
 
     def _files(self, values: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.owner.address}/up/{name}"} for name in values.get("files", [])]

@@ -1,30 +1,25 @@
 """Runs stages on several processes that live as long as all of them: imports, which dominate, are paid once."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import tiny
+from contextlib import suppress
 
 from pipeline.workflow.frozen import FrozenStage, write_frozen
+from tests.support import ROOT
 
 
 def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s: float = 240) -> list[int]:
     """Run the stages one after the other, each on all processes; their exit statuses."""
     paths = [str(write_frozen(stage).path) for stage in stages]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(tiny.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())]
-        ),
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
     }
     started = [
@@ -39,6 +34,14 @@ def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s
     finally:
         for process in started:
             process.kill()
+
+
+def free_port() -> int:
+    """One that no outgoing connection takes until the first rank listens there: those get ports from 32768 on."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", random.randrange(20000, 30000)))
+            return probe.getsockname()[1]
 
 
 def log_of(stage: FrozenStage) -> str:

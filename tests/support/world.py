@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from pipeline.workflow.runs import record_run
 from pipeline.workflow.slurm import commands
 from pipeline.workflow.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
 from pipeline.workflow.slurm.submit import slurm_launch as slurm_launch_of
+from tests.support import tiny
 
 STEPS = 24
 
@@ -66,12 +66,16 @@ CATALOG = Catalog(
     {
         **tiny.CATALOG.stages,
         "gate": StageDeclaration(
-            version=1, settings=GateSettings, run="world:pass_gate", output="gate", inputs=(Input("data"),)
+            version=1,
+            settings=GateSettings,
+            run=f"{__name__}:pass_gate",
+            output="gate",
+            inputs=(Input("data"),),
         ),
         "reader": StageDeclaration(
             version=1,
             settings=ReaderSettings,
-            run="world:read",
+            run=f"{__name__}:read",
             output="reader",
             inputs=(Input("learner"), Input("gate", Arity.OPTIONAL)),
         ),
@@ -115,7 +119,7 @@ def plan(
         run=RunSettings(name=name, group=group),
         seed=seed,
         paths=PathSettings(outputs=outputs),
-        catalog="world:CATALOG",
+        catalog=f"{__name__}:CATALOG",
         data={},
         stage=stages,
         trainer=tiny.TRAINER.model_copy(update={"checkpoint_every_samples": 8, "lease_s": 20.0, **trainer}),
@@ -140,31 +144,31 @@ def submit(*plans: Plan) -> dict[str, SubmittedStage]:
 def submitted_learner(outputs: Path, **changes: Any) -> tuple[FrozenStage, int]:
     """A learner in the queue, whose data is there already, and its job's id."""
     made = plan(outputs, **changes)
-    data, learner = (stage.frozen for stage in made.stages)
-    assert data is not None
+    run_stages_here(made, "data")
+    learner = made.stages[1].frozen
     assert learner is not None
-    run_here(data)
     job = submit(plan(outputs, **changes))["learner"]
     assert job.job_id is not None
     return learner, job.job_id
 
 
-def run_here(frozen: FrozenStage) -> None:
-    """Run a stage in this process."""
+def run_stages_here(made: Plan, *names: str) -> None:
+    """Run stages of a plan in this process."""
     from threading import Event
 
     from pipeline.training.stage import run_stage
     from pipeline.workflow.progress import Outcome
 
-    assert run_stage(frozen, Event()) in (Outcome.FINISHED, Outcome.REUSED)
+    for stage in made.stages:
+        if stage.name in names:
+            assert stage.frozen is not None
+            assert run_stage(stage.frozen, Event()) in (Outcome.FINISHED, Outcome.REUSED)
 
 
 def undisturbed(outputs: Path, **changes: Any) -> dict[str, Tensor]:
     """The weights of a learner that was trained in this process in one go."""
-    for stage in plan(outputs, **{**changes, "step_s": 0.0}).stages:
-        assert stage.frozen is not None
-        # How long a step takes is no part of what is learned, though it is of the fingerprint.
-        run_here(stage.frozen)
+    # How long a step takes is no part of what is learned, though it is of the fingerprint.
+    run_stages_here(plan(outputs, **{**changes, "step_s": 0.0}), "data", "learner")
     return weights_under(outputs)
 
 
@@ -201,14 +205,27 @@ def restarts_of(job_id: int) -> int:
     return int(shown.partition("Restarts=")[2].split()[0])
 
 
-def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 120.0) -> None:
+def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
+    look_at_the_held = time.monotonic() + 5
     while not is_so():
         assert time.monotonic() < deadline, f"in vain waited for: {what}\n{slurm('squeue', '--states=all')}"
         time.sleep(0.1)
+        if time.monotonic() > look_at_the_held:
+            release_what_could_not_be_launched()
+            look_at_the_held = time.monotonic() + 5
 
 
-def wait_for_end(frozen: FrozenStage, job_id: int, timeout_s: float = 120.0) -> None:
+def release_what_could_not_be_launched() -> None:
+    """As an administrator would: Slurm holds a job whose launch failed, for instance on a busy machine."""
+    for line in slurm("squeue", "-h", "-t", "PD", "-o", "%A|%r").splitlines():
+        job_id, _, reason = line.partition("|")
+        if reason.replace("_", " ") == "launch failed requeued held":
+            # It may be gone by now.
+            subprocess.run(["scontrol", "release", job_id], check=False, capture_output=True)
+
+
+def wait_for_end(frozen: FrozenStage, job_id: int, timeout_s: float = 300.0) -> None:
     """Until the job is over; its artifact must be there then."""
 
     states: list[str] = []

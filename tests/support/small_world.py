@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fakes import run_config
 from PIL import Image
 
 from pipeline.config import RunSettings, Settings
@@ -20,6 +19,7 @@ from pipeline.workflow.picture_grid import GridLayout, save_grid
 from pipeline.workflow.plan import Plan, plan_run
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.runs import record_run
+from tests.support.fakes import run_config
 
 BATCH = 8
 CELL = 32
@@ -125,16 +125,15 @@ def painter_origin(artifact: Artifact) -> str:
 CATALOG = Catalog(
     {
         "source": StageDeclaration(
-            version=1, settings=SourceSettings, run="small_world:gather", output="data", computes=False,
+            version=1, settings=SourceSettings, run=f"{__name__}:gather", output="data", computes=False,
             numbers=DataNumbers,
         ),
         "painter": StageDeclaration(
-            version=1, settings=PainterSettings, run="small_world:paint", output="painting", inputs=(Input("data"),),
-            better={"error": Better.LOW, "accuracy": Better.HIGH}, usage=painter_usage,
-            origin=painter_origin,
+            version=1, settings=PainterSettings, run=f"{__name__}:paint", output="painting", inputs=(Input("data"),),
+            better={"error": Better.LOW, "accuracy": Better.HIGH}, usage=painter_usage, origin=painter_origin,
         ),
         "critic": StageDeclaration(
-            version=1, settings=CriticSettings, run="small_world:judge", output="verdict", inputs=(Input("painting"),),
+            version=1, settings=CriticSettings, run=f"{__name__}:judge", output="verdict", inputs=(Input("painting"),),
             better={"score": Better.HIGH},
         ),
     }
@@ -157,7 +156,7 @@ def run(
         "painter": {"kind": "painter", **painter},
         "critic": {"kind": "critic", "strictness": strictness},
     }
-    changes = {"run": RunSettings(name=name, group=group), "catalog": "small_world:CATALOG", "seed": seed}
+    changes = {"run": RunSettings(name=name, group=group), "catalog": f"{__name__}:CATALOG", "seed": seed}
     plan = plan_run(run_config(outputs, stages, **changes), tuple(overrides))
     record_run(plan)
     for stage in plan.stages:

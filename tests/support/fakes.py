@@ -67,25 +67,25 @@ STAGES = {
     "source": StageDeclaration(
         version=1,
         settings=SourceSettings,
-        run="fakes:nothing",
+        run=f"{__name__}:nothing",
         output="data",
         computes=False,
         identity=source_identity,
     ),
     "encoder": StageDeclaration(
-        version=1, settings=EncoderSettings, run="fakes:nothing", output="clip", inputs=(Input("data"),)
+        version=1, settings=EncoderSettings, run=f"{__name__}:nothing", output="clip", inputs=(Input("data"),)
     ),
     "decoder": StageDeclaration(
         version=1,
         settings=DecoderSettings,
-        run="fakes:nothing",
+        run=f"{__name__}:nothing",
         output="decoder",
         inputs=(Input("data"), Input("clip"), Input("prior", Arity.OPTIONAL)),
     ),
     "enlarger": StageDeclaration(
         version=1,
         settings=EnlargerSettings,
-        run="fakes:nothing",
+        run=f"{__name__}:nothing",
         output="upsampler",
         inputs=(Input("data"),),
         repeatable=True,
@@ -93,7 +93,7 @@ STAGES = {
     "judge": StageDeclaration(
         version=1,
         settings=JudgeSettings,
-        run="fakes:nothing",
+        run=f"{__name__}:nothing",
         output="verdict",
         inputs=(Input("clip"), Input("decoder"), Input("upsampler", Arity.ANY)),
     ),
@@ -129,7 +129,7 @@ def run_config(outputs: Path, stages: dict[str, dict[str, Any]] | None = None, *
         run=RunSettings(name="trial"),
         seed=0,
         paths=PathSettings(outputs=outputs),
-        catalog="fakes:CATALOG",
+        catalog=f"{__name__}:CATALOG",
         data={},
         stage=WORKFLOW if stages is None else stages,
         trainer=TRAINER,
