@@ -268,7 +268,7 @@ def test_processes_that_walk_shards_do_not_outlive_who_started_them(tmp_path: Pa
     write_shards(tmp_path / "shards", map(source_sample, range(4)), 2)
     code = (
         "import os, sys, time, pipeline.data.indexing as indexing\n"
-        "def slowly(path, name): print(os.getpid(), flush=True); time.sleep(60)\n"
+        "def slowly(path, name): os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)\n"
         "indexing.walk_shard = slowly\n"
         "from pipeline.cli import main\n"
         f"sys.exit(main(['shards', 'index', {str(tmp_path / 'shards')!r}, '--workers', '2']))"
