@@ -224,7 +224,8 @@ match name:
         made = [run_until(outputs, "prepare", "data=greys", base=["tracking=none"])]
     case "plain":
         tiny = [each for each in TINY if not each.startswith(("stage.decoder.network", "experiment="))]
-        made = [run_until(outputs, stage, base=["experiment=plain", *tiny]) for stage in ("decoder", "evaluate", "export")]
+        base = ["experiment=plain", *tiny]
+        made = [run_until(outputs, stage, base=base) for stage in ("decoder", "evaluate", "export")]
 found = [{"path": str(each.path), **each.manifest.model_dump(mode="json")} for each in made]
 Path(sys.argv[-1]).write_text(json.dumps({"where": stages.__path__[0], "made": found}))
 """
