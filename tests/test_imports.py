@@ -99,8 +99,19 @@ def test_the_data_layer_imports_only_settings_and_errors_of_the_pipeline():
 
 
 def test_training_imports_data_and_workflow_and_no_command_line():
-    own = ("pipeline.training", "pipeline.data", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    own = (
+        *("pipeline.training", "pipeline.tracking", "pipeline.data"),
+        *("pipeline.workflow", "pipeline.config", "pipeline.errors"),
+    )
     assert offenders(sources("pipeline/training/**/*.py"), "pipeline", but=own) == []
+
+
+def test_what_is_made_of_the_record_imports_the_workflow_and_no_training():
+    own = ("pipeline.tracking", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    paths = sources("pipeline/tracking/**/*.py")
+    assert offenders(paths, "pipeline", but=own) == []
+    heavy = [module for path in paths for module in imports_when_loaded(path) if is_within(module, *HEAVY, "wandb")]
+    assert heavy == []
 
 
 def test_the_report_imports_the_workflow_and_no_training():
@@ -111,6 +122,7 @@ def test_the_report_imports_the_workflow_and_no_training():
 
 def test_the_workflow_knows_no_report():
     assert offenders(sources("pipeline/workflow/**/*.py", "pipeline/training/**/*.py"), "pipeline.report") == []
+    assert offenders(sources("pipeline/workflow/**/*.py"), "pipeline.tracking") == []
 
 
 def test_settings_and_errors_import_nothing_else_of_the_pipeline():
@@ -165,7 +177,7 @@ def test_what_stages_share_knows_of_no_stage(room: str):
     ("libraries", "door"),
     [
         (("hydra", "omegaconf"), "pipeline/compose.py"),
-        (("wandb",), "pipeline/training/"),
+        (("wandb",), "pipeline/tracking/"),
         (("deepspeed",), "pipeline/training/strategies/zero.py"),
         (("open_clip",), "stages/clip/network.py"),
         (("webdataset",), "pipeline/data/"),
@@ -189,7 +201,7 @@ def test_slurm_s_commands_stand_in_one_file_at_most():
 
 def test_importing_a_module_does_no_work_on_the_command_line():
     """Only files that are started as programs have an entry point."""
-    started = {"pipeline/cli.py", "pipeline/training/worker.py"}
+    started = {"pipeline/cli.py", "pipeline/tracking/sender.py", "pipeline/training/worker.py"}
     found = {
         str(path.relative_to(ROOT))
         for path in sources("pipeline/**/*.py", "stages/**/*.py")

@@ -38,8 +38,9 @@ class SampleGrid:
 class StageModule(pl.LightningModule, ABC, Generic[Network]):
     """Trains `network`. Frozen networks go into `frozen_networks`, so that no checkpoint holds them.
 
-    `needs_whole_share` is for losses over the whole batch: `losses` is then given a device's share of it in one piece,
-    and holds no more than `micro_batch_size` samples' activations by itself. Else the share comes in such pieces.
+    By default `losses` gets a device's share of the batch in micro-batches. Set `needs_whole_share` for a loss over the
+    whole batch: `losses` then gets the share in one piece, and must itself hold the activations of at most
+    `micro_batch_size` samples at a time.
     """
 
     needs_whole_share = False
@@ -109,10 +110,10 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
 
     @contextmanager
     def averaged(self) -> Iterator[bool]:
-        """Evaluate with the averaged weights, without gradients, and with this module as it was afterwards.
+        """Evaluate with the averaged weights and without gradients. The module is as before afterwards.
 
-        All processes enter this: where the state is in shards, the averages are gathered. It yields whether this
-        process is the one to evaluate, the first: it alone holds them, in a `network` that is whole and without hooks.
+        All processes enter this, since averages that are sharded have to be gathered. It yields True on the first
+        process, which is the one to evaluate: its `network` then holds all averaged weights and has no hooks.
         """
         was_training = self.training
         trained, network = self.network, self._evaluation_network()
