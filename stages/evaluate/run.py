@@ -173,7 +173,7 @@ class Embedded:
     def __init__(self, clip: ClipModel) -> None:
         self._clip = clip
         self._captions = CaptionEncoder(clip)
-        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._found: list[tuple[Tensor, ...]] = []
 
     def add(self, made: Made) -> None:
         """Embed a batch."""
