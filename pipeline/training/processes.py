@@ -7,9 +7,9 @@ from lightning_fabric.plugins.environments import ClusterEnvironment, LightningE
 
 
 def is_started_by_srun() -> bool:
-    """Whether this is a task of a stage's own Slurm job, which has one for each device.
+    """Whether this process is a task of the stage's own Slurm job, which has one task for each device.
 
-    Slurm's own variables do not tell: all processes that somebody starts inside a job have them.
+    Slurm's own variables cannot tell: every process that is started inside any job has them.
     """
     return os.environ.get("UNCLIP_LAUNCHED_BY") == "slurm"
 

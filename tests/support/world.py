@@ -79,8 +79,7 @@ CATALOG = Catalog(
             output="reader",
             inputs=(Input("learner"), Input("gate", Arity.OPTIONAL)),
         ),
-    },
-    lambda _stages: None,
+    }
 )
 
 
