@@ -236,7 +236,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This project with all four things added to it."""
     place = tmp_path_factory.mktemp("checkout")
     for folder in ("pipeline", "stages", "conf", "slurm"):
-        shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, place / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for addition in (STAGE, NETWORK, METRIC, SOURCE):
         for name, content in addition.items():
             file = place / name
