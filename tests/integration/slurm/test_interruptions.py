@@ -106,8 +106,11 @@ def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
     # All of Slurm on that node dies, and the stage's process alone goes on, as where a node loses its network.
     (orphan,) = processes(f"^[^ ]*python -m pipeline.training.worker {tmp_path}/")
     own = [*processes(rf"slurmstepd: \[{job_id}\."), *processes(f"/job{job_id:05}/slurm_script"), *processes("^srun ")]
-    for pid in (*daemons, *own):
-        psutil.Process(pid).kill()
+    killed = [psutil.Process(pid) for pid in (*daemons, *own)]
+    for process in killed:
+        process.kill()
+    # A process that is stopped when the last of its session's parents dies is hung up.
+    assert psutil.wait_procs(killed, timeout=60)[1] == []
     # It sleeps until the next start has gone on from its checkpoint: on a busy machine it would be done before.
     psutil.Process(orphan).suspend()
     world.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
