@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -22,6 +23,8 @@ from pipeline.workflow.picture_grid import GridLayout
 
 LOSS = "loss"
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class SampleGrid:
@@ -32,7 +35,7 @@ class SampleGrid:
     layout: GridLayout | None = None
 
 
-class StageModule(pl.LightningModule, ABC):
+class StageModule(pl.LightningModule, ABC, Generic[Network]):
     """Trains `network`. Frozen networks go into `frozen_networks`, so that no checkpoint holds them.
 
     By default `losses` gets a device's share of the batch in micro-batches. Set `needs_whole_share` for a loss over the
@@ -43,7 +46,7 @@ class StageModule(pl.LightningModule, ABC):
     needs_whole_share = False
 
     def __init__(
-        self, network: nn.Module, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
+        self, network: Network, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
     ) -> None:
         super().__init__()
         self.network = network
@@ -124,7 +127,7 @@ class StageModule(pl.LightningModule, ABC):
             self.network = trained
             self.train(was_training)
 
-    def _evaluation_network(self) -> nn.Module | None:
+    def _evaluation_network(self) -> Network | None:
         constants = self.strategy.constants()
         if not self.trainer.is_global_zero:
             for _ in self.strategy.averaged_parameters():

@@ -193,6 +193,7 @@ def _run_and_publish(
         context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption, ownership)
         try:
             result: StageResult = resolve(declaration.run)(context)
+            assert isinstance(result.numbers, declaration.numbers), f"{frozen.kind} was declared with other numbers"
         except StageLost:
             raise
         except StageInterrupted:
@@ -230,7 +231,7 @@ def _publish(
         duration_s=round(spent.duration_s, 3),
         device_s=round(spent.device_s, 3),
         samples_seen=result.samples_seen,
-        numbers=result.numbers,
+        numbers=result.numbers.model_dump(mode="json", exclude_none=True),
         metrics=result.metrics,
         hardware=read_hardware(frozen.work),
         tracking=wandb_run.published() if wandb_run else {},
