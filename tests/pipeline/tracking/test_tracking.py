@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -243,7 +244,7 @@ def test_tensorboard_has_the_same_rows_and_pictures_with_no_step_twice(tmp_path:
 
 
 def test_tensorboard_that_is_switched_on_later_has_the_rows_from_before(tmp_path: Path):
-    options = {"checkpoint_every_samples": 32, "sample_every_samples": 16}
+    options: dict[str, Any] = {"checkpoint_every_samples": 32, "sample_every_samples": 16}
     SCRIPT.at_samples, SCRIPT.happens = 56, crash
     assert run(tracked(tmp_path, TrackingMode.NONE, **options)) is Outcome.FAILED
     stage = tracked(tmp_path, TrackingMode.NONE, tensorboard=True, **options)
