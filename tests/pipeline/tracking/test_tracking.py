@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.config import TrackedArtifacts, TrackingMode
 from pipeline.tracking.sync import sync
 from pipeline.tracking.wandb_record import read_record
+from pipeline.training.context import StageContext
 from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import MANIFEST, file_sha256
 from pipeline.workflow.frozen import FrozenStage, write_frozen
@@ -125,6 +126,22 @@ def test_sample_grids_are_images_with_captions(sent: Sent):
     assert all(row["samples"]["caption"] == "a caption" for row in grids)
     with Image.open(io.BytesIO(sent.server.files[grids[0]["samples"]["path"]])) as image:
         assert image.size == (4, 4)
+
+
+def test_a_picture_that_is_part_of_the_artifact_is_sent_long_after_it_was_published(
+    tmp_path: Path, server: WandbServer
+):
+    def draw(context: StageContext) -> None:
+        Image.new("RGB", (6, 5)).save(context.output / "grid.png")
+        context.tracker.log_picture(40, "evaluate/grid", context.output / "grid.png", ["red"])
+
+    stage = tracked(tmp_path)
+    at_40(draw)
+    assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
+    sync([stage.work], server.address)
+    (grid,) = [row["evaluate/grid"] for row in server.only_run.rows if "evaluate/grid" in row]
+    with Image.open(io.BytesIO(server.files[grid["path"]])) as image:
+        assert image.size == (6, 5)
 
 
 def test_the_artifact_is_a_reference_and_nothing_is_copied(sent: Sent):
