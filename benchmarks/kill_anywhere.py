@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.workflow.artifacts import file_sha256
-from pipeline.workflow.metrics import without_measured
+from pipeline.workflow.record import without_measured
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
 NARROW_UNET = (

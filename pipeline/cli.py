@@ -253,8 +253,9 @@ def _cancel(arguments: list[str]) -> int:
 
 
 def _sync(arguments: list[str]) -> int:
-    # By name: the command line imports nothing of the training, where W&B has its one door.
-    return resolve("pipeline.training.tracking.sync:main")(arguments)
+    from pipeline.tracking.sync import main
+
+    return main(arguments)
 
 
 def _compare(arguments: list[str]) -> int:

@@ -36,7 +36,7 @@ def run(context: StageContext) -> StageResult:
     settings = context.settings_as(EmbedSettings)
     fabric = inference_fabric(context.frozen.trainer)
     clip = load_clip(context.input("clip"), device=fabric.device)
-    images = context.images(clip.settings.image_size)
+    images = context.images(clip.settings.image_size, cache_mib=0)
     (context.work / PARTS).mkdir(exist_ok=True)
     total = len(images)
     parts, tally = [], FaultTally()

@@ -37,7 +37,7 @@ def run(context: StageContext) -> StageResult:
     fabric = inference_fabric(context.frozen.trainer)
     chain = chain_of_inputs(context.inputs, fabric.device)
     final_size = chain.upsamplers[-1].settings.high_size if chain.upsamplers else chain.clip.settings.image_size
-    evaluation = Evaluation(context, settings, chain, context.images(final_size))
+    evaluation = Evaluation(context, settings, chain, context.images(final_size, cache_mib=0))
     with fabric.autocast():
         metrics = evaluation.attributes() | evaluation.samples() | evaluation.retrieval() | evaluation.upsampling()
     context.tracker.log(evaluation.made, {f"evaluate/{name}": value for name, value in metrics.items()})

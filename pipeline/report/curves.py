@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from pipeline.report.records import Comparison, StageReport
 from pipeline.report.rows import ELAPSED, elapsed, sampled_rows
-from pipeline.workflow.metrics import AXIS
+from pipeline.workflow.record import AXIS
 
 ROWS_OF_A_PAGE = 200_000
 FEWEST_ROWS = 150

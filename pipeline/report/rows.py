@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
-from pipeline.workflow.metrics import AXIS, MEASURED
+from pipeline.workflow.record import MEASURED, PICTURE, RESUMES, entries, standing
 
 ELAPSED = f"{MEASURED}elapsed_s"
 VALIDATION = "validation/"
 _HEAD_BYTES = 1 << 18
-_MARK = f'"{VALIDATION}'.encode()
+_ALWAYS_READ = tuple(f'"{name}'.encode() for name in (VALIDATION, RESUMES))
 
 
 @dataclass(frozen=True)
@@ -28,20 +26,21 @@ def sampled_rows(path: Path, limit: int) -> SampledRows:
     """About `limit` rows, spread evenly over the file, and as many of its validations; a short file whole.
 
     Rows are found by their place in the file, so that the others are neither split off nor parsed. The first row and
-    the last are always there. A line that a kill cut short is left out, as is what is no row; no file has no rows.
+    the last are always there. A line that a kill cut short is left out, as are what is no row and the rows that a
+    resume superseded; no file has no rows.
     """
     content = _content(path)
     if not _is_long(content, limit):
-        return SampledRows(tuple(_parsed(content.splitlines())), is_whole=True)
+        return SampledRows(_parsed(content.splitlines()), is_whole=True)
     size = len(content)
     # The last line may have been cut short, and the one before it is then the last row.
     last = content.rfind(b"\n", 0, size - 1)
     ends = [content.rfind(b"\n", 0, last) + 1, last + 1]
     starts = {_line_start(content, number * size // limit) for number in range(limit)}
-    validations = list(_marked_lines(content))
+    validations, resumes = (list(_marked_lines(content, mark)) for mark in _ALWAYS_READ)
     every = -(-len(validations) // limit) or 1
-    chosen = sorted({*starts, *ends, *validations[::every], *validations[-1:]})
-    return SampledRows(tuple(_parsed(_line(content, start) for start in chosen)), is_whole=False)
+    chosen = sorted({*starts, *ends, *validations[::every], *validations[-1:], *resumes})
+    return SampledRows(_parsed(_line(content, start) for start in chosen), is_whole=False)
 
 
 def elapsed(row: Mapping[str, Any], before: float | None) -> float | None:
@@ -69,13 +68,13 @@ def _is_long(content: bytes, limit: int) -> bool:
     return about > 2 * limit or content.count(b"\n") > limit
 
 
-def _marked_lines(content: bytes) -> Iterator[int]:
-    """Where each line begins that holds a validation."""
-    at = content.find(_MARK)
+def _marked_lines(content: bytes, mark: bytes) -> Iterator[int]:
+    """Where each line begins that holds the mark."""
+    at = content.find(mark)
     while at >= 0:
         yield _line_start(content, at)
         end = content.find(b"\n", at)
-        at = -1 if end < 0 else content.find(_MARK, end)
+        at = -1 if end < 0 else content.find(mark, end)
 
 
 def _line_start(content: bytes, at: int) -> int:
@@ -87,11 +86,5 @@ def _line(content: bytes, start: int) -> bytes:
     return content[start:] if end < 0 else content[start:end]
 
 
-def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = from_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get(AXIS), int):
-            yield row
+def _parsed(lines: Iterable[bytes]) -> tuple[dict[str, Any], ...]:
+    return tuple(row for row in standing(entries(lines)) if PICTURE not in row)

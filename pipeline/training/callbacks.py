@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.config import TrainerSettings
 from pipeline.data.batch import ImageBatch
@@ -21,9 +22,9 @@ from pipeline.training.measurements import TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.ranks import any_of_all_ranks, gather_objects
 from pipeline.workflow.batch_shape import largest_piece
-from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.picture_grid import save_grid
+from pipeline.workflow.record import MEASURED
 
 SAMPLES = "samples"
 
@@ -31,6 +32,7 @@ SAMPLES = "samples"
 class StepBoundary(pl.Callback):
     """Base of callbacks that act once per optimiser step, not once per micro-batch."""
 
+    @override
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -39,7 +41,7 @@ class StepBoundary(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Lightning's hook; calls `on_step` when an optimiser step was just taken."""
+        """Call `on_micro_batch`, and `on_step` when an optimiser step was just taken."""
         assert isinstance(pl_module, StageModule)
         self.on_micro_batch(outputs, batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
@@ -58,10 +60,10 @@ class SeedEveryStep(pl.Callback):
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook."""
         torch.manual_seed(named_seed(self._seed, f"rank {trainer.global_rank}", batch_idx))
 
 
@@ -175,15 +177,17 @@ class ResumeAtSamples(pl.Callback):
     def __init__(self, steps_done: int, micro_batches_per_step: int) -> None:
         self._done = steps_done * micro_batches_per_step
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's hook: a checkpoint can be damaged, or appear, between the looks of two processes."""
+        """Check that all processes found the same checkpoint: one may be damaged, or appear, between two looks."""
         if len(set(gather_objects(self._done))) > 1:
             raise RuntimeError("the processes of this stage found different checkpoints; run it again")
 
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning's hook, called before the loops take their state from the checkpoint."""
+        """Change the counts before the loops take them from the checkpoint."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for part in ("total", "current"):
             progress[part] |= dict.fromkeys(("ready", "started", "processed", "completed"), self._done)

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors.torch import save_file
+from torch import nn
+
 from pipeline.config import Settings
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.place import ShardPlace
 from pipeline.errors import StageInterrupted
+from pipeline.tracking import Tracker
 from pipeline.training.processes import process_rank
-from pipeline.training.tracking import Tracker
-from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost
 from pipeline.workflow.progress import Phase, Progress, read_progress, write_progress
@@ -134,11 +137,24 @@ class StageContext:
         """The artifact behind an input that a workflow may lack."""
         return next(iter(self.inputs[name]), None)
 
-    def images(self, image_size: int, cache_mib: int = 0) -> CaptionedImages:
-        """The pictures of the input `data`, wherever this run finds its shards, of one size."""
+    def images(self, image_size: int, cache_mib: int | None = None) -> CaptionedImages:
+        """The pictures of the input `data`, wherever this run finds its shards, of one size.
+
+        Decoded ones are kept in memory as far as `trainer.cache_mib` allows. Pass 0 where each is read only once.
+        """
         (reference,) = self.frozen.inputs["data"]
         place = None if reference.place is None else ShardPlace.model_validate(reference.place)
+        cache_mib = self.frozen.trainer.cache_mib if cache_mib is None else cache_mib
         return CaptionedImages(self.input("data").path, image_size, cache_mib, place)
+
+    def save(self, network: nn.Module, file: str = WEIGHTS_FILE) -> None:
+        """Write the network's weights into the artifact, once: every process may call this, and the first one writes.
+
+        The file is in safetensors. Settings that a consumer needs to build the network belong in `StageResult.numbers`.
+        """
+        if self.is_first_process:
+            weights = {name: each.detach().cpu().contiguous() for name, each in network.state_dict().items()}
+            save_file(weights, self.output / file)
 
     def step(self, samples_seen: int, max_samples: int, activity: str = "") -> None:
         """Report progress of work that is no training, and stop here if asked to."""

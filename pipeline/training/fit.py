@@ -21,7 +21,6 @@ from pipeline.training.non_finite import NonFiniteGuard
 from pipeline.training.processes import process_environment, process_rank
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
-from pipeline.training.strategies.launcher import StageLauncher
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.progress import Failure, Phase, read_failure, write_failure
@@ -45,7 +44,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
             f"the split {Split.VALIDATION} has no samples, and training ends with a validation; raise "
             "data.validation_fraction or add samples"
         )
-    strategy, choice = build_strategy(context.frozen.trainer, module.network)
+    strategy, choice = build_strategy(context.frozen.trainer, module.network, partial(_keep_death, context))
     print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
     record_hardware(context.frozen, context.ownership, choice.title)
     checkpoint = latest_checkpoint(context.work)
@@ -57,7 +56,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         samples_seen=samples_seen,
     )
     shape = shape_of_batch(stage_settings.global_batch_size, context.frozen.trainer)
-    module.micro_batch_size = shape.micro_batch_size
+    module.hold_at_most(shape.micro_batch_size)
     if module.needs_whole_share:
         shape = BatchShape(shape.micro_batch_size * shape.accumulation, 1)
     steps_done = samples_seen // stage_settings.global_batch_size
@@ -76,15 +75,11 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
     clock = TrainingClock(checkpoint.elapsed_s if checkpoint else 0.0)
     validation = Validation(context, images, clock)
     trainer = _assemble(context, module, images, shape, validation, clock, checkpoint, strategy)
-    if isinstance(strategy.launcher, StageLauncher):
-        strategy.launcher.report = partial(_keep_death, context)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     strategy.leave_averaged_weights()
-    if isinstance(strategy.launcher, StageLauncher):
-        strategy.launcher.end_watch()
     _keep_last_picture(context)
     return FitResult(module.samples_seen, validation.latest)
 

@@ -8,12 +8,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.profilers import Profiler
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
 from pipeline.config import Precision
 from pipeline.data.batch import ImageBatch
 from pipeline.training.module import StageModule
 from pipeline.training.ranks import of_all_ranks
-from pipeline.workflow.metrics import MEASURED
+from pipeline.workflow.record import MEASURED
 
 _LIGHTNING_FETCHES = "train_dataloader_next"
 _MIB = 2**20
@@ -114,8 +115,9 @@ class Measurements(pl.Callback):
         self._batch_ended: float | None = None
         self._last = _Mark()
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's hook: the first row is measured from here."""
+        """Measure the first row from here."""
         assert isinstance(pl_module, StageModule)
         device = trainer.strategy.root_device
         if device.type == "cuda":
@@ -124,10 +126,11 @@ class Measurements(pl.Callback):
         self._batch_ended = None
         self._last = _Mark(time.monotonic(), pl_module.samples_seen, self.loader_wait.waited_s, self._aside_s)
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook: what was done aside is over, and the first micro-batch is counted."""
+        """End the time of other callbacks, and count the FLOPs of the first micro-batch."""
         if self._batch_ended is not None:
             # The loader was asked when the other callbacks were done.
             self._aside_s += max(0.0, self.loader_wait.began - self._batch_ended)
@@ -136,22 +139,25 @@ class Measurements(pl.Callback):
             self._counter.__enter__()
             self._is_counting = True
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook: what was counted is known, and the callbacks that come after this one do their work."""
+        """Take the count of FLOPs, and begin the time of the callbacks that come after this one."""
         self._batch_ended = time.monotonic()
         if self._counter is not None:
             assert isinstance(batch, ImageBatch)
             self._flops_per_sample = self._counter.get_total_flops() / len(batch)
             self._counter = None
 
+    @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's hook: the optimiser's own work is not counted."""
+        """Stop counting FLOPs before the optimiser works."""
         self._stop_counting()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning's hook: leave the process as it was, for the stage that comes next in it."""
+        """Stop counting, as the process may run another stage next."""
         self._stop_counting()
 
     def take(self, trainer: pl.Trainer, samples_seen: int) -> dict[str, float]:

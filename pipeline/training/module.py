@@ -12,6 +12,7 @@ from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
@@ -55,6 +56,10 @@ class StageModule(pl.LightningModule, ABC):
         self.gradient_norm = torch.zeros(())
         self.step_was_skipped = False
         self.step_losses: list[Tensor] = []
+
+    def hold_at_most(self, micro_batch_size: int) -> None:
+        """Compute in pieces: never hold the activations of more than `micro_batch_size` samples."""
+        self.micro_batch_size = micro_batch_size
 
     @abstractmethod
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
@@ -143,16 +148,24 @@ class StageModule(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def measure_gradient(self) -> None:
-        """Set `gradient_norm`, the norm of the whole gradient, float []."""
+        """Set `gradient_norm`, the norm of the whole gradient, float []; a step is skipped where it is not finite."""
         self.gradient_norm = self.strategy.gradient_norm()
+        self.step_was_skipped = not bool(torch.isfinite(self.gradient_norm))
 
+    def take_step_losses(self) -> Tensor:
+        """The losses of the step's micro-batches so far, float [M], which are forgotten here."""
+        losses = torch.stack(self.step_losses)
+        self.step_losses = []
+        return losses
+
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning's hook: clip by the norm that was measured already."""
+        """Clip by the norm that was measured already."""
         if gradient_clip_val is not None:
             self.strategy.clip_gradient(self.gradient_norm, float(gradient_clip_val))
 

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from pipeline.config import NonFinite
 from pipeline.data.batch import ImageBatch
@@ -31,30 +32,31 @@ class NonFiniteGuard(pl.Callback):
         self._samples: list[Tensor] = []
         self._skipped_in_a_row = 0
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook: remember the samples of the step."""
+        """Remember the samples of the step."""
         assert isinstance(batch, ImageBatch)
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._samples = []
         self._samples.append(batch.sample)
 
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Lightning's hook, called with the gradients of the whole step, before they are clipped."""
+        """Look at the gradient of the whole step, before it is clipped."""
         assert isinstance(pl_module, StageModule)
         pl_module.measure_gradient()
-        losses, pl_module.step_losses = pl_module.step_losses, []
+        losses = pl_module.take_step_losses()
         adamw = pl_module.strategy.adamw
         adamw.skips_steps = False
-        pl_module.step_was_skipped = not bool(torch.isfinite(pl_module.gradient_norm))
         if not pl_module.step_was_skipped:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        (is_loss_broken,) = any_of_all_ranks(trainer, not bool(torch.isfinite(torch.stack(losses)).all()))
+        (is_loss_broken,) = any_of_all_ranks(trainer, not bool(torch.isfinite(losses).all()))
         is_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None and not is_loss_broken
         if is_overflow and self._skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return  # the gradient scaler skips the step, and scales less from now on

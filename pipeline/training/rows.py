@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.config import TrainerSettings
 from pipeline.data.batch import ImageBatch
@@ -20,8 +21,8 @@ from pipeline.training.context import StageContext
 from pipeline.training.measurements import Measurements
 from pipeline.training.module import LOSS, StageModule
 from pipeline.training.ranks import gather_objects, of_all_ranks
-from pipeline.workflow.metrics import MEASURED
 from pipeline.workflow.progress import Phase
+from pipeline.workflow.record import MEASURED
 
 RATE_SMOOTHING = 0.9
 STATE = "rows"
@@ -88,10 +89,11 @@ class Rows(StepBoundary):
                 by_shard.update(found)
             raise too_many_faults(tally, self._settings.max_faulty_share, by_shard)
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning's hook, called on every rank: keep what each of them has added up."""
+        """Keep what every rank has added up since the last row. All ranks call this."""
         tally = self._tally_of_all_ranks(trainer)
         checkpoint[STATE] = {
             "sums": {name: of_all_ranks(trainer, total).flatten().cpu() for name, total in self._sums.items()},
@@ -101,10 +103,11 @@ class Rows(StepBoundary):
             "faults": dict(tally.by_reason),
         }
 
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning's hook: take it back; with another number of ranks, each takes the mean."""
+        """Take back what was added up. With another number of ranks, each takes the mean."""
         state = checkpoint[STATE]
         self._counts = Counter(state["counts"])
         self._steps_skipped = state["steps_skipped"]

@@ -14,19 +14,19 @@ import torch
 
 from pipeline.data.mixing import named_seed
 from pipeline.errors import ProcessKilledError, StageInterrupted, UserError
+from pipeline.tracking import Tracker
+from pipeline.tracking.wandb_record import WandbRecord
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import ProgressWriter, StageContext, StageResult
 from pipeline.training.hardware import record_hardware
 from pipeline.training.processes import is_started_by_srun, process_rank, tell_of_interruption
-from pipeline.training.tracking import Tracker
-from pipeline.training.tracking.wandb_record import WandbRecord
-from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, describe_files
+from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.metrics import METRICS
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
 from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, read_hardware, write_failure
+from pipeline.workflow.record import write_rows
 
 
 @dataclass(frozen=True)
@@ -199,12 +199,11 @@ def _run_and_publish(
             # The checkpoint is written. The tracker may wait for a server, and Slurm may not wait for it.
             tell_of_interruption()
             raise
-        tracker.summarise(result.metrics)
         if ownership is not None:
             progress.update(phase=Phase.PUBLISHING, activity="publishing")
             here_s = time.monotonic() - started
             spent = Spent(elapsed_before_s + here_s, progress.earlier_device_s + here_s * frozen.tasks.total)
-            tracker.log_artifact(_publish(frozen, output, result, spent, code, tracker.wandb_record, ownership))
+            _publish(frozen, output, result, spent, code, tracker.wandb_record, ownership)
 
 
 def _publish(
@@ -215,10 +214,8 @@ def _publish(
     code: str,
     wandb_run: WandbRecord | None,
     ownership: Ownership,
-) -> Artifact:
-    rows = frozen.work / METRICS
-    if rows.exists():
-        (output / METRICS).write_bytes(rows.read_bytes())
+) -> None:
+    write_rows(frozen.work, output)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         stage=frozen.stage,
@@ -239,7 +236,7 @@ def _publish(
         tracking=wandb_run.published() if wandb_run else {},
         files=describe_files(output),
     )
-    return frozen.store.publish(output, manifest, before_rename=ownership.require)
+    frozen.store.publish(output, manifest, before_rename=ownership.require)
 
 
 def code_version() -> str:

@@ -28,8 +28,6 @@ EXIT_STATUS = {Outcome.FINISHED: 0, Outcome.REUSED: 0, Outcome.FAILED: 1, Outcom
 
 def main() -> int:
     """Run the stages that are asked for; the exit status tells how the last one ended."""
-    # A W&B service of whoever started this process would outlive it, and hold the id of its run.
-    os.environ.pop("WANDB_SERVICE", None)
     interruption = threading.Event()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: interruption.set())

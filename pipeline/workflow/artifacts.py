@@ -17,6 +17,7 @@ from pipeline.config import Settings
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
 SCHEMA_VERSION = 1
 
 

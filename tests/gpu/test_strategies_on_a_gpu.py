@@ -150,9 +150,8 @@ def test_one_replica_of_ddp_learns_what_a_device_without_it_does(place: Place, m
             super().setup_distributed()
             backends.append(distributed.get_backend())
 
-    strategy = Replica(timeout=timedelta(seconds=60), gradient_as_bucket_view=True)
     choice = StrategyChoice(StrategyName.DDP, Offload.NONE, "for this test")
-    strategy.title = choice.title
+    strategy = Replica(timeout=timedelta(seconds=60), gradient_as_bucket_view=True, title=choice.title)
     monkeypatch.setattr(fit, "build_strategy", lambda *_: (strategy, choice))
     replica = place.stage("prior", "replica", "ddp")
     train_here(replica)

@@ -237,6 +237,7 @@ def test_a_strategy_leaves_torch_as_it_found_it(monkeypatch: pytest.MonkeyPatch)
         precision=Precision.FLOAT32,
         collective_timeout_s=60,
         on_cuda=True,
+        title="zero3",
     )
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: None)
     strategy.teardown()

@@ -19,8 +19,8 @@ from pipeline.training.stage import run_stage
 from pipeline.workflow.display import Display
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.local import Worker
-from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
+from pipeline.workflow.record import without_measured
 from tests.support import ROOT, tiny
 from tests.support.ranks import log_of
 from tests.support.tiny_runs import plan_stages

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples
+from pipeline.workflow.record import without_measured
 from tests.support.tiny_runs import plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,7 +1,6 @@
 """A stage that trains a tiny network on tiny pictures, run through the engine's own entry point."""
 
 import io
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config import (
@@ -31,7 +30,6 @@ from pipeline.config import (
     TrainingStageSettings,
 )
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
 from pipeline.data.draws import SampleDraws
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import write_prepared
@@ -45,6 +43,7 @@ from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.declaration import Catalog, Input, StageDeclaration
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.progress import Outcome
+from pipeline.workflow.record import read_standing
 
 SIZE = 8
 DATA, LEARNER = "0" * 64, "1" * 64
@@ -97,13 +96,13 @@ def source_sample(number: int) -> SourceSample:
 
 def learn(context: StageContext) -> StageResult:
     settings = context.settings_as(LearnerSettings)
-    images = CaptionedImages(context.input("data").path, SIZE, context.frozen.trainer.cache_mib)
+    images = context.images(SIZE)
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 16), nn.GELU(), nn.Dropout(settings.dropout), nn.Linear(16, 3)
     )
     module = LearnerModule(network, settings, context)
     result = fit(context, module, images)
-    save_file(network.state_dict(), context.output / "weights.safetensors")
+    context.save(network)
     return StageResult({}, result.metrics, result.samples_seen)
 
 
@@ -266,8 +265,8 @@ def weights(stage: FrozenStage) -> dict[str, Tensor]:
 
 
 def rows(stage: FrozenStage) -> list[dict[str, float]]:
-    lines = (stage.work / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    """The rows that stand in the stage's record."""
+    return [entry for entry in read_standing(stage.work) if "captions" not in entry]
 
 
 def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -1,22 +1,25 @@
-"""Stages that are tracked, and what W&B's own reader finds of them on disk."""
+"""Stages that are tracked."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import TrackedArtifacts, TrackingMode, TrackingSettings
-from pipeline.training.tracking.wandb_record import fragments
+from pipeline.training.context import StageContext
 from pipeline.workflow.frozen import FrozenStage, write_frozen
+from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Outcome, read_progress, write_progress
 from tests.support import ROOT
-from tests.support.tiny import frozen
+from tests.support.tiny import SCRIPT, frozen, run
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 UNREACHABLE = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
+ALL = list(range(8, 81, 8))
+"""`samples_seen` of all rows of a stage that is tracked."""
 
 
 def tracked(
@@ -27,32 +30,29 @@ def tracked(
     tensorboard: bool = False,
     **settings: Any,
 ) -> FrozenStage:
+    """The stage, frozen to its file as well."""
     tracking = TrackingSettings(mode=mode, project="trial", entity=None, artifacts=artifacts, tensorboard=tensorboard)
     names = {"tracking": tracking, "run": "sweep.1", "group": "sweep", "overrides": ["stage.learner.dropout=0.0"]}
-    return frozen(outputs, **settings).model_copy(update=names)
+    stage = frozen(outputs, **settings).model_copy(update=names)
+    write_frozen(stage)
+    return stage
 
 
-def records(log: Path, kind: str) -> list[dict[str, Any]]:
-    """What W&B's own reader finds in a log."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
+def at_40(happens: Callable[[StageContext], None]) -> None:
+    SCRIPT.at_samples, SCRIPT.happens = 40, happens
 
 
-def history(stage: FrozenStage) -> list[dict[str, Any]]:
-    return [record["item"] for log in fragments(stage.work) for record in records(log, "history")]
-
-
-def config(log: Path) -> dict[str, Any]:
-    return records(log, "run")[0]["config"]["update"]
-
-
-def axis(stage: FrozenStage, name: str) -> list[int]:
-    return [row["samples_seen"] for row in history(stage) if name in row]
+def stop(context: StageContext) -> None:
+    context.interruption.set()
 
 
 def crash(_context: object) -> None:
     raise RuntimeError("the power went")
+
+
+def again(stage: FrozenStage) -> Outcome:
+    SCRIPT.at_samples = None
+    return run(stage)
 
 
 def start(stage: FrozenStage, **environment: str) -> subprocess.Popen[bytes]:
@@ -67,6 +67,13 @@ def start(stage: FrozenStage, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
+def is_long_ago(stage: FrozenStage) -> None:
+    """Have the stage's process be silent for as long as one that is dead."""
+    progress = read_progress(stage.work)
+    assert progress is not None
+    write_progress(stage.work, replace(progress, updated_at=time.time() - 2 * SECONDS_UNTIL_SILENT))
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     limit = time.monotonic() + 180
     while not is_so():
@@ -76,5 +83,5 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 def no_secret_below(directory: Path) -> None:
     files = [path for path in directory.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files)
+    assert any(path.name == "wandb.json" for path in files)
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []

@@ -27,6 +27,8 @@ class ServerRun:
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    begun: dict[str, Any] = field(default_factory=dict)
+    """What the client said of it when it was opened first."""
     ended_with: list[int] = field(default_factory=list)
     preempted: int = 0
     is_known: bool = False
@@ -41,7 +43,10 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, ServerRun] = {}
-        self.artifacts: list[str] = []
+        self.artifacts: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.used: list[str] = []
+        """Names of artifacts that runs asked for as their inputs."""
         self.secrets: list[str] = []
         self._health = Health.WELL
         self._changed = Event()
@@ -99,8 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({})
 
     def do_PUT(self) -> None:
-        self._body()
+        body = self._body()
         if self._is_well():
+            self.owner.files[self.path.removeprefix("/up/")] = body
             self._answer({})
 
     def do_POST(self) -> None:
@@ -160,19 +166,23 @@ class _Handler(BaseHTTPRequestHandler):
             "Viewer": self._viewer,
             "ServerFeaturesQuery": self._viewer,
             "CreateRunFiles": self._files,
+            "CreateArtifact": self._artifact,
+            "CreateArtifactManifest": self._manifest,
+            "CommitArtifact": lambda _values: {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}},
         }
         if "ResumeStatus" in operation:
             self._answer({"data": self._resume_status(values)})
         elif operation in answers:
             self._answer({"data": answers[operation](values)})
         else:
-            if operation == "CreateArtifact":  # noted as asked for; what comes after it is not spoken
-                self.owner.artifacts.append(values["input"].get("artifactCollectionName", ""))
+            if operation == "ArtifactType":
+                self.owner.used.append(values["name"])
             self._answer({"errors": [{"message": f"{operation} is not spoken here"}], "data": None})
 
     def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
         run = self.owner.run(values["name"])
         is_new, run.is_known = not run.is_known, True
+        run.begun = run.begun or values
         if values.get("config"):
             run.config = json.loads(values["config"])
         project = {"id": "p", "name": values.get("project") or "p", "entity": {"id": "e", "name": "me"}}
@@ -199,6 +209,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _viewer(self, _values: dict[str, Any]) -> dict[str, Any]:
         viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer, "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None, "features": []}}
+
+    def _artifact(self, values: dict[str, Any]) -> dict[str, Any]:
+        self.owner.artifacts.append(values["input"])
+        sequence = {"id": "s", "latestArtifact": None}
+        return {"createArtifact": {"artifact": {"id": "a", "state": "PENDING", "artifactSequence": sequence}}}
+
+    def _manifest(self, _values: dict[str, Any]) -> dict[str, Any]:
+        url = f"{self.owner.address}/up/manifest-{len(self.owner.artifacts)}"
+        file = {"id": "f", "name": "wandb_manifest.json", "displayName": "m", "uploadUrl": url, "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
 
     def _files(self, values: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.owner.address}/up/{name}"} for name in values.get("files", [])]

@@ -1,6 +1,7 @@
 """Which strategy a stage trains by, and why: chosen when it starts, where `trainer.strategy` is auto."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -149,8 +150,10 @@ def _without_deepspeed(choice: StrategyChoice, error: Exception) -> str:
     )
 
 
-def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[PortableStrategy, StrategyChoice]:
-    """The strategy of a stage that trains `network`.
+def build_strategy(
+    settings: TrainerSettings, network: nn.Module, report: Callable[[str], object] = print
+) -> tuple[PortableStrategy, StrategyChoice]:
+    """The strategy of a stage that trains `network`. `report` is told when one of its processes dies.
 
     Raises `UserError` for what the machine, or the strategy, cannot do.
     """
@@ -163,11 +166,9 @@ def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[Porta
         timeout = timedelta(seconds=settings.collective_timeout_s)
         root = torch.device("cuda", 0) if device.is_cuda else torch.device("cpu")
         if settings.world_size == 1:
-            strategy = PlainStrategy(root)
-        else:
-            # Gradients that are no views of what is communicated would be in memory twice.
-            strategy = ReplicatedStrategy(timeout=timeout, gradient_as_bucket_view=True)
-        strategy.title = choice.title
+            return PlainStrategy(root, title=choice.title), choice
+        # Gradients that are no views of what is communicated would be in memory twice.
+        strategy = ReplicatedStrategy(timeout=timeout, gradient_as_bucket_view=True, title=choice.title, report=report)
         return strategy, choice
     if settings.precision is Precision.FLOAT16_MIXED:
         raise UserError(f"trainer.precision=16-mixed works with trainer=ddp alone; for {choice.title} use bf16-mixed")
@@ -187,6 +188,7 @@ def build_strategy(settings: TrainerSettings, network: nn.Module) -> tuple[Porta
         precision=settings.precision,
         collective_timeout_s=settings.collective_timeout_s,
         on_cuda=device.is_cuda,
+        title=choice.title,
+        report=report,
     )
-    strategy.title = choice.title
     return strategy, choice

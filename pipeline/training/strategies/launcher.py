@@ -25,10 +25,16 @@ class StageLauncher(_SubprocessScriptLauncher):
     Lightning's would kill all of them, the first one too, before anything is written down.
     """
 
-    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        report: Callable[[str], object],
+    ) -> None:
+        """`report` keeps the line that says which process died, where this one hangs and cannot end by itself."""
         super().__init__(cluster_environment, num_processes, num_nodes)
-        self.report: Callable[[str], object] = print
-        """Keeps the line that says which process died, where this one hangs and cannot end by itself."""
+        self._report = report
         self._is_over = threading.Event()
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -81,6 +87,6 @@ class StageLauncher(_SubprocessScriptLauncher):
             return
         died = self._first_death(0.0)
         if died is not None:
-            self.report(died)
+            self._report(died)
         self.kill(signal.SIGKILL)
         os._exit(1)

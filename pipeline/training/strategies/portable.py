@@ -5,7 +5,7 @@ import json
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from typing_extensions import override
 
 from pipeline.errors import UserError
 from pipeline.training.optimizer import AdamWithEma
@@ -43,11 +44,14 @@ class PortableStrategy(Strategy):
     Nothing in them knows of a strategy, so nothing has to be converted, and reading them executes nothing.
     """
 
-    title: str
-    """The strategy by the name that the config has for it."""
-
     saved_files: Mapping[str, str]
     """The files of the checkpoint that was saved last, and their digests; the same on all processes."""
+
+    def __init__(self, *args: Any, title: str, report: Callable[[str], object] = print, **options: Any) -> None:
+        """`title` is the config's name for the strategy. `report` is told when one of the stage's processes dies."""
+        super().__init__(*args, **options)
+        self.title = title
+        self._report = report
 
     @property
     def network(self) -> nn.Module:
@@ -105,7 +109,8 @@ class PortableStrategy(Strategy):
     def leave_averaged_weights(self) -> None:
         """End training: the first process's network holds the averaged weights in host memory; the others' nothing.
 
-        All processes call this. At most one parameter at a time is held besides them.
+        All processes call this, and need each other no more afterwards. At most one parameter at a time is held
+        besides the averaged weights.
         """
         parameters = dict(self.network.named_parameters())
         constants = self.constants()
@@ -118,14 +123,17 @@ class PortableStrategy(Strategy):
         for buffer in self.network.buffers():
             buffer.data = buffer.cpu()
         self.adamw.state.clear()
+        if isinstance(self.launcher, StageLauncher):
+            self.launcher.end_watch()
 
     def _configure_launcher(self) -> None:
         if isinstance(self, DDPStrategy):
             assert self.cluster_environment is not None
-            self._launcher = StageLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = StageLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self._report)
 
+    @override
     def setup_environment(self) -> None:
-        """Lightning's hook: processes can speak to each other from here on."""
+        """Start the processes' communication, and check that all of them chose the same strategy."""
         super().setup_environment()
         self.require_agreement()
 
@@ -138,8 +146,9 @@ class PortableStrategy(Strategy):
                 "memory; name one strategy for all, such as trainer=zero3"
             )
 
+    @override
     def teardown(self) -> None:
-        """Lightning's hook, which would copy the whole state of every process to its host."""
+        """Release what training held. Lightning's own would first copy the whole state to host memory."""
         cluster_environment: ClusterEnvironment | None = getattr(self, "cluster_environment", None)
         if cluster_environment is not None:
             cluster_environment.teardown()
@@ -147,34 +156,37 @@ class PortableStrategy(Strategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
 
-    # Of the state that Lightning would gather, save and restore by itself, nothing is left to it.
+    # Lightning saves and restores no weights and no optimiser state: `save_checkpoint` and `load_checkpoint` do.
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Lightning's hook."""
         return {}
 
+    @override
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Lightning's hook."""
         return {}
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Lightning's hook."""
+        pass
 
     @property
+    @override
     def restore_checkpoint_after_setup(self) -> bool:
-        """Lightning's hook: the optimiser is there by then."""
+        """Yes: `load_checkpoint` fills the optimiser, which exists only after the setup."""
         return True
 
     @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning's hook."""
         return False
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Lightning's hook, called on all processes: each writes its part of the directory `filepath`.
+        """Write this process's part of the checkpoint, the directory `filepath`. All processes call this.
 
-        The files are on disk then, and `saved_files` has their names and SHA-256 (hex). Raises `OSError` on the process
-        that could not write, and `RuntimeError` on the others.
+        Afterwards the files are on disk, and `saved_files` has their names and SHA-256 (hex). Raises `OSError` on the
+        process that could not write, and `RuntimeError` on the others.
         """
         directory = Path(self.broadcast(str(filepath)))
         constants = self.constants()
@@ -199,8 +211,9 @@ class PortableStrategy(Strategy):
         (directory / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
         return [TRAINER_FILE, CONSTANTS_FILE, DESCRIPTION_FILE]
 
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Lightning's hook, called on all processes: each reads what it holds, whoever wrote it.
+        """Read what this process holds, whichever process wrote it. All processes call this.
 
         Raises `UserError` for the checkpoint of another model.
         """

@@ -1,6 +1,6 @@
 """The one door to DeepSpeed: a Lightning strategy that shards optimiser, gradients and weights (ZeRO, 1910.02054)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from pipeline.config import DeepSpeedSettings, Offload, Precision
 from pipeline.training.optimizer import AdamWithEma
@@ -43,17 +44,22 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         precision: Precision,
         collective_timeout_s: float,
         on_cuda: bool,
+        title: str,
+        report: Callable[[str], object] = print,
     ) -> None:
         super().__init__(
             config=_deepspeed_config(stage, offload, settings, on_cuda),
             precision_plugin=ZeroPrecision(precision, "cuda" if on_cuda else "cpu"),
             timeout=timedelta(seconds=collective_timeout_s),
+            title=title,
+            report=report,
         )
         self._stage = stage
         self._linear = nn.functional.linear
 
+    @override
     def setup_environment(self) -> None:
-        """Lightning's hook, which refuses what has no CUDA."""
+        """Start the processes' communication. On CPUs Lightning's DDP does it: its DeepSpeed strategy refuses them."""
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return
@@ -64,23 +70,22 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)
         self.require_agreement()
 
+    @override
     def setup_distributed(self) -> None:
-        """Lightning's hook."""
         super().setup_distributed()
         # DeepSpeed reduces over a copy of the process group, to which it would give torch's own time-out.
         groups._WORLD_GROUP = torch.distributed.new_group(timeout=self._timeout)
 
+    @override
     def setup(self, trainer: Any) -> None:
-        """Lightning's hook: the network is whole for the last time before it."""
+        """Note the shapes of the parameters, then let DeepSpeed cut the network into shards."""
         self._shapes = super().shapes()
         self._constant_shapes = super().constant_shapes()
         super().setup(trainer)
 
+    @override
     def teardown(self) -> None:
-        """Lightning's hook.
-
-        ZeRO-3 leaves in torch a linear function of its own, which rounds otherwise, for what this process does next.
-        """
+        """Give torch its own linear function back: ZeRO-3 replaces it by one that rounds differently."""
         nn.functional.linear = self._linear
         super().teardown()
 
@@ -177,8 +182,9 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         with deepspeed.zero.GatheredParameters(frozen, modifier_rank=modifier_rank, enabled=bool(is_sharded)):
             yield
 
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning's hook. Lightning has divided the loss by the accumulation already, and the engine would again."""
+        """Run the backward pass. Lightning has divided the loss by the accumulation; the engine must not again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
@@ -197,16 +203,19 @@ class ZeroPrecision(DeepSpeedPrecision):
             yield
 
     @contextmanager
+    @override
     def train_step_context(self) -> Iterator[None]:
-        """Lightning's hook, around the engine, which ends an autocast that it did not begin: the module begins it."""
+        """Start no autocast here: the engine would end it. The module starts it, in `forward_context`."""
         yield
 
+    @override
     def convert_input(self, data: Any) -> Any:
-        """Lightning's hook: batches are of the right types already."""
+        """Leave batches as they are: their types are right already."""
         return data
 
+    @override
     def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Any, **kwargs: Any) -> Any:
-        """Lightning's hook, called for every micro-batch, as the engine counts them itself."""
+        """Run one micro-batch. The engine counts them, and steps after the last one of a batch."""
         closure()
         engine = cast(deepspeed.DeepSpeedEngine, model.trainer.model)
         if engine.is_gradient_accumulation_boundary():

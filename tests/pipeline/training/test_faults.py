@@ -176,7 +176,7 @@ def test_an_overflow_under_a_gradient_scaler_is_routine_and_a_broken_loss_is_not
     stage = frozen(tmp_path)
     run(stage)
     module = tiny.learner_module()
-    strategy = PlainStrategy(torch.device("cpu"))
+    strategy = PlainStrategy(torch.device("cpu"), title="ddp")
     strategy.connect(module)
     context = SimpleNamespace(frozen=stage, work=stage.work, is_first_process=True, is_lost=False)
     images = CaptionedImages(tmp_path / "artifacts" / "data" / tiny.DATA, tiny.SIZE)

@@ -14,8 +14,8 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, SampleRequest
 from pipeline.training import measurements
 from pipeline.training.measurements import peak_flops
-from pipeline.workflow.metrics import without_measured
 from pipeline.workflow.progress import Outcome
+from pipeline.workflow.record import without_measured
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, finished, frozen, rows, run
 

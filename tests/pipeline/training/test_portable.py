@@ -54,7 +54,7 @@ def test_a_process_that_holds_nothing_writes_a_file_that_says_so(tmp_path: Path)
 
 
 def strategy_of(network: nn.Module) -> PlainStrategy:
-    strategy = PlainStrategy(torch.device("cpu"))
+    strategy = PlainStrategy(torch.device("cpu"), title="ddp")
     strategy._lightning_module = cast(Any, SimpleNamespace(network=network))
     strategy.optimizers = [trained(network)]
     return strategy
@@ -95,8 +95,7 @@ def test_a_checkpoint_names_its_files_with_their_digests(tmp_path: Path):
 
 
 def test_processes_that_chose_different_strategies_say_so(monkeypatch: pytest.MonkeyPatch):
-    strategy = PlainStrategy(torch.device("cpu"))
-    strategy.title = "zero2"
+    strategy = PlainStrategy(torch.device("cpu"), title="zero2")
     strategy.require_agreement()
     monkeypatch.setattr(portable, "gather_objects", lambda own: [own, "zero3"])
     with pytest.raises(UserError, match="chose zero2, zero3, as their devices differ in memory; name one strategy"):

@@ -12,13 +12,13 @@ import wandb
 
 from pipeline.config import TrackingMode
 from pipeline.errors import UserError
+from pipeline.tracking import wandb_run, wandb_session
+from pipeline.tracking.sync import Synced, main, sync
+from pipeline.tracking.wandb_log import history
+from pipeline.tracking.wandb_record import fragments, is_offline, read_record
+from pipeline.tracking.wandb_run import Ending, WandbRun
 from pipeline.training.context import StageContext
 from pipeline.training.stage import run_stage
-from pipeline.training.tracking import wandb_run, wandb_session
-from pipeline.training.tracking.sync import Synced, main, sync
-from pipeline.training.tracking.wandb_log import history
-from pipeline.training.tracking.wandb_record import fragments, is_offline, read_record
-from pipeline.training.tracking.wandb_run import Ending, WandbRun
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import ATTEMPTS
 from pipeline.workflow.progress import (

@@ -12,11 +12,11 @@ import pytest
 import wandb
 
 from pipeline.errors import UserError
-from pipeline.training.tracking import sync as sync_module
-from pipeline.training.tracking import wandb_session
-from pipeline.training.tracking.sync import Synced, main, sync
-from pipeline.training.tracking.wandb_log import cut_to_whole_records, history
-from pipeline.training.tracking.wandb_record import fragments, mark_of, read_record, write_record
+from pipeline.tracking import sync as sync_module
+from pipeline.tracking import wandb_session
+from pipeline.tracking.sync import Synced, main, sync
+from pipeline.tracking.wandb_log import cut_to_whole_records, history
+from pipeline.tracking.wandb_record import fragments, mark_of, read_record, write_record
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Outcome, read_failure, read_progress, write_progress
 from tests.support.tiny import SCRIPT, run

@@ -1,0 +1,144 @@
+"""`unclip sync`: sends W&B what it lacks of the stages' records, as they were offline, cut off or killed."""
+
+import argparse
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.errors import StageInterrupted, UserError
+from pipeline.tracking.sending import start_sender
+from pipeline.tracking.wandb_record import WANDB, WandbRecord, read_record
+from pipeline.tracking.wandb_run import Ending
+from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.frozen import FrozenStage, read_frozen
+from pipeline.workflow.ownership import acquire
+from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
+from pipeline.workflow.record import Replay
+from pipeline.workflow.runs import read_runs
+
+_SECONDS_TO_ANSWER = 10.0
+_ENDINGS = {Phase.INTERRUPTED: Ending.INTERRUPTED, Phase.FAILED: Ending.FAILED}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Send it; the exit status is 0, also where there was nothing to do."""
+    parser = argparse.ArgumentParser("unclip sync", description="Send W&B what it lacks of the runs here, once.")
+    parser.add_argument("run", nargs="?", help="name of a run or sweep; without it, all stages")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="paths.outputs of the run")
+    options = parser.parse_args(arguments)
+    outputs = options.outputs.absolute()
+    import wandb
+
+    result = sync(_works(outputs, options.run), wandb.setup().settings.base_url)
+    for work in result.left:
+        print(f"left for later, as its stage is at work: {work}")
+    if not result.sent:
+        print("nothing to upload")
+    return 0
+
+
+@dataclass(frozen=True)
+class Synced:
+    """The work directories whose records were sent, and those of stages at work."""
+
+    sent: list[Path] = field(default_factory=list)
+    left: list[Path] = field(default_factory=list)
+
+
+def sync(works: Sequence[Path], server: str) -> Synced:
+    """Send what the server lacks of these stages, of the one that began first at first: its artifact is others' input.
+
+    Raises `UserError` with the first failure, after all others were tried.
+    """
+    lacking = [(record.began_at, work, record) for work in works if (record := read_record(work)) and _lacks(work)]
+    if lacking:
+        _require(server)
+    result = Synced()
+    failures: list[UserError] = []
+    for _, work, record in sorted(lacking, key=lambda each: each[:2]):
+        try:
+            (result.sent if _sync_one(work, record) else result.left).append(work)
+        except UserError as failure:
+            print(f"error: {failure}")
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+    return result
+
+
+def _works(outputs: Path, run: str | None) -> list[Path]:
+    if run is None:
+        return [path.parent for path in outputs.glob(f"work/*/*/{WANDB}")]
+    store = ArtifactStore(outputs)
+    stages = {(each.name, each.fingerprint) for record in read_runs(outputs, run) for each in record.stages}
+    return [store.work(name, fingerprint) for name, fingerprint in sorted(stages)]
+
+
+def _lacks(work: Path) -> bool:
+    record, replay = read_record(work), Replay(work)
+    entries = sum(1 for _ in replay.new())
+    return record is not None and (record.sent, record.told) != (entries, _ending_of(work).value)
+
+
+def _ending_of(work: Path) -> Ending:
+    """How the last start ended; open where it was killed and is to go on, or is at work."""
+    if ArtifactStore(work.parents[2]).find(work.parent.name, work.name) is not None:
+        return Ending.FINISHED
+    progress = read_progress(work)
+    return _ENDINGS.get(progress.phase, Ending.OPEN) if progress else Ending.OPEN
+
+
+def _sync_one(work: Path, record: WandbRecord) -> bool:
+    """Send what is lacking, unless a process works on the stage; whether it was sent."""
+    progress = read_progress(work)
+    if _ending_of(work) is Ending.OPEN and progress is not None and not progress.is_silent:
+        return False
+    giving_up = threading.Event()
+    patience = threading.Timer(2 * SECONDS_UNTIL_SILENT, giving_up.set)
+    patience.start()
+    try:
+        ownership = acquire(work, SECONDS_UNTIL_SILENT, giving_up)  # no start of the stage may come in between
+    except StageInterrupted:
+        return False
+    finally:
+        patience.cancel()
+    try:
+        if _lacks(work):
+            _send(work, record)
+    finally:
+        ownership.release()
+    return True
+
+
+def _send(work: Path, record: WandbRecord) -> None:
+    print(f"uploading {record.name} ({work})", flush=True)
+    with tempfile.TemporaryFile("w+") as said:
+        if start_sender(_last_frozen(work), _ending_of(work), said).wait():
+            said.seek(0)
+            last = next(iter(reversed(said.read().split("warning: W&B: "))), "").strip()
+            raise UserError(f"{record.name} was not uploaded: {last}; see `wandb login`, then run this again")
+
+
+def _last_frozen(work: Path) -> FrozenStage:
+    files = sorted((work / "frozen").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise UserError(f"{work} has no frozen stage, from which W&B's config could be told; run the stage again")
+    # Of another host the outputs may have another path here.
+    return read_frozen(files[-1]).model_copy(update={"outputs": work.parents[2]})
+
+
+def _require(server: str) -> None:
+    """Ask before, since W&B tries for long. Any answer will do but that of a server in trouble."""
+    try:
+        urllib.request.urlopen(server, timeout=_SECONDS_TO_ANSWER).close()
+    except OSError as error:
+        # Some do not know the page; 501 is said by one that knows no such request.
+        if isinstance(error, urllib.error.HTTPError) and (error.code < 500 or error.code == 501):
+            return
+        raise UserError(
+            f"the W&B server {server} is not reached ({error}); nothing was uploaded: try again with a network"
+        ) from error

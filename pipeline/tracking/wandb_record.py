@@ -1,0 +1,46 @@
+"""Which W&B run belongs to a stage, and how much of the stage's record it has: `wandb.json` in the work directory."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.workflow.artifacts import write_json_atomically
+
+WANDB = "wandb.json"
+
+
+@dataclass(frozen=True)
+class WandbRecord:
+    """A W&B run. It keeps the group and the name of the run that began it, whoever goes on with it.
+
+    `began_at` is in seconds since 1970. The run has the first `sent` entries of the record for certain, and was told
+    that the stage ended as `told` says; the server may have more.
+    """
+
+    id: str
+    project: str
+    entity: str | None
+    group: str
+    name: str
+    began_at: float
+    sent: int = 0
+    told: str | None = None
+
+    def published(self) -> dict[str, Any]:
+        """What a manifest keeps of it, so that runs which use the artifact can name the one that made it."""
+        return {"wandb_id": self.id, "project": self.project, "entity": self.entity}
+
+
+def read_record(work: Path) -> WandbRecord | None:
+    """The W&B run of the stage in that work directory, or None; also for one that W&B's own files were kept for."""
+    try:
+        values = json.loads((work / WANDB).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return WandbRecord(**values) if "began_at" in values else None
+
+
+def write_record(work: Path, record: WandbRecord) -> None:
+    """Keep it, flushed to disk."""
+    write_json_atomically(work / WANDB, asdict(record))

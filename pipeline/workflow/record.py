@@ -1,0 +1,136 @@
+"""A stage's one record: `metrics.jsonl` in its work directory, one JSON object a line, in the order of what happened.
+
+Lines are appended, flushed to disk and never changed. There are three kinds:
+
+- a row: `samples_seen`, and metrics by name;
+- a picture: `samples_seen`, `picture` (its name), `file` (below the work directory) and `captions`;
+- a resume: `resumes_at`. Lines before it with a higher `samples_seen` are superseded, as training logs them again.
+
+The file of that name beside an artifact has the rows that stand, and nothing else.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+METRICS = "metrics.jsonl"
+AXIS = "samples_seen"
+PICTURE = "picture"
+RESUMES = "resumes_at"
+MEASURED = "system/"
+"""The prefix of what was measured of the machine. All else in a row is the same on every run of the same stage."""
+
+Entry = dict[str, Any]
+EntryKey = tuple[int, frozenset[str]]
+"""What tells an entry from the others: `samples_seen`, and the names of what does not change when it is repeated."""
+
+
+def without_measured(row: Mapping[str, float]) -> dict[str, float]:
+    """The part of a row that a disturbed and an undisturbed run have in common, bit for bit."""
+    return {name: value for name, value in row.items() if not name.startswith(MEASURED)}
+
+
+def append(work: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to the record of that work directory; it is on disk when this returns."""
+    with (work / METRICS).open("ab") as file:
+        file.write(json.dumps(entry).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resume(work: Path, samples_seen: int) -> None:
+    """Go on at a checkpoint: cut off a line that a kill tore, and supersede what is past `samples_seen`."""
+    path = work / METRICS
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    end = whole_lines(content)
+    if end < len(content):
+        os.truncate(path, end)
+    if any(entry[AXIS] > samples_seen for entry in standing(entries(content[:end].splitlines()))):
+        append(work, {RESUMES: samples_seen})
+
+
+def whole_lines(content: bytes) -> int:
+    """How many bytes of it are whole lines."""
+    return content.rfind(b"\n") + 1
+
+
+def entries(lines: Iterable[bytes]) -> Iterator[Entry]:
+    """The entries of lines, superseded ones and resumes too; what is no entry is left out."""
+    for line in lines:
+        try:
+            entry = from_json(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and (isinstance(entry.get(AXIS), int) or isinstance(entry.get(RESUMES), int)):
+            yield entry
+
+
+def standing(found: Iterable[Entry]) -> list[Entry]:
+    """Rows and pictures without those that a later resume superseded."""
+    kept: list[Entry] = []
+    for entry in found:
+        if RESUMES in entry:
+            kept = [each for each in kept if each[AXIS] <= entry[RESUMES]]
+        else:
+            kept.append(entry)
+    return kept
+
+
+def read_standing(work: Path) -> list[Entry]:
+    """The rows and pictures that stand in the record of that work directory; none without a record."""
+    path = work / METRICS
+    content = path.read_bytes() if path.exists() else b""
+    return standing(entries(content[: whole_lines(content)].splitlines()))
+
+
+def write_rows(work: Path, directory: Path) -> None:
+    """Put the rows that stand beside an artifact, as its `metrics.jsonl`; nothing where there is no record."""
+    if (work / METRICS).exists():
+        rows = [entry for entry in read_standing(work) if PICTURE not in entry]
+        (directory / METRICS).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+class Replay:
+    """The entries as W&B is to have them, however often the stage was resumed: each once, where it came first.
+
+    The step of an entry is its place among them, which in an undisturbed record is the number of its line, from 0. It
+    never changes, as the record only grows.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._path = work / METRICS
+        self._read = 0
+        self._seen: set[EntryKey] = set()
+
+    @property
+    def count(self) -> int:
+        """How many entries there were so far."""
+        return len(self._seen)
+
+    def new(self) -> Iterator[tuple[int, Entry]]:
+        """Steps and entries that were added since the last call."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            content = file.read()
+        end = whole_lines(content)
+        self._read += end
+        for entry in entries(content[:end].splitlines()):
+            if RESUMES in entry:
+                continue
+            key = _key_of(entry)
+            if key not in self._seen:
+                self._seen.add(key)
+                yield len(self._seen) - 1, entry
+
+
+def _key_of(entry: Entry) -> EntryKey:
+    names = [entry[PICTURE], PICTURE] if PICTURE in entry else without_measured(entry)
+    return entry[AXIS], frozenset(names)
