@@ -96,16 +96,16 @@ def _plan(arguments: list[str]) -> int:
 
     from pipeline.compose import compose_members
     from pipeline.config import SlurmLaunch
+    from pipeline.terminal.tables import plan_table
     from pipeline.workflow.plan import plan_run
-    from pipeline.workflow.summary import plan_table
 
     console = Console(highlight=False)
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip plan", arguments)]
     for plan in plans:
         console.print(plan_table(plan))
     if plans and isinstance(plans[0].config.launch, SlurmLaunch) and not any(plan.blocked for plan in plans):
-        from pipeline.workflow.slurm.submit import plan_jobs
-        from pipeline.workflow.slurm.tables import planned_jobs_table, scripts_text
+        from pipeline.launch.slurm.submit import plan_jobs
+        from pipeline.launch.slurm.tables import planned_jobs_table, scripts_text
 
         jobs = plan_jobs(plans)
         console.print(planned_jobs_table(jobs))
@@ -117,10 +117,10 @@ def _submit(arguments: list[str]) -> int:
     from rich.console import Console
 
     from pipeline.compose import compose_members
+    from pipeline.launch.slurm.submit import plan_jobs, slurm_launch, submit_jobs
+    from pipeline.launch.slurm.tables import submitted_table
     from pipeline.workflow.plan import plan_run, require_unblocked
     from pipeline.workflow.runs import record_run
-    from pipeline.workflow.slurm.submit import plan_jobs, slurm_launch, submit_jobs
-    from pipeline.workflow.slurm.tables import submitted_table
 
     console = Console(highlight=False)
     members = compose_members("unclip submit", arguments, default="launch=slurm")
@@ -145,12 +145,12 @@ def _submit(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     from pipeline.compose import compose_members, is_left_to_hydra, run_by_hydra
     from pipeline.config import LocalLaunch
-    from pipeline.workflow.display import Display
-    from pipeline.workflow.local import run_plans
+    from pipeline.launch.local.lanes import run_plans
+    from pipeline.terminal.display import Display
+    from pipeline.terminal.tables import result_table
     from pipeline.workflow.plan import plan_run, require_unblocked
     from pipeline.workflow.progress import Outcome
     from pipeline.workflow.runs import PICTURES, gather_pictures, read_run, record_run
-    from pipeline.workflow.summary import result_table
 
     if is_left_to_hydra(arguments):
         run_by_hydra("unclip run", arguments)
@@ -186,10 +186,10 @@ def _status(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
+    from pipeline.launch.slurm.commands import SlurmUnavailableError
+    from pipeline.launch.slurm.status import has_jobs, job_statuses, jobs_table
+    from pipeline.terminal.tables import status_table, unfinished_logs
     from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
-    from pipeline.workflow.slurm.commands import SlurmUnavailableError
-    from pipeline.workflow.slurm.status import has_jobs, job_statuses, jobs_table
-    from pipeline.workflow.summary import status_table, unfinished_logs
 
     outputs = options.outputs.absolute()
     names = run_names(outputs)
@@ -223,7 +223,7 @@ def _logs(arguments: list[str]) -> int:
     parser.add_argument("-n", "--lines", type=int, default=0, help="only so many lines from the end; 0: all")
     add_outputs_option(parser)
     options = parser.parse_args(arguments)
-    from pipeline.workflow.logs import show_log, stage_log
+    from pipeline.terminal.logs import show_log, stage_log
     from pipeline.workflow.runs import read_run
 
     outputs = options.outputs.absolute()
@@ -238,8 +238,8 @@ def _cancel(arguments: list[str]) -> int:
     parser.add_argument("run", help="name of a run or sweep")
     add_outputs_option(parser)
     options = parser.parse_args(arguments)
+    from pipeline.launch.slurm.status import cancel_runs
     from pipeline.workflow.runs import read_runs
-    from pipeline.workflow.slurm.status import cancel_runs
 
     outputs = options.outputs.absolute()
     result = cancel_runs(outputs, read_runs(outputs, options.run))

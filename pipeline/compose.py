@@ -89,7 +89,7 @@ def run_by_hydra(program: str, arguments: Sequence[str]) -> None:
 
 def _run_job(config: DictConfig) -> float | None:
     """One job of a sweep that Hydra runs, on whatever machine its launcher chose."""
-    from pipeline.workflow.leaf import run_and_measure
+    from pipeline.launch.run import run_and_measure
 
     job = HydraConfig.get()
     member = _member(config, tuple(map(_as_typed, job.overrides.task)))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.workflow.picture_grid import GridLayout, save_grid
+from pipeline.picture_grid import GridLayout, save_grid
 
 CELL = 128
 MARGIN = 8

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import StrategyName
+from pipeline.launch.local.lanes import Worker
+from pipeline.terminal.display import Display
 from pipeline.training.stage import run_stage
-from pipeline.workflow.display import Display
 from pipeline.workflow.frozen import FrozenStage, write_frozen
-from pipeline.workflow.local import Worker
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
 from pipeline.workflow.record import without_measured
 from tests.support import ROOT, tiny

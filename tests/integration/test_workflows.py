@@ -15,7 +15,7 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.compose import compose_members
-from pipeline.workflow.leaf import run_and_measure
+from pipeline.launch.run import run_and_measure
 from tests.support.tiny_runs import the_last_of_each_key
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.picture_grid import read_layout
 from pipeline.workflow.artifacts import Artifact
-from pipeline.workflow.picture_grid import read_layout
 from stages.attribute_accuracy import AttributeAccuracy
 from stages.models.saved import load_judge
 from stages.settings import JudgeDataSettings

@@ -24,15 +24,15 @@ from pipeline.config import (
     TrackingSettings,
 )
 from pipeline.errors import UserError
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
+from pipeline.launch.slurm.submit import slurm_launch as slurm_launch_of
 from pipeline.training.context import StageContext, StageResult
 from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.declaration import Arity, Catalog, Input, StageDeclaration
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.plan import Plan, plan_run
 from pipeline.workflow.runs import record_run
-from pipeline.workflow.slurm import commands
-from pipeline.workflow.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
-from pipeline.workflow.slurm.submit import slurm_launch as slurm_launch_of
 from tests.support import tiny
 
 STEPS = 24

@@ -9,12 +9,12 @@ from typing import Any
 import psutil
 import pytest
 import wandb
+from pipeline.tracking.wandb_log import history
 
 from pipeline.config import TrackingMode
 from pipeline.errors import UserError
 from pipeline.tracking import wandb_run, wandb_session
 from pipeline.tracking.sync import Synced, main, sync
-from pipeline.tracking.wandb_log import history
 from pipeline.tracking.wandb_record import fragments, is_offline, read_record
 from pipeline.tracking.wandb_run import Ending, WandbRun
 from pipeline.training.context import StageContext

@@ -10,12 +10,12 @@ from threading import Thread
 
 import pytest
 import wandb
+from pipeline.tracking.wandb_log import cut_to_whole_records, history
 
 from pipeline.errors import UserError
 from pipeline.tracking import sync as sync_module
 from pipeline.tracking import wandb_session
 from pipeline.tracking.sync import Synced, main, sync
-from pipeline.tracking.wandb_log import cut_to_whole_records, history
 from pipeline.tracking.wandb_record import fragments, mark_of, read_record, write_record
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Outcome, read_failure, read_progress, write_progress

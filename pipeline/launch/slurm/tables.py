@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from pipeline.launch.slurm.commands import SUBMIT
+from pipeline.launch.slurm.submit import PlannedJob, SubmittedStage
+from pipeline.terminal.tables import new_table
 from pipeline.workflow.frozen import StageKey
-from pipeline.workflow.slurm.commands import SUBMIT
-from pipeline.workflow.slurm.submit import PlannedJob, SubmittedStage
-from pipeline.workflow.summary import new_table
 
 _LONGEST_LIST = 4
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from pipeline.config import RunConfig, SlurmLaunch, SlurmResources
 from pipeline.errors import UserError
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.batch import BatchJob, render
+from pipeline.launch.slurm.jobs import JobRecord as Record
+from pipeline.launch.slurm.jobs import KnownJob, look_up, new_token, write_record
+from pipeline.launch.slurm.lanes import Lanes
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage, StageKey, write_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.plan import Action, Plan, PlannedStage
-from pipeline.workflow.slurm import commands
-from pipeline.workflow.slurm.batch import BatchJob, render
-from pipeline.workflow.slurm.jobs import JobRecord as Record
-from pipeline.workflow.slurm.jobs import KnownJob, look_up, new_token, write_record
-from pipeline.workflow.slurm.lanes import Lanes
 
 SUBMITTING = "submitting"
 _LEASE_S = 60.0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.workflow.display import Display
+from pipeline.terminal.display import Display
 from pipeline.workflow.frozen import FrozenFile, StageKey, write_frozen
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Failure, Outcome, read_failure, read_progress, result_path

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import RunSettings
 from pipeline.errors import UserError
-from pipeline.workflow.leaf import run_and_measure
+from pipeline.launch.run import run_and_measure
 from tests.support.fakes import run_config
 
 

@@ -2,8 +2,8 @@
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.workflow.display import Display
-from pipeline.workflow.local import run_plans
+from pipeline.launch.local.lanes import run_plans
+from pipeline.terminal.display import Display
 from pipeline.workflow.plan import plan_run, require_unblocked
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.runs import read_run, record_run, run_artifacts

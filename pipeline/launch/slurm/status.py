@@ -6,16 +6,16 @@ from pathlib import Path
 
 from rich.table import Table
 
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.jobs import KnownJob, latest_record, look_up, write_record
+from pipeline.launch.slurm.submit import one_submission_at_a_time
+from pipeline.launch.slurm.tables import members_shown
+from pipeline.terminal.display import progress_line
+from pipeline.terminal.tables import new_table, stage_state
 from pipeline.workflow.artifacts import ArtifactStore
-from pipeline.workflow.display import progress_line
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.runs import RunRecord, RunStage
-from pipeline.workflow.slurm import commands
-from pipeline.workflow.slurm.jobs import KnownJob, latest_record, look_up, write_record
-from pipeline.workflow.slurm.submit import one_submission_at_a_time
-from pipeline.workflow.slurm.tables import members_shown
-from pipeline.workflow.summary import new_table, stage_state
 
 _RUNNING = "RUNNING"
 
