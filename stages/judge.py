@@ -16,7 +16,6 @@ from pipeline.data.write import SourceSample
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
-from pipeline.training.processes import process_rank
 from stages.attribute_accuracy import true_labels
 from stages.models.judge import Judge, build_judge
 from stages.models.saved import save_weights
@@ -29,7 +28,7 @@ def run(context: StageContext) -> StageResult:
     """Draw single objects of all pairs, train on them, and say how often the judge is right about held-out ones."""
     settings = context.settings_as(JudgeSettings)
     # Each process draws the same ones for itself: nothing tells the others when the first one's are complete.
-    data = context.work / f"data-of-process-{process_rank()}"
+    data = context.work / f"data-of-process-{context.process.rank}"
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
     judge = build_judge(settings)

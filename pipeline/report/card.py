@@ -16,7 +16,7 @@ from pipeline.report.metrics import format_number, is_bound
 from pipeline.report.pictures import latest_grid
 from pipeline.report.records import Comparison, RunReport, StageReport
 from pipeline.report.table import format_hours, run_cost
-from pipeline.terminal.display import format_duration
+from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Catalog, resolve
 from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
 

@@ -29,7 +29,7 @@ from pipeline.report.sweep import (
     settings,
 )
 from pipeline.report.table import columns, format_hours, run_cost, totals
-from pipeline.terminal.display import format_duration
+from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Better
 
 _ASSETS = "assets"

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.report.differences import differing_settings
 from pipeline.report.metrics import directions, finite, format_number, is_bound
 from pipeline.report.records import Comparison, RunReport, StageReport
-from pipeline.terminal.display import format_duration
+from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Better
 
 HEADLINES = 4

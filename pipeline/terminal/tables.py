@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pipeline.terminal.display import format_duration, progress_line
+from pipeline.terminal.words import format_duration, progress_line
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress

@@ -10,9 +10,8 @@ import torch
 
 from pipeline.config import TrainerSettings
 from pipeline.errors import UserError
+from pipeline.training.context import Attempt
 from pipeline.workflow.artifacts import write_json_atomically
-from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.ownership import Ownership
 from pipeline.workflow.progress import HARDWARE
 
 
@@ -30,14 +29,15 @@ def accelerator_of(settings: TrainerSettings) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def record_hardware(frozen: FrozenStage, ownership: Ownership | None, strategy: str = "single") -> None:
+def record_hardware(attempt: Attempt, strategy: str = "single") -> None:
     """Write the device's name, the number of devices and nodes, how devices train together, and the node's means.
 
     The owner of the stage writes it; `strategy` is known once training begins. `devices` are those of all nodes. `cpus`
     are what this process may use; `memory_gib` is the node's.
     """
-    if ownership is None:
+    if not attempt.process.is_first:
         return
+    frozen = attempt.frozen
     tasks = frozen.tasks
     is_single = tasks.total == 1 and strategy == "ddp"
     hardware = {

@@ -12,10 +12,10 @@ from threading import Event
 import psutil
 import pytest
 import torch
+from pipeline.launch.local.lanes import Worker
 from safetensors.torch import load_file
 
 from pipeline.config import StrategyName
-from pipeline.launch.local.lanes import Worker
 from pipeline.terminal.display import Display
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, write_frozen

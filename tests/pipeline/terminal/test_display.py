@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.terminal.display import Display, format_duration, progress_line
+from pipeline.terminal.display import Display
+from pipeline.terminal.words import format_duration, progress_line
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.progress import Failure, Phase, Progress
 from tests.support.fakes import plan, run_config
