@@ -5,10 +5,11 @@ import pytest
 import yaml
 
 from pipeline.compose import CONFIG_DIRECTORY, compose_members
-from pipeline.config import SlurmLaunch, TrainerSettings
+from pipeline.config import TrainerSettings
 from pipeline.errors import UserError
 from pipeline.launch.slurm.batch import render
 from pipeline.launch.slurm.commands import environment_of_jobs
+from pipeline.launch.slurm.settings import SlurmLaunch
 from pipeline.launch.slurm.submit import plan_jobs
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.plan import plan_run
