@@ -100,7 +100,11 @@ def test_the_data_layer_imports_only_settings_and_errors_of_the_pipeline():
 
 
 def test_training_imports_data_and_workflow_and_no_command_line():
-    own = ("pipeline.training", "pipeline.data", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    own = (
+        *("pipeline.training", "pipeline.tracking", "pipeline.data"),
+        *("pipeline.launch.identity", "pipeline.workflow", "pipeline.picture_grid"),
+        *("pipeline.config", "pipeline.errors"),
+    )
     assert offenders(sources("pipeline/training/**/*.py"), "pipeline", but=own) == []
 
 
@@ -123,6 +127,14 @@ def test_the_terminal_imports_the_workflow_alone():
     assert offenders(sources("pipeline/terminal/**/*.py"), *HEAVY, "wandb") == []
 
 
+def test_what_is_made_of_the_record_imports_the_workflow_and_no_training():
+    own = ("pipeline.tracking", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    paths = sources("pipeline/tracking/**/*.py")
+    assert offenders(paths, "pipeline", but=own) == []
+    heavy = [module for path in paths for module in imports_when_loaded(path) if is_within(module, *HEAVY, "wandb")]
+    assert heavy == []
+
+
 def test_the_report_imports_the_workflow_and_no_training():
     own = (
         "pipeline.report",
@@ -138,6 +150,7 @@ def test_the_report_imports_the_workflow_and_no_training():
 
 def test_the_workflow_knows_no_report():
     assert offenders(sources("pipeline/workflow/**/*.py", "pipeline/training/**/*.py"), "pipeline.report") == []
+    assert offenders(sources("pipeline/workflow/**/*.py"), "pipeline.tracking") == []
 
 
 def test_settings_and_errors_import_nothing_else_of_the_pipeline():
@@ -189,7 +202,7 @@ def test_nothing_below_the_stages_imports_a_stage():
     ("libraries", "door"),
     [
         (("hydra", "omegaconf"), "pipeline/compose.py"),
-        (("wandb",), "pipeline/training/"),
+        (("wandb",), "pipeline/tracking/"),
         (("deepspeed",), "pipeline/training/strategies/zero.py"),
         (("open_clip",), "stages/models/clip.py"),
         (("webdataset",), "pipeline/data/"),
@@ -228,7 +241,7 @@ def test_only_launchers_read_from_the_environment_which_process_of_a_stage_this_
 
 def test_importing_a_module_does_no_work_on_the_command_line():
     """Only files that are started as programs have an entry point."""
-    started = {"pipeline/cli.py", "pipeline/training/worker.py"}
+    started = {"pipeline/cli.py", "pipeline/tracking/sender.py", "pipeline/training/worker.py"}
     found = {
         str(path.relative_to(ROOT))
         for path in sources("pipeline/**/*.py", "stages/**/*.py")

@@ -44,8 +44,7 @@ def main() -> int:
         # A run that was open may have lost its process to the signal that ended the stage: it gets another try.
         if ending or (run is None and owner.wait(0.0)):
             return 1
-        if run is None:
-            owner.wait(_SECONDS_BETWEEN_TRIES)
+        owner.wait(_SECONDS_BETWEEN_TRIES)
 
 
 class Owner:

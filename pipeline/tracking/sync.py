@@ -33,7 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     outputs = options.outputs.absolute()
     import wandb
 
-    result = sync(_works(outputs, options.run), wandb.setup().settings.base_url)
+    works = _works(outputs, options.run)
+    for log in _kept_by_earlier_versions(works):
+        print(f"{log} is of an earlier version: `wandb sync {log}` uploads it")
+    result = sync(works, wandb.setup().settings.base_url)
     for work in result.left:
         print(f"left for later, as its stage is at work: {work}")
     if not result.sent:
@@ -76,6 +79,12 @@ def _works(outputs: Path, run: str | None) -> list[Path]:
     store = ArtifactStore(outputs)
     stages = {(each.name, each.fingerprint) for record in read_runs(outputs, run) for each in record.stages}
     return [store.work(name, fingerprint) for name, fingerprint in sorted(stages)]
+
+
+def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:
+    """Offline starts in W&B's own files that `wandb sync` has left no mark beside."""
+    logs = [log for work in works for log in sorted(work.glob("wandb/offline-run-*/*.wandb"))]
+    return [log.parent for log in logs if not log.with_suffix(".wandb.synced").exists()]
 
 
 def _lacks(work: Path) -> bool:

@@ -151,10 +151,8 @@ def _open(frozen: FrozenStage, record: WandbRecord, ending: Ending | None) -> An
             silent=True,
             init_timeout=_SECONDS_TO_START,
             x_update_finish_state=ending is not Ending.OPEN,
-            # What is measured of the machine is to be of the one that the stage works on.
-            x_disable_stats=ending is not None,
-            x_disable_meta=ending is not None,
-            x_stats_pid=os.getppid(),
+            # W&B's own measurements are of the process that trains, or of none: here another machine may be sending.
+            **({"x_stats_pid": os.getppid()} if ending is None else {"x_disable_stats": True, "x_disable_meta": True}),
         ),
     )
 

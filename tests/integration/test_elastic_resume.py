@@ -58,7 +58,7 @@ class Runs:
         return stage
 
 
-@pytest.fixture(scope="module", params=[("ddp", "zero2"), pytest.param(STRATEGIES, marks=pytest.mark.slow)], ids=len)
+@pytest.fixture(scope="module", params=[("ddp", "zero3"), pytest.param(STRATEGIES, marks=pytest.mark.slow)], ids=len)
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -107,6 +107,14 @@ def rows(stage: FrozenStage) -> list[dict[str, float]]:
     artifact = stage.store.find(stage.stage, stage.fingerprint)
     assert artifact is not None
     return rows_of(artifact)
+
+
+def test_every_strategy_learns_what_ddp_learns(runs: Runs):
+    expected = weights(runs.whole["ddp"])
+    for strategy, stage in runs.whole.items():
+        assert f"training by {strategy} on 2 devices" in log_of(stage)
+        for name, weight in weights(stage).items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5, msg=f"{strategy} {name}")
 
 
 def test_every_strategy_goes_on_from_the_checkpoint_of_every_other_one(runs: Runs, resumed: Resumed):

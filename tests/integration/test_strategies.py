@@ -147,11 +147,6 @@ def require_agreement(
             assert column(stage, measured) == pytest.approx(column(reference, measured), rel=rel), case
 
 
-def test_in_float32_the_decoder_learns_under_zero3_what_it_learns_under_ddp(world: World):
-    planned = run_all(world, "decoder", EXACT, ("decoder",), ("ddp", "zero3"))
-    require_agreement(planned, FLOAT32)
-
-
 @pytest.mark.slow
 def test_in_float32_every_stage_learns_under_zero_what_it_learns_under_ddp(world: World):
     planned = run_all(world, "exact", EXACT, STAGES, ("ddp", *ZERO))

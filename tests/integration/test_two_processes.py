@@ -154,7 +154,8 @@ def test_a_process_that_no_longer_answers_ends_the_stage_after_the_time_out(tmp_
     ranks[1].kill()
 
 
-@pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_a_gradient_in_shards_that_is_not_finite_stops_both_and_names_their_samples(tmp_path: Path, strategy: str):
     stage = tiny.frozen(tmp_path, devices=2, strategy=StrategyName(strategy), learning_rate=1e38)
     run_stage(tiny.data_of(stage), Event())
@@ -167,6 +168,7 @@ def test_a_gradient_in_shards_that_is_not_finite_stops_both_and_names_their_samp
     assert len(json.loads(record)["keys"]) == 8
 
 
+@pytest.mark.slow
 def test_clip_in_pieces_on_two_devices_learns_what_it_learns_on_one(tmp_path: Path):
     """The contrastive loss over both devices' pairs, and the activations of two pairs at a time."""
     networks = []

@@ -90,7 +90,7 @@ def run(outputs: Path, *overrides: str, tracking: str = "none", check: int | Non
 
 
 def stages_by(lines: list[str], word: str) -> list[str]:
-    """The stages that were `reused`, `done`, `skipped:`, `FAILED:` or `shared` according to the printed lines, sorted."""
+    """The stages that were `reused`, `done`, `skipped:`, `FAILED:` or `shared` by the printed lines, sorted."""
     found = (re.match(rf"(?:[\w.-]+ )?\[\d+/\d+\] (\w+)  {word}", line) for line in lines)
     return sorted(match.group(1) for match in found if match)
 

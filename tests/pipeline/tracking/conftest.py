@@ -20,6 +20,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.5")  # else rows leave in 15 s
         monkeypatch.setattr(sending, "_SECONDS_TO_UPLOAD_AT_A_STOP", 120.0)
         monkeypatch.setattr(sending, "_SECONDS_TO_UPLOAD_THE_REST", 120.0)
         yield server

@@ -230,6 +230,8 @@ def test_an_artifact_is_copied_where_the_config_asks_for_it(
     contents = json.loads(server.files["manifest-1"])["contents"]
     assert set(contents) == {file.name for file in finished(stage).path.iterdir()}
     assert all("ref" not in entry for entry in contents.values())
+    weights = finished(stage).path / "weights.safetensors"
+    assert server.files[weights.name] == weights.read_bytes()
 
 
 def test_tensorboard_has_the_same_rows_and_pictures_with_no_step_twice(tmp_path: Path):
