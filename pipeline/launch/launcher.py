@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from rich.console import RenderableType
 
@@ -108,5 +109,5 @@ def launcher_of(config: RunConfig) -> Launcher:
     return launcher
 
 
-def _module(name: str) -> object:
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{pipeline.launch.__name__}.{name}")
