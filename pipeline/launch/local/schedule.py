@@ -88,9 +88,12 @@ class Schedule:
                     time.sleep(POLL_SECONDS)
         finally:
             self._close()
-        if self._is_stopping and self._pending:
-            self._settle(self._pending[0], Outcome.INTERRUPTED)
-        return list(self._outcomes.values())
+        ended = list(self._outcomes.values())
+        if self._is_stopping and self._pending and all(each.outcome is not Outcome.INTERRUPTED for each in ended):
+            # The signal came while nothing ran; what would have been next tells of it.
+            first = self._pending[0]
+            ended.append(StageOutcome(first.run, *first.key, Outcome.INTERRUPTED))
+        return ended
 
     def _take_in(self, plan: Plan, is_sweep: bool) -> None:
         run = plan.config.run.name

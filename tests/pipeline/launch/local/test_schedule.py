@@ -1,4 +1,4 @@
-"""Stages side by side, in real processes: what waits, what is shared, what is skipped, and how all of them are stopped."""
+"""Stages side by side, in real processes: what is shared, what is skipped, and how all of them are stopped."""
 
 import io
 import signal
