@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	@$(BIN)/unclip run
 
-# A file of tests goes to one process, which has its fixtures; a Slurm cluster or a training waits more than it computes.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A file of tests goes to one process, which has its fixtures. Three keep two cores busy: tests of Slurm and of kills wait.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test: $(READY) lint
 	@$(PYTEST) -m "not slow"

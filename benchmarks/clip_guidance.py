@@ -14,18 +14,17 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.data.dataset import CaptionedImages
-from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import rows_loader
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.runs import read_run, run_artifacts
-from stages.attribute_accuracy import MEAN, AttributeAccuracy, judged_rows, true_labels
-from stages.generation.decoder import DecoderOptions
+from stages.captions import CaptionEncoder
+from stages.clip.network import ClipModel, load_clip
+from stages.decoder.network import Condition
+from stages.decoder.sample import DecoderOptions
+from stages.evaluate.attributes import MEAN, AttributeAccuracy, Estimate, judged_rows
 from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
-from stages.metrics import Estimate
-from stages.models.captions import CaptionEncoder
-from stages.models.clip import ClipModel
-from stages.models.judge import Judge
-from stages.models.saved import load_clip, load_judge
+from stages.judge.labels import true_labels
+from stages.judge.network import Judge, load_judge
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 64
@@ -92,10 +91,10 @@ def _measure(instruments: Instruments, scale: float, samples: int) -> Row:
     own, other = [], []
     for group, rows in judged_rows(images, samples).items():
         for batch in rows_loader(images, rows, batch_size=BATCH_SIZE):
-            draws = SampleDraws(batch.sample_seed)
-            image_embed = chain.prior.sample(batch.caption, draws)
+            draws, text = batch.draws(), chain.captions.encode(batch.caption)
+            image_embed = chain.prior.sample(text, draws)
             options = DecoderOptions(clip_guidance_scale=scale)
-            made = chain.decoder.sample(batch.caption, image_embed, draws, options)
+            made = chain.decoder.sample(Condition(image_embed, text), draws, options)
             own.append(_similarity(chain.clip, made, batch.caption))
             other.append(_similarity(instruments.judge_clip, made, batch.caption))
             accuracy.add(group, instruments.judge.read(made) == true_labels(images, batch.sample.tolist()))

@@ -17,9 +17,9 @@ import torch
 from pipeline.compose import compose_members
 from pipeline.config import validate
 from pipeline.data.batch import ImageBatch
-from stages.clip import ClipModule
-from stages.models.clip import ClipModel, contrastive_loss
-from stages.settings import ClipSettings
+from stages.clip.network import ClipModel, contrastive_loss
+from stages.clip.settings import ClipSettings
+from stages.clip.train import ClipModule
 
 
 def main() -> None:
@@ -49,14 +49,14 @@ def _measure(batch_size: int, piece: int) -> None:
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
     captions = tuple(f"a small red circle at the left of a gray background {number}" for number in range(batch_size))
     batch = ImageBatch(images, captions, torch.arange(batch_size), torch.arange(batch_size))
-    module.clip.tokenize(list(captions))
+    module.network.tokenize(list(captions))
     objective = contrastive_loss(settings.loss, 0, 1)
     before = _peak_kib()
     times = []
     for _ in range(3):
         started = time.monotonic()
         module.zero_grad()
-        objective(*module._embed(batch), module.clip.logit_scale, module.clip.logit_bias).backward()
+        objective(*module._embed(batch), module.network.logit_scale, module.network.logit_bias).backward()
         times.append(time.monotonic() - started)
     print(f"| {piece:,} | {(_peak_kib() - before) / 1024:,.0f} | {sorted(times)[1]:.1f} |", flush=True)
 

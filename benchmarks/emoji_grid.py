@@ -10,6 +10,7 @@ import argparse
 import io
 from pathlib import Path
 
+import emoji
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,7 +20,6 @@ from pipeline.data.splits import Split
 from pipeline.workflow.runs import read_run, run_artifacts
 from stages.generation.grid import to_pil
 from stages.generation.text_to_image import GenerationOptions, chain_of_inputs, inputs_by_kind
-from stages.sources.emoji import LANGUAGES
 
 COLUMNS, CELL, TEXT = 7, 112, 18
 FONTS = {
@@ -62,7 +62,7 @@ def _one_of_each_language(images: CaptionedImages) -> list[int]:
     """For each language a training row, all of different pictures, in the order of the index."""
     chosen: list[int] = []
     shown: set[str] = set()
-    for language in LANGUAGES:
+    for language in emoji.LANGUAGES:
         for row in images.data.samples_in(Split.TRAIN).tolist():
             attributes = images.data.attributes(row)
             if attributes["language"] == language and attributes["picture"] not in shown:

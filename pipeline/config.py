@@ -1,10 +1,10 @@
 """Typed settings: what a composed config is validated against before anything runs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,7 +21,15 @@ class RuntimeMarker:
     """Marks a setting that changes how a stage runs and not what it makes: it stays out of the fingerprint."""
 
 
+class AddedLaterMarker:
+    """Marks a setting that came after results were made: its default is what these were made with.
+
+    Where it has its default it stays out of the fingerprint, so that they remain valid.
+    """
+
+
 RUNTIME = RuntimeMarker()
+ADDED_LATER = AddedLaterMarker()
 
 INTEGER_LIMIT = 2**63
 """Counts and sizes are below this: they become int64 somewhere."""
@@ -239,6 +247,13 @@ class RunConfig(Settings):
 S = TypeVar("S", bound=Settings)
 
 
+def one_of(choices: Sequence[type[Settings]], key: str) -> Any:
+    """The type of a setting that is one of several classes; its `key` says which, by a Literal in each of them."""
+    if len(choices) == 1:
+        return choices[0]
+    return Annotated[Union[tuple(choices)], Field(discriminator=key)]  # noqa: UP007 - not known before it runs
+
+
 def validate(schema: type[S], values: Mapping[str, Any], path: str = "") -> S:
     """Build settings from plain values. Raises `UserError` with the key, the value and the rule of the first fault."""
     try:
@@ -279,12 +294,24 @@ def _fields_beside(location: list[str], schema: type[Settings]) -> list[str]:
     """The keys that are valid where the location's last part is not; empty where that cannot be told."""
     current: Any = schema
     for part in location[:-1]:
+        choices = [each for each in get_args(current) if part in _literals_of(each)]
+        if choices:
+            current = choices[0]
+            continue
         field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, Settings) else None
         if field is None:
             return []
         current = field.annotation
     is_settings = isinstance(current, type) and issubclass(current, Settings)
     return list(current.model_fields) if is_settings else []
+
+
+def _literals_of(schema: Any) -> list[Any]:
+    """The values of a choice's fields that can have one value alone, such as its kind."""
+    fields = schema.model_fields.values() if isinstance(schema, type) and issubclass(schema, Settings) else ()
+    return [
+        value for field in fields if get_origin(field.annotation) is Literal for value in get_args(field.annotation)
+    ]
 
 
 def _existing(location: list[str], values: Any, kind: str) -> list[str]:

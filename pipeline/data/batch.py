@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from pipeline.data.decode import DecodeFault
+from pipeline.data.draws import SampleDraws
 
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
     """Captioned pictures, B of them, S pixels wide and high.
 
-    `sample` is the row in the index. `sample_seed` is the seed of what the sample draws in this epoch (see
-    `SampleDraws`). `faults` counts the samples that are shown in the place of one that cannot be used.
+    `sample` is the row in the index, `sample_seed` the seed of what the sample draws in this epoch (see `SampleDraws`):
+    both stay on the CPU, where they are looked up and drawn from, whatever device the pictures are on. `faults` counts
+    the samples that are shown in the place of one that cannot be used.
     """
 
     image: Tensor  # uint8 [B, 3, S, S], RGB
@@ -27,22 +29,12 @@ class ImageBatch:
         return len(self.caption)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
-        """The batch with its tensors on another device."""
-        return replace(
-            self,
-            image=self.image.to(device, non_blocking=non_blocking),
-            sample=self.sample.to(device, non_blocking=non_blocking),
-            sample_seed=self.sample_seed.to(device, non_blocking=non_blocking),
-        )
+        """The batch with its pictures on another device."""
+        return replace(self, image=self.image.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "ImageBatch":
-        """The batch with its tensors in pinned memory; the DataLoader calls this."""
-        return replace(
-            self,
-            image=self.image.pin_memory(),
-            sample=self.sample.pin_memory(),
-            sample_seed=self.sample_seed.pin_memory(),
-        )
+        """The batch with its pictures in pinned memory; the DataLoader calls this."""
+        return replace(self, image=self.image.pin_memory())
 
     def split(self, samples: int) -> "list[ImageBatch]":
         """The batch in pieces of `samples`, of which the last may be short; they tell of no faults."""
@@ -51,6 +43,10 @@ class ImageBatch:
             ImageBatch(self.image[place], self.caption[place], self.sample[place], self.sample_seed[place])
             for place in places
         ]
+
+    def draws(self) -> SampleDraws:
+        """What its samples draw, on the device of the pictures."""
+        return SampleDraws(self.sample_seed, self.image.device)
 
     def image_signed(self) -> Tensor:
         """The pictures as networks take them: float32 [B, 3, S, S] in [-1, 1]."""

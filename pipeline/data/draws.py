@@ -11,31 +11,32 @@ class SampleDraws:
     """Draws for a batch of B samples, given their seeds (`pipeline.data.mixing.sample_seed`), int64 [B].
 
     Equal (seed, purpose) gives equal draws; different purposes give independent ones. No generator of torch is
-    advanced. Results are on the device of `sample_seed`.
+    advanced. Everything is drawn on the CPU and then brought to `device`.
     """
 
-    def __init__(self, sample_seed: Tensor) -> None:
-        self.sample_seed = sample_seed
+    def __init__(self, sample_seed: Tensor, device: torch.device | str = "cpu") -> None:
+        self.sample_seed = sample_seed.cpu()
+        self._device = torch.device(device)
 
     def uniform(self, purpose: str) -> Tensor:
         """Uniform in [0, 1), float32 [B], in steps of 2^-24."""
-        return _shift_right(self._hash(purpose), 40).to(torch.float32) * 2.0**-24
+        return (_shift_right(self._hash(purpose), 40).to(torch.float32) * 2.0**-24).to(self._device)
 
     def integer(self, purpose: str, high: int) -> Tensor:
         """Uniform in {0, ..., high - 1}, int64 [B]; `high` is at most 2^31."""
-        return (_shift_right(self._hash(purpose), 33) * high) >> 31
+        return ((_shift_right(self._hash(purpose), 33) * high) >> 31).to(self._device)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, float32 [B, *shape].
 
-        Drawn on the CPU by numpy's counter-based Philox, keyed with all 64 bits of each sample's hash (torch's CPU
+        Drawn by numpy's counter-based Philox, keyed with all 64 bits of each sample's hash (torch's CPU
         generator takes 32), so that every device sees the same noise.
         """
-        device = self.sample_seed.device
-        noise = torch.empty((len(self.sample_seed), *shape), dtype=torch.float32, pin_memory=device.type == "cuda")
+        is_cuda = self._device.type == "cuda"
+        noise = torch.empty((len(self.sample_seed), *shape), dtype=torch.float32, pin_memory=is_cuda)
         for row, seed in zip(noise.numpy(), self._hash(purpose).tolist(), strict=True):
             np.random.Generator(np.random.Philox(key=seed % 2**64)).standard_normal(dtype=np.float32, out=row)
-        return noise.to(device, non_blocking=True)
+        return noise.to(self._device, non_blocking=True)
 
     def _hash(self, purpose: str) -> Tensor:
         return _mix(_mix(self.sample_seed ^ _signed(purpose_key(purpose))))

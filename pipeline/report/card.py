@@ -80,7 +80,7 @@ def _summary(comparison: Comparison, run: RunReport) -> str:
 
 def _licence_id(run: RunReport) -> str:
     """What the run's data declares, by its name among hubs; `other` where something else is mixed in."""
-    numbers = [stage.artifact.numbers for stage in run.stages if stage.artifact is not None]
+    numbers = [stage.artifact.manifest.numbers for stage in run.stages if stage.artifact is not None]
     declared = {str(each.get("licence_id", "unknown")) for each in numbers if "licence" in each}
     if _origins(run) or len(declared) > 1:
         return "other"
@@ -94,7 +94,7 @@ def _origins(run: RunReport) -> list[str]:
     for stage in run.stages:
         origin = catalog.stages[stage.kind].origin if stage.kind in catalog.stages else None
         if origin is not None and stage.artifact is not None:
-            found.append(resolve(origin)(stage.artifact))
+            found.append(origin(stage.artifact))
     return [each for each in found if each]
 
 
@@ -118,14 +118,14 @@ def _usage(run: RunReport) -> str:
     for stage in run.stages:
         usage = catalog.stages[stage.kind].usage if stage.kind in catalog.stages else None
         if usage is not None and stage.artifact is not None:
-            said.append(resolve(usage)(run.name, stage.artifact, caption))
+            said.append(usage(run.name, stage.artifact, caption))
     return "\n\n".join(said) or "Nothing of this run can be used yet: no stage with an output for others has finished."
 
 
 def _data(run: RunReport) -> str:
     lines = []
     for stage in run.stages:
-        numbers: dict[str, Any] = stage.artifact.numbers if stage.artifact else {}
+        numbers: dict[str, Any] = stage.artifact.manifest.numbers if stage.artifact else {}
         if "licence" in numbers:
             lines.append(f"- {_escaped(stage.name)}: {_escaped(str(numbers['licence']))}")
         samples = numbers.get("samples")

@@ -30,7 +30,7 @@ SAMPLES = "samples"
 
 
 class StepBoundary(pl.Callback):
-    """Base of callbacks that act once per optimiser step, not once per micro-batch."""
+    """Base of callbacks that act once per optimiser step. A step may take several micro-batches."""
 
     @override
     def on_train_batch_end(
@@ -70,7 +70,8 @@ class SeedEveryStep(pl.Callback):
 class Validation(StepBoundary):
     """Validates with the averaged weights, at intervals of `validate_every_samples` and at the end.
 
-    The first process does: it alone needs room for the whole network, and no figure depends on the number of processes.
+    Only the first process validates. So only it needs room for the whole network, and the metrics are the same for any
+    number of processes.
     """
 
     def __init__(self, context: StageContext, images: CaptionedImages, clock: TrainingClock) -> None:
@@ -101,7 +102,7 @@ class Validation(StepBoundary):
         self._context.tracker.log(module.samples_seen, row)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last metrics, so that a run that was killed after its last step still has them."""
+        """The last metrics. A run that was killed after its last step has them from its checkpoint."""
         return {"latest": self.latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,7 +137,7 @@ class Pictures(StepBoundary):
 
 
 class Checkpoints(StepBoundary):
-    """Saves by samples, by minutes, and when asked to stop; then it stops, on all processes at the same step."""
+    """Saves every so many samples or minutes, and when asked to stop. All processes stop at the same step."""
 
     def __init__(self, context: StageContext, settings: TrainerSettings, clock: TrainingClock) -> None:
         self._context = context
@@ -172,7 +173,7 @@ class Checkpoints(StepBoundary):
 
 
 class ResumeAtSamples(pl.Callback):
-    """Rewrites Lightning's count of micro-batches on resume, so that devices and micro-batches may have changed."""
+    """Sets Lightning's count of micro-batches on a resume. Devices and micro-batches may differ by then."""
 
     def __init__(self, steps_done: int, micro_batches_per_step: int) -> None:
         self._done = steps_done * micro_batches_per_step

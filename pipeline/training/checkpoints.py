@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in progress: whole or not there, with a digest, the last few kept."""
+"""Checkpoints of a stage in progress. Each is complete or absent, and has a digest. The last few are kept."""
 
 import json
 import shutil
@@ -32,14 +32,15 @@ class Checkpoint:
         return len({name.partition(".")[0] for name in self.files if name.startswith("fragments-")})
 
     def is_whole(self) -> bool:
-        """Whether every file is what the record says."""
+        """Whether every file has the digest in the record."""
         return all(file_sha256(self.path / name) == digest for name, digest in self.files.items())
 
 
 def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, elapsed_s: float, keep: int) -> None:
-    """Write a checkpoint's files beside, flush them to disk and rename their directory; the record follows.
+    """Write a checkpoint under a temporary name, flush it to disk, rename it, then write its record.
 
-    All processes call this, and each writes its part; the first one does the rest, and removes the oldest ones.
+    All processes call this, and each writes its part. The first process does the rest and removes the oldest
+    checkpoints.
     """
     directory = context.work / CHECKPOINTS
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, 
 
 
 def latest_checkpoint(work: Path) -> Checkpoint | None:
-    """The newest checkpoint that is what its record says; a torn one is passed over with a warning in the log."""
+    """The newest checkpoint whose files match its record. A damaged one is skipped, with a warning in the log."""
     for record_path in sorted((work / CHECKPOINTS).glob("samples-*.json"), reverse=True):
         path = record_path.with_suffix(SUFFIX)
         try:

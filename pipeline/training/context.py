@@ -17,7 +17,7 @@ from pipeline.data.place import ShardPlace
 from pipeline.errors import StageInterrupted
 from pipeline.launch.identity import ProcessIdentity
 from pipeline.tracking import Tracker
-from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact
+from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact, Numbers
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost
 from pipeline.workflow.progress import Phase, Progress, read_progress, write_progress
@@ -166,6 +166,6 @@ class StageContext(Attempt):
 class StageResult:
     """What goes into the manifest: `numbers` for consumers, `metrics` for people, most telling first."""
 
-    numbers: dict[str, Any] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=Numbers)
     metrics: dict[str, float] = field(default_factory=dict)
     samples_seen: int = 0

@@ -35,9 +35,9 @@ class FitResult:
 
 
 def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> FitResult:
-    """Train until `max_samples`, from the last checkpoint if there is one; leaves the averaged weights in the network.
+    """Train until `max_samples`, from the last checkpoint if there is one. The network then has the averaged weights.
 
-    Raises `StageInterrupted` after a requested stop, and `UserError` at once where nothing is there to validate on.
+    Raises `StageInterrupted` after a requested stop, and `UserError` at once if there is nothing to validate on.
     """
     if len(images.data.samples_in(Split.VALIDATION)) == 0:
         raise UserError(

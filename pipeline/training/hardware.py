@@ -16,11 +16,11 @@ from pipeline.workflow.progress import HARDWARE
 
 
 def accelerator_of(settings: TrainerSettings) -> Literal["cpu", "cuda"]:
-    """What a stage computes on, by Lightning's name: CUDA's GPUs where they may be taken and are there, else CPUs.
+    """What a stage computes on, by Lightning's name: CUDA GPUs if the settings allow them and there are any, else CPUs.
 
-    By its own `auto` Lightning takes an Apple GPU too, for which nothing here is made.
+    Lightning's own `auto` would also take an Apple GPU, which this code does not support.
 
-    Raises `UserError` where a GPU is asked for and there is none.
+    Raises `UserError` if a GPU is asked for and there is none.
     """
     if settings.accelerator != "cpu" and torch.cuda.is_available():
         return "cuda"
@@ -30,10 +30,10 @@ def accelerator_of(settings: TrainerSettings) -> Literal["cpu", "cuda"]:
 
 
 def record_hardware(attempt: Attempt, strategy: str = "single") -> None:
-    """Write the device's name, the number of devices and nodes, how devices train together, and the node's means.
+    """Write what the stage runs on: device, numbers of devices and nodes, strategy, CPUs, memory, torch's version.
 
-    The owner of the stage writes it; `strategy` is known once training begins. `devices` are those of all nodes. `cpus`
-    are what this process may use; `memory_gib` is the node's.
+    Only the owner of the stage writes it. `strategy` is known once training begins. `devices` counts those of all
+    nodes. `cpus` is how many this process may use. `memory_gib` is the node's.
     """
     if not attempt.process.is_first:
         return

@@ -34,9 +34,9 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """A GPU's highest rate in FLOP/s; None where it is not known, as for a slice of one (MIG).
+    """A GPU's peak rate in FLOP/s; None where it is not known, as for a slice of a GPU (MIG).
 
-    In float32 torch runs convolutions in TF32 and matrix products without it, so that no one peak holds for a network.
+    It is None in float32 too: torch runs convolutions in TF32 but matrix products in float32, so no single peak holds.
     """
     words = device_name.replace("-", " ").split()
     if precision is Precision.FLOAT32 or "MIG" in words:
@@ -47,7 +47,7 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
 
 
 def device_peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """The same of a device; None for what is no CUDA device."""
+    """The peak rate of a device in FLOP/s; None if it is not a CUDA device."""
     return peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
@@ -59,7 +59,7 @@ class TrainingClock:
 
     @property
     def elapsed_s(self) -> float:
-        """Those of this session and of the ones before its checkpoint."""
+        """Seconds of this session, and of the earlier ones up to the checkpoint."""
         return time.monotonic() - self._started
 
 
@@ -84,7 +84,7 @@ class LoaderWait(Profiler):
 
 
 class _Mark(NamedTuple):
-    """Where a row's measuring begins: time, samples seen, and the seconds so far of waiting and of work aside."""
+    """Where the measuring of a row begins: time, samples seen, seconds of waiting and of other callbacks."""
 
     time: float = 0.0
     samples_seen: int = 0
@@ -93,14 +93,13 @@ class _Mark(NamedTuple):
 
 
 class Measurements(pl.Callback):
-    """Gives the `system/` columns of a row. Where several processes train, the one that waits or holds most counts.
+    """Gives the `system/` columns of a row. With several processes, the longest wait and the largest memory count.
 
-    Rate, waiting and utilisation are of training alone: what other callbacks do between two batches, which is to
-    validate, draw and save, is left out of their time.
+    Rate, waiting and utilisation are those of training alone. The time in which other callbacks validate, draw and save
+    is left out.
 
-    The model FLOPs utilisation, `system/mfu`, stands there for GPUs whose peak is known. The FLOPs of a sample are
-    counted once, forward and backward, over the first micro-batch; what is computed a second time to save memory counts
-    twice.
+    The model FLOPs utilisation, `system/mfu`, is there for GPUs whose peak is known. The FLOPs of a sample are counted
+    once, over the forward and backward pass of the first micro-batch. What is recomputed to save memory counts twice.
     """
 
     def __init__(self, clock: TrainingClock, precision: Precision) -> None:

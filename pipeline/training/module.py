@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -22,6 +23,8 @@ from pipeline.training.strategies.portable import PortableStrategy
 
 LOSS = "loss"
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class SampleGrid:
@@ -32,17 +35,18 @@ class SampleGrid:
     layout: GridLayout | None = None
 
 
-class StageModule(pl.LightningModule, ABC):
+class StageModule(pl.LightningModule, ABC, Generic[Network]):
     """Trains `network`. Frozen networks go into `frozen_networks`, so that no checkpoint holds them.
 
-    `needs_whole_share` is for losses over the whole batch: `losses` is then given a device's share of it in one piece,
-    and holds no more than `micro_batch_size` samples' activations by itself. Else the share comes in such pieces.
+    By default `losses` gets a device's share of the batch in micro-batches. Set `needs_whole_share` for a loss over the
+    whole batch: `losses` then gets the share in one piece, and must itself hold the activations of at most
+    `micro_batch_size` samples at a time.
     """
 
     needs_whole_share = False
 
     def __init__(
-        self, network: nn.Module, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
+        self, network: Network, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
     ) -> None:
         super().__init__()
         self.network = network
@@ -106,10 +110,10 @@ class StageModule(pl.LightningModule, ABC):
 
     @contextmanager
     def averaged(self) -> Iterator[bool]:
-        """Evaluate with the averaged weights, without gradients, and with this module as it was afterwards.
+        """Evaluate with the averaged weights and without gradients. The module is as before afterwards.
 
-        All processes enter this: where the state is in shards, the averages are gathered. It yields whether this
-        process is the one to evaluate, the first: it alone holds them, in a `network` that is whole and without hooks.
+        All processes enter this, since averages that are sharded have to be gathered. It yields True on the first
+        process, which is the one to evaluate: its `network` then holds all averaged weights and has no hooks.
         """
         was_training = self.training
         trained, network = self.network, self._evaluation_network()
@@ -123,7 +127,7 @@ class StageModule(pl.LightningModule, ABC):
             self.network = trained
             self.train(was_training)
 
-    def _evaluation_network(self) -> nn.Module | None:
+    def _evaluation_network(self) -> Network | None:
         constants = self.strategy.constants()
         if not self.trainer.is_global_zero:
             for _ in self.strategy.averaged_parameters():

@@ -1,4 +1,4 @@
-"""Small collectives over the processes that train one stage; each is the identity where there is one process."""
+"""Small collectives over the processes that train one stage. With one process, each returns what it is given."""
 
 from typing import TypeVar
 

@@ -29,9 +29,9 @@ STATE = "rows"
 
 
 class Rows(StepBoundary):
-    """Logs a row every few steps; stops at a loss that is not finite, and where too many samples cannot be used.
+    """Logs a row every few steps. Stops at a loss that is not finite, or if too many samples cannot be used.
 
-    What has been added up since the last row is part of every checkpoint.
+    The sums since the last row are part of every checkpoint.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class Rows(StepBoundary):
             self._counts[name] += 1
 
     def _tally_of_all_ranks(self, trainer: pl.Trainer) -> FaultTally:
-        """What was counted before this process began, and by all ranks since."""
+        """The counts from before this process began, plus those of all ranks since."""
         own = [self._own_tally.read, *(self._own_tally.by_reason[fault.value] for fault in DecodeFault)]
         read, *faults = of_all_ranks(trainer, torch.tensor(own, device=trainer.strategy.root_device)).sum(0).tolist()
         found = {fault.value: count for fault, count in zip(DecodeFault, faults, strict=True) if count}
         return FaultTally(self._tally.read + read, self._tally.by_reason + Counter(found))
 
     def _smoothed(self, rate: float) -> float:
-        """The rate for whoever asks how long it will take; the first row's is left out, since it has the warm-up."""
+        """The rate from which the remaining time is told. The first row's is left out, as it contains the warm-up."""
         if self._is_warm:
             smoothed = RATE_SMOOTHING * self._samples_per_s + (1 - RATE_SMOOTHING) * rate
             self._samples_per_s = smoothed if self._samples_per_s else rate

@@ -188,6 +188,9 @@ def _run_and_publish(attempt: Attempt) -> None:
         context = StageContext(**vars(attempt), settings=settings, inputs=inputs, output=output, tracker=tracker)
         try:
             result: StageResult = resolve(frozen.declaration.run)(context)
+            assert isinstance(result.numbers, frozen.declaration.numbers), (
+                f"{frozen.kind} was declared with other numbers"
+            )
         except StageLost:
             raise
         except StageInterrupted:
@@ -219,7 +222,7 @@ def _publish(context: StageContext, result: StageResult, spent: Spent, code: str
         duration_s=round(spent.duration_s, 3),
         device_s=round(spent.device_s, 3),
         samples_seen=result.samples_seen,
-        numbers=result.numbers,
+        numbers=result.numbers.model_dump(mode="json", exclude_none=True),
         metrics=result.metrics,
         hardware=read_hardware(frozen.work),
         tracking=wandb_run.published() if wandb_run else {},

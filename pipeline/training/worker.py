@@ -1,8 +1,8 @@
 """The process that runs stages: `python -m pipeline.training.worker FROZEN ...`.
 
-With frozen stages' paths it runs those, and its exit status says how the last one ended. Without, it reads paths from
-standard input, one JSON line each, and stays warm between them; it ends when its input does, or after a stage that it
-does not answer but by its exit status.
+Given paths of frozen stages, it runs them, and its exit status says how the last one ended. Without arguments it reads
+paths from standard input, one JSON line each, and keeps its imports between them. It ends when its input ends, or after
+a stage that it answers by its exit status.
 """
 
 import json
@@ -79,7 +79,7 @@ def _stop_with_parent(parent: int, interruption: threading.Event) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End soon after the first process, which started this one: it may be waiting for it in a collective for ever."""
+    """End soon after the first process, which started this one: this one may be waiting for it in a collective."""
     while os.getppid() == parent:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     time.sleep(SECONDS_TO_SAY_WHY)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from pydantic import Field, ValidationError
 
-from pipeline.config import Settings
+from pipeline.config import Settings, validate
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -27,6 +27,14 @@ class FileRecord(Settings):
     path: str
     size: int
     sha256: str
+
+
+class Numbers(Settings):
+    """What an artifact's consumers are told of it: widths, sizes, statistics. A kind of stages has its own class."""
+
+
+N = TypeVar("N", bound=Numbers)
+S = TypeVar("S", bound=Settings)
 
 
 class Manifest(Settings):
@@ -59,10 +67,13 @@ class Artifact:
     path: Path
     manifest: Manifest
 
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """What a consumer needs to know of it: widths, sizes, statistics."""
-        return self.manifest.numbers
+    def numbers(self, schema: type[N]) -> N:
+        """What a consumer is told of it, typed as its kind's own class."""
+        return validate(schema, self.manifest.numbers, str(self.path))
+
+    def settings(self, schema: type[S]) -> S:
+        """The settings that it was made with, typed as its kind's own class."""
+        return validate(schema, self.manifest.config, str(self.path))
 
     def verify(self) -> None:
         """Compare every file with the manifest's size and digest. Raises `UserError` for a damaged artifact."""

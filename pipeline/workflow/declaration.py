@@ -1,13 +1,18 @@
 """What planning needs to know of a stage, said where no torch is imported."""
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
+from pipeline.workflow.artifacts import Artifact, Numbers
+
+S = TypeVar("S", bound=Settings)
 
 
 class Arity(StrEnum):
@@ -34,10 +39,39 @@ class Better(StrEnum):
 
 
 @dataclass(frozen=True)
+class StageSettings:
+    """One stage of a composed workflow: its class and its validated settings."""
+
+    kind: str
+    settings: Settings
+
+
+@dataclass(frozen=True, eq=False)
+class Workflow:
+    """The stages of one workflow, by name."""
+
+    stages: Mapping[str, StageSettings]
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of its stages."""
+        return {stage.kind for stage in self.stages.values()}
+
+    def of(self, schema: type[S]) -> dict[str, S]:
+        """The settings of that class, by where they stand, such as "stage.clip", in the workflow's order."""
+        return {
+            f"stage.{name}": stage.settings for name, stage in self.stages.items() if isinstance(stage.settings, schema)
+        }
+
+
+@dataclass(frozen=True)
 class StageDeclaration:
     """A class of stages. `version` goes up whenever the same settings would make something else.
 
     `run` names the function that does the work ("module:function"); it is imported in the process that runs the stage.
+    `numbers` is what the output's consumers are told of it.
+    `check` raises `UserError` where settings contradict each other or other stages of the workflow; it is given the
+    path of the settings, such as "stage.clip", the settings, and the workflow.
     `identity` turns settings into what counts in the fingerprint, for settings that point to files outside the project.
     A stage that `computes` makes something else under another seed or precision: both are in its fingerprint. One that
     only gathers what is there (files, shards drawn from a seed of their own) does not, and is shared between them.
@@ -45,7 +79,7 @@ class StageDeclaration:
     `better` says which way final metrics improve, by shell patterns of their names; a report marks the best of those.
     `place` turns settings into what a consumer must be told of where this run keeps what the output refers to and does
     not hold, such as the user's own shards; it is no part of what the output is.
-    `usage` names a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
+    `usage` is a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
     the output, `origin` one (artifact) -> Markdown that says what of others' work it was made from, "" for none.
     """
 
@@ -56,27 +90,28 @@ class StageDeclaration:
     inputs: tuple[Input, ...] = ()
     computes: bool = True
     repeatable: bool = False
+    numbers: type[Numbers] = Numbers
+    check: Callable[[str, Any, Workflow], None] | None = None
     identity: Callable[[Any], dict[str, Any]] | None = None
     better: Mapping[str, Better] = field(default_factory=dict)
     place: Callable[[Any], Settings | None] | None = None
-    usage: str | None = None
-    origin: str | None = None
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """One stage of a composed workflow: its class and its validated settings."""
-
-    kind: str
-    settings: Settings
+    usage: Callable[[str, Artifact, str], str] | None = None
+    origin: Callable[[Artifact], str] | None = None
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """Every class of stages, and the rules between the stages of one workflow (`check` raises `UserError`)."""
+    """Every class of stages, by its kind."""
 
     stages: Mapping[str, StageDeclaration]
-    check: Callable[[Mapping[str, StageSettings]], None]
+
+    def check(self, stages: Mapping[str, StageSettings]) -> None:
+        """Raise `UserError` for whatever can be known to be wrong within and between stages before any runs."""
+        workflow = Workflow(stages)
+        for name, stage in stages.items():
+            check = self.stages[stage.kind].check
+            if check is not None:
+                check(f"stage.{name}", stage.settings, workflow)
 
 
 class Blocked(Exception):  # noqa: N818 - a state of a plan, not a fault
@@ -90,3 +125,9 @@ def resolve(reference: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise UserError(f"{reference!r} names nothing that can be imported ({error}); use module:name") from error
+
+
+def modules_in(package: str) -> dict[str, ModuleType]:
+    """The modules of a package by their names: what stands in its folder is found, and is written down nowhere else."""
+    found = sorted(each.name for each in pkgutil.iter_modules(importlib.import_module(package).__path__))
+    return {name: importlib.import_module(f"{package}.{name}") for name in found}

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.config import RuntimeMarker, Settings
+from pipeline.config import ADDED_LATER, RUNTIME, Settings
 
 
 def canonical_json(value: Any) -> str:
@@ -14,13 +14,16 @@ def canonical_json(value: Any) -> str:
 
 
 def counted_settings(settings: Settings) -> dict[str, Any]:
-    """The settings that change the result, as JSON values; fields marked `RUNTIME` are left out, at any depth."""
+    """The settings that change the result, as JSON values, at any depth.
+
+    Fields marked `RUNTIME` are left out, and those marked `ADDED_LATER` that have their default.
+    """
     counted: dict[str, Any] = {}
     dumped = settings.model_dump(mode="json")
     for name, field in type(settings).model_fields.items():
-        if any(isinstance(mark, RuntimeMarker) for mark in field.metadata):
-            continue
         value = getattr(settings, name)
+        if RUNTIME in field.metadata or (ADDED_LATER in field.metadata and value == field.default):
+            continue
         counted[name] = counted_settings(value) if isinstance(value, Settings) else dumped[name]
     return counted
 

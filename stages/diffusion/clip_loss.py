@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.settings import ClipLossSettings
+from stages.diffusion.settings import ClipLossSettings
 
 
 class ImageEncoder(Protocol):

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from stages.diffusion.clip_loss import ImageEncoder, similarity
+
+C = TypeVar("C")
 
 
 def classifier_free(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -15,16 +17,18 @@ def classifier_free(unconditional: Tensor, conditional: Tensor, scale: float) ->
     return unconditional + scale * (conditional - unconditional)
 
 
-class GuidanceGradient(StrEnum):
-    """With respect to what the similarity is differentiated.
+def guided(
+    denoise: Callable[[Tensor, Tensor, C], Tensor], condition: C, unconditional: C | None, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`denoise` (x_t, timestep, condition) under a condition, guided by what it does without; None is no guidance."""
 
-    DENOISER: x_t, through the denoiser, as the formula says; three times the cost of an unguided step.
-    PREDICTION: x0_hat, with d x0_hat / d x_t replaced by sqrt(alpha_bar_t) (what it is for white data): the denoiser is
-    not differentiated, and the gradient is not confined to what the denoiser deems a picture.
-    """
+    def guided_denoise(x_t: Tensor, timestep: Tensor) -> Tensor:
+        prediction = denoise(x_t, timestep, condition)
+        if unconditional is None:
+            return prediction
+        return classifier_free(denoise(x_t, timestep, unconditional), prediction, scale)
 
-    DENOISER = "denoiser"
-    PREDICTION = "prediction"
+    return guided_denoise
 
 
 @dataclass(frozen=True)
@@ -34,28 +38,19 @@ class ClipGuidance:
     Classifier guidance (arXiv 2105.05233, algorithm 2) with log p(c | x_t) = scale w(t) sim(x0_hat, c) shifts the
     noise, eps_hat = eps - sqrt(1 - alpha_bar_t) grad_{x_t} log p, which in terms of x0_hat is a shift by
     (1 - alpha_bar_t) / sqrt(alpha_bar_t) grad_{x_t} log p. As in the CLIP loss, w(t) = alpha_bar_t: x0_hat means little
-    at high noise; with it the shift is bounded at every timestep, for every prediction type. `text_embed` is [B, E].
+    at high noise; with it the shift is bounded at every timestep, for every prediction type. The gradient goes
+    through the denoiser, which costs three times an unguided step. `text_embed` is [B, E].
     """
 
     clip: ImageEncoder
     text_embed: Tensor
     scale: float
-    gradient: GuidanceGradient = GuidanceGradient.DENOISER
 
     def __call__(self, predict_x_0: Callable[[Tensor], Tensor], x_t: Tensor, alpha_bar: float) -> Tensor:
         """The guided x0_hat [B, 3, S, S] at x_t [B, 3, S, S], without gradient; `predict_x_0` maps x_t to x0_hat."""
-        match self.gradient:
-            case GuidanceGradient.DENOISER:
-                with torch.enable_grad():
-                    variable = x_t.detach().requires_grad_()
-                    x_0 = predict_x_0(variable)
-                    (gradient,) = torch.autograd.grad(similarity(self.clip, x_0, self.text_embed).sum(), variable)
-            case GuidanceGradient.PREDICTION:
-                with torch.no_grad():
-                    x_0 = predict_x_0(x_t)
-                with torch.enable_grad():
-                    variable = x_0.detach().requires_grad_()
-                    (gradient,) = torch.autograd.grad(similarity(self.clip, variable, self.text_embed).sum(), variable)
-                gradient = alpha_bar**0.5 * gradient
+        with torch.enable_grad():
+            variable = x_t.detach().requires_grad_()
+            x_0 = predict_x_0(variable)
+            (gradient,) = torch.autograd.grad(similarity(self.clip, x_0, self.text_embed).sum(), variable)
         # (1 - alpha_bar) / sqrt(alpha_bar) times w = alpha_bar
         return x_0.detach() + self.scale * (1.0 - alpha_bar) * alpha_bar**0.5 * gradient

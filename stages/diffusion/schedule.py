@@ -4,8 +4,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar, rescale_zero_terminal_snr
 from torch import Tensor, nn
 
-from stages.checks import LINEAR_BETA_END_TIMES_TIMESTEPS
-from stages.settings import ScheduleKind, ScheduleSettings
+from stages.diffusion.settings import LINEAR_BETA_END_TIMES_TIMESTEPS, ScheduleKind, ScheduleSettings
 
 
 class NoiseSchedule(nn.Module):

@@ -14,9 +14,10 @@ from pipeline.cli import add_outputs_option
 from pipeline.config import SEED_LIMIT, TrainerSettings
 from pipeline.data.mixing import named_seed
 from pipeline.errors import UserError
+from pipeline.picture_grid import save_grid
 from pipeline.training.inference import inference_fabric
 from pipeline.workflow.runs import read_run, run_artifacts
-from stages.generation.decoder import DecoderOptions
+from stages.decoder.sample import DecoderOptions
 from stages.generation.grid import captioned_grid, to_pil
 from stages.generation.text_to_image import KINDS, GenerationOptions, TextToImage, chain_of_inputs, inputs_by_kind
 
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     for request, picture in zip(requests, pictures, strict=True):
         picture.save(output / request.file_name)
     captions, seeds = [each.caption for each in requests], [each.seed for each in requests]
-    grid = captioned_grid([[each] for each in pictures], captions, GRID_COLUMNS, names=("sample",), seeds=seeds)
-    grid.save(output / "grid.png")
+    grid = captioned_grid({"sample": pictures}, captions, seeds, columns=GRID_COLUMNS)
+    save_grid(grid.image, grid.layout, output / "grid.png")
     print(f"{len(pictures)} pictures and grid.png in {output}")
     return 0
 

@@ -1,15 +1,14 @@
 """Pictures side by side, captioned."""
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.picture_grid import GridLayout, save_grid
+from pipeline.picture_grid import GridLayout
+from pipeline.training.module import SampleGrid
 
 CELL = 128
 MARGIN = 8
@@ -25,40 +24,31 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(scaled.cpu().numpy()))
 
 
-@dataclass(frozen=True)
-class CaptionedGrid:
-    """A grid as a picture, and what is where in it."""
-
-    image: Image.Image
-    layout: GridLayout
-
-    def save(self, path: Path) -> None:
-        """Write a PNG that describes itself."""
-        save_grid(self.image, self.layout, path)
-
-
 def captioned_grid(
-    pictures: Sequence[Sequence[Image.Image]],
+    pictures: Mapping[str, Sequence[Tensor | Image.Image]],
     captions: Sequence[str],
-    columns: int,
+    seeds: Sequence[int],
     *,
-    names: Sequence[str],
-    seeds: Sequence[int] = (),
-) -> CaptionedGrid:
-    """A grid of cells; each holds a caption's pictures side by side, one for each of `names`, and the caption below.
+    columns: int,
+) -> SampleGrid:
+    """A grid of cells; each holds a caption's pictures side by side, one under each name, and the caption below.
 
     `seeds` are those of what was drawn for each caption. Small pictures are enlarged without smoothing, so that every
     pixel of a 16-pixel sample can be seen.
     """
-    per_cell = max(len(each) for each in pictures)
+    cells = [
+        [to_pil(picture) if isinstance(picture, Tensor) else picture for picture in cell]
+        for cell in zip(*pictures.values(), strict=True)
+    ]
+    per_cell = len(pictures)
     width = per_cell * CELL + (per_cell - 1) * 2 + MARGIN
     height = CELL + CAPTION_LINES * LINE + MARGIN
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(cells) // columns)
     grid = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(FONT_SIZE)
     boxes = []
-    for number, (cell, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
         left = MARGIN + number % columns * width
         top = MARGIN + number // columns * height
         lefts = [left + position * (CELL + 2) for position in range(len(cell))]
@@ -70,8 +60,8 @@ def captioned_grid(
     layout = GridLayout(
         captions=tuple(captions),
         seeds=tuple(seeds),
-        pictures=tuple(names),
-        sizes=tuple(picture.width for picture in pictures[0]),
+        pictures=tuple(pictures),
+        sizes=tuple(picture.width for picture in cells[0]),
         boxes=tuple(boxes),
     )
-    return CaptionedGrid(grid, layout)
+    return SampleGrid(grid, tuple(captions), layout)

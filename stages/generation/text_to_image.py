@@ -9,21 +9,17 @@ from torch import Tensor
 from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
-from stages.generation.decoder import DecoderOptions, DecoderSampler
-from stages.generation.prior import PriorSampler
-from stages.generation.upsampler import UpsamplerSampler
-from stages.models.captions import CaptionEncoder
-from stages.models.clip import ClipModel
-from stages.models.saved import (
-    decoder_settings,
-    load_clip,
-    load_decoder,
-    load_prior,
-    load_upsampler,
-    prior_settings,
-    upsampler_settings,
-)
-from stages.settings import DecoderCondition
+from stages.captions import CaptionEncoder
+from stages.clip.network import ClipModel, load_clip
+from stages.decoder.network import Condition, load_decoder
+from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.decoder.settings import DecoderCondition, DecoderSettings
+from stages.prior.network import load_prior
+from stages.prior.sample import PriorSampler
+from stages.prior.settings import PriorSettings
+from stages.upsampler.network import load_upsampler
+from stages.upsampler.sample import UpsamplerSampler
+from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
 
 KINDS = ("clip", "prior", "decoder", "upsampler")
 """The kinds of stages whose networks make the chain."""
@@ -46,21 +42,19 @@ class Generated:
     final: Tensor
 
 
+@dataclass(frozen=True)
 class TextToImage:
     """The networks of one run, chained. What is drawn for a picture follows from its seed alone."""
 
-    def __init__(
-        self,
-        clip: ClipModel,
-        prior: PriorSampler | None,
-        decoder: DecoderSampler,
-        upsamplers: Sequence[UpsamplerSampler],
-    ) -> None:
-        self.clip = clip
-        self.prior = prior
-        self.decoder = decoder
-        self.upsamplers = tuple(upsamplers)
-        self._captions = CaptionEncoder(clip)
+    clip: ClipModel
+    prior: PriorSampler | None
+    decoder: DecoderSampler
+    upsamplers: Sequence[UpsamplerSampler]
+
+    @property
+    def captions(self) -> CaptionEncoder:
+        """Captions through the run's CLIP."""
+        return CaptionEncoder(self.clip)
 
     @property
     def device(self) -> torch.device:
@@ -70,48 +64,21 @@ class TextToImage:
     @torch.no_grad()
     def generate(self, captions: Sequence[str], seeds: Sequence[int], options: GenerationOptions) -> Generated:
         """Pictures for B captions with B seeds; a picture does not depend on the others of its batch."""
-        draws = SampleDraws(torch.tensor(list(seeds), dtype=torch.int64, device=self.device))
-        if self.prior is None:
-            condition_embed = self._captions.encode(captions).embed
-        else:
-            condition_embed = self.prior.sample(captions, draws, options.prior_guidance_scale)
-        base = self.decoder.sample(captions, condition_embed, draws, options.decoder)
+        draws = SampleDraws(torch.tensor(list(seeds), dtype=torch.int64), self.device)
+        text = self.captions.encode(captions)
+        condition_embed = text.embed
+        if self.prior is not None:
+            condition_embed = self.prior.sample(text, draws, options.prior_guidance_scale)
+        base = self.decoder.sample(Condition(condition_embed, text), draws, options.decoder)
         final = base
         for upsampler in self.upsamplers:
             final = upsampler.sample(final, draws)
         return Generated(condition_embed, base, final)
 
 
-def load_text_to_image(
-    clip: Artifact,
-    prior: Artifact | None,
-    decoder: Artifact,
-    upsamplers: Sequence[Artifact],
-    device: torch.device,
-) -> TextToImage:
-    """Load the networks behind artifacts. Raises `UserError` where they do not fit each other."""
-    model = load_clip(clip, device=device)
-    settings = decoder_settings(decoder)
-    if (settings.condition is DecoderCondition.IMAGE_EMBED) != (prior is not None):
-        raise UserError(
-            f"{decoder.path} is conditioned on {settings.condition.value} and the run has "
-            f"{'a' if prior else 'no'} prior; use the prior of its own workflow"
-        )
-    captions = CaptionEncoder(model)
-    prior_sampler = None
-    if prior is not None:
-        prior_sampler = PriorSampler(load_prior(prior, clip, device), prior_settings(prior), captions)
-    return TextToImage(
-        model,
-        prior_sampler,
-        DecoderSampler(load_decoder(decoder, clip, device), settings, model),
-        [UpsamplerSampler(load_upsampler(each, device), upsampler_settings(each)) for each in upsamplers],
-    )
-
-
 def in_chain(upsamplers: Sequence[Artifact], base_size: int) -> list[Artifact]:
     """The upsamplers in the order in which they continue from `base_size`."""
-    remaining: dict[int, Artifact] = {each.numbers["low_size"]: each for each in upsamplers}
+    remaining = {each.numbers(UpsamplerNumbers).low_size: each for each in upsamplers}
     chain: list[Artifact] = []
     size = base_size
     while remaining:
@@ -120,7 +87,7 @@ def in_chain(upsamplers: Sequence[Artifact], base_size: int) -> list[Artifact]:
                 f"no upsampler of the run continues from {size} pixels; those left begin at {list(remaining)}"
             )
         chain.append(remaining.pop(size))
-        size = chain[-1].numbers["high_size"]
+        size = chain[-1].numbers(UpsamplerNumbers).high_size
     return chain
 
 
@@ -130,7 +97,25 @@ def inputs_by_kind(artifacts: Collection[Artifact]) -> dict[str, tuple[Artifact,
 
 
 def chain_of_inputs(inputs: Mapping[str, tuple[Artifact, ...]], device: torch.device) -> TextToImage:
-    """The chain behind a stage's inputs `clip`, `prior`, `decoder` and `upsampler`."""
-    (clip,), (decoder,) = inputs["clip"], inputs["decoder"]
-    upsamplers = in_chain(inputs["upsampler"], decoder.numbers["image_size"])
-    return load_text_to_image(clip, next(iter(inputs["prior"]), None), decoder, upsamplers, device)
+    """The networks behind a stage's inputs `clip`, `prior`, `decoder` and `upsampler`.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    (clip,), (decoder,), prior = inputs["clip"], inputs["decoder"], next(iter(inputs["prior"]), None)
+    model, settings = load_clip(clip, device=device), decoder.settings(DecoderSettings)
+    if (settings.condition is DecoderCondition.IMAGE_EMBED) != (prior is not None):
+        raise UserError(
+            f"{decoder.path} is conditioned on {settings.condition.value} and the run has "
+            f"{'a' if prior else 'no'} prior; use the prior of its own workflow"
+        )
+    captions = CaptionEncoder(model)
+    return TextToImage(
+        model,
+        PriorSampler(load_prior(prior, clip, device), prior.settings(PriorSettings), captions) if prior else None,
+        DecoderSampler(load_decoder(decoder, clip, device), settings, model),
+        [
+            UpsamplerSampler(load_upsampler(each, device), each.settings(UpsamplerSettings))
+            for each in in_chain(inputs["upsampler"], settings.image_size)
+        ],
+    )

@@ -14,8 +14,9 @@ from torch import Tensor
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.progress import Outcome
 from tests.support.ranks import log_of, run_on_ranks
-from tests.support.tiny_runs import plan_stages, rows_of, run_until
+from tests.support.tiny_runs import plan_stages, rows_of, run_stage_of, run_until
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 STEPS = 6
@@ -133,8 +134,17 @@ def test_every_strategy_goes_on_from_the_checkpoint_of_every_other_one(runs: Run
                 assert row[name] == pytest.approx(undisturbed[name], rel=1e-4)
 
 
-def test_one_process_goes_on_where_two_stopped_whatever_their_strategy(runs: Runs):
-    resumed = [runs.half_done(first, then, devices=1) for first in runs.strategies for then in runs.strategies]
+def test_this_process_goes_on_where_two_stopped_whatever_their_strategy(runs: Runs):
+    resumed = [runs.half_done(first, "ddp", devices=1) for first in runs.strategies]
+    assert {run_stage_of(stage) for stage in resumed} == {Outcome.FINISHED}, "\n".join(map(log_of, resumed))
+    for stage in resumed:
+        for name, expected in weights(runs.whole["ddp"]).items():
+            torch.testing.assert_close(weights(stage)[name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_under_zero_where_two_stopped_whatever_their_strategy(runs: Runs):
+    resumed = [runs.half_done(first, then, devices=1) for first in runs.strategies for then in ("zero1", "zero3")]
     assert run_on_ranks(resumed, processes=1) == [0], "\n".join(map(log_of, resumed))
     for stage in resumed:
         for name, expected in weights(runs.whole["ddp"]).items():

@@ -252,7 +252,7 @@ def test_shards_that_lose_a_file_to_damage_train_on_the_rest_and_say_so(own: Pat
     assert main(["shards", "check", str(own), "--workers", "1"]) == 1
     prepared = train(tmp_path / "outputs", own, target="prepare")
     assert prepared.manifest.metrics["left_out_damaged_header"] == 1
-    assert sum(prepared.numbers["samples"].values()) == 79
+    assert sum(prepared.manifest.numbers["samples"].values()) == 79
 
 
 def refusal(capsys: pytest.CaptureFixture[str], outputs: Path, shards: Path, *overrides: str) -> str:

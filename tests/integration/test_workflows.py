@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
+from pipeline.cli import main
 from pipeline.compose import compose_members
 from pipeline.launch.run import objective_of
 from pipeline.workflow.plan import plan_run
@@ -178,13 +179,14 @@ def test_every_stage_has_an_offline_run_of_weights_and_biases_named_after_its_cl
 
 def test_a_sweep_over_the_decoder_s_clip_loss_trains_clip_once(outputs: Path):
     clips = artifacts(outputs, "clip")
-    lines = run(outputs, "-m", *UNCLIP_WORKFLOW, "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.2")
+    sweep = [*UNCLIP_WORKFLOW, "~stage.export", "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.2"]
+    lines = run(outputs, "-m", *sweep)
     assert artifacts(outputs, "clip") == clips
     assert len(clips) == 1
-    assert stages_by(lines, "done") == sorted(["decoder", "evaluate", "export"] * 2)
+    assert stages_by(lines, "done") == sorted(["decoder", "evaluate"] * 2)
     base, first, second = (run_fingerprints(outputs, name) for name in ("base", "sweep.0", "sweep.1"))
-    for stage in base:
-        expected = 3 if stage in ("decoder", "evaluate", "export") else 1
+    for stage in first:
+        expected = 3 if stage in ("decoder", "evaluate") else 1
         assert len({base[stage], first[stage], second[stage]}) == expected, stage
 
 
@@ -223,11 +225,7 @@ def test_sampling_gives_the_same_bytes_for_the_same_seed_and_others_for_another(
         return [*SAMPLE, "--seed", str(seed), "--outputs", str(outputs), "--output", str(tmp_path / name)]
 
     command("sample", *arguments("first", 1))
-    code = (
-        "import json, sys; from pipeline.cli import main; sys.exit(max(main(each) for each in json.loads(sys.argv[1])))"
-    )
-    again = json.dumps([["sample", *arguments("again", 1)], ["sample", *arguments("other", 2)]])
-    subprocess.run([sys.executable, "-c", code, again], check=True, capture_output=True)
+    assert [main(["sample", *arguments(*each)]) for each in (("again", 1), ("other", 2))] == [0, 0]
     pictures = {
         name: [path.read_bytes() for path in sorted((tmp_path / name).glob("00-a-red-circle-*.png"))]
         for name in ("first", "again", "other")
@@ -244,15 +242,15 @@ def test_status_shows_a_finished_run(outputs: Path):
     assert text.count("finished") == 10
 
 
-def test_sampling_from_an_unfinished_run_is_refused(outputs: Path):
+def test_sampling_from_an_unfinished_run_is_refused(outputs: Path, capsys: pytest.CaptureFixture[str]):
     record = json.loads((outputs / "runs" / "base" / "run.json").read_text())
     decoder = next(stage for stage in record["stages"] if stage["name"] == "decoder")
     decoder["fingerprint"] = "f" * 64
     (outputs / "runs" / "torso").mkdir()
     (outputs / "runs" / "torso" / "run.json").write_text(json.dumps({**record, "name": "torso"}))
-    done = command("sample", "torso", "a red circle", "--outputs", str(outputs), check=2)
+    assert main(["sample", "torso", "a red circle", "--outputs", str(outputs)]) == 2
     shutil.rmtree(outputs / "runs" / "torso")
-    assert done.stderr == "unclip: run torso lacks decoder; finish it with unclip run, then sample\n"
+    assert capsys.readouterr().err == "unclip: run torso lacks decoder; finish it with unclip run, then sample\n"
 
 
 class Running:
@@ -287,7 +285,7 @@ class Running:
         return sorted(int(record.stem.removeprefix("samples-")) for record in records)
 
 
-def wait_until(ready: Callable[[], int | None], process: subprocess.Popen[str], limit_s: float = 90.0) -> int:
+def wait_until(ready: Callable[[], int | None], process: subprocess.Popen[str], limit_s: float = 300.0) -> int:
     started = time.monotonic()
     while time.monotonic() - started < limit_s:
         value = ready()
@@ -303,7 +301,7 @@ def test_an_interrupted_and_then_killed_stage_ends_bit_identical_to_an_undisturb
     running = Running(halfway)
     running.wait_for_checkpoint(after=0)
     running.process.send_signal(signal.SIGINT)
-    text, _ = running.process.communicate(timeout=60)
+    text, _ = running.process.communicate(timeout=180)
     assert running.process.returncode == 75, text
     assert "stopped; the same command resumes it" in text
     assert "decoder" in command("status", "base", "--outputs", str(halfway)).stdout
@@ -318,8 +316,8 @@ def test_an_interrupted_and_then_killed_stage_ends_bit_identical_to_an_undisturb
 
     text = command("plan", *UNCLIP_WORKFLOW, f"paths.outputs={halfway}").stdout
     assert "resume" in text
-    lines = run(halfway, *UNCLIP_WORKFLOW, "run.name=base")
-    assert stages_by(lines, "done") == ["decoder", "evaluate", "export"]
+    lines = run(halfway, *UNCLIP_WORKFLOW, "run.name=base", "~stage.evaluate", "~stage.export")
+    assert stages_by(lines, "done") == ["decoder"]
     fingerprint = run_fingerprints(halfway, "base")["decoder"]
     assert fingerprint == run_fingerprints(outputs, "base")["decoder"]
     disturbed, whole = (file_digests(where, "decoder", fingerprint) for where in (halfway, outputs))
@@ -332,7 +330,7 @@ def test_an_interrupted_and_then_killed_stage_ends_bit_identical_to_an_undisturb
 @pytest.mark.slow
 def test_two_runs_at_the_same_time_train_every_stage_once(outputs: Path, halfway: Path):
     first, second = (Running(halfway, f"at-once-{number}") for number in (1, 2))
-    texts = [running.process.communicate(timeout=180)[0] for running in (first, second)]
+    texts = [running.process.communicate(timeout=500)[0] for running in (first, second)]
     assert [running.process.returncode for running in (first, second)] == [0, 0], texts
     for stage in ("decoder", "evaluate", "export"):
         assert len(artifacts(halfway, stage)) == 1

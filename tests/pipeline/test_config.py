@@ -20,7 +20,8 @@ from pipeline.config import (
     validate,
 )
 from pipeline.errors import UserError
-from stages.settings import JudgeDataSettings, ScenesSettings
+from stages.judge.settings import JudgeDataSettings
+from stages.prepare.sources.scenes import ScenesSettings
 from tests.support.fakes import run_config
 
 

@@ -10,13 +10,15 @@ from torch import nn
 from pipeline.compose import CONFIG_DIRECTORY, compose_members
 from pipeline.config import Settings, validate
 from pipeline.workflow.declaration import StageSettings
-from stages.checks import check_workflow
-from stages.declarations import CATALOG
-from stages.models.clip import ClipModel, Towers
-from stages.models.decoder import Decoder
-from stages.models.prior import build_prior
-from stages.models.upsampler import build_upsampler
-from stages.settings import ClipSettings, DecoderSettings, PriorSettings, UpsamplerSettings
+from stages.catalog import CATALOG
+from stages.clip.network import ClipModel, Towers
+from stages.clip.settings import ClipSettings
+from stages.decoder.network import build_decoder
+from stages.decoder.settings import DecoderSettings
+from stages.prior.network import build_prior
+from stages.prior.settings import PriorSettings
+from stages.upsampler.network import build_upsampler
+from stages.upsampler.settings import UpsamplerSettings
 
 PAPER_BILLIONS = {"prior": 1.0, "decoder": 3.5, "upsampler 256": 0.7, "upsampler 1024": 0.3}
 
@@ -45,7 +47,7 @@ def billions(settings: Mapping[str, Settings]) -> Mapping[str, tuple[float, ...]
         text_tower = ClipModel(clip.network, towers=Towers.TEXT)
         networks: dict[str, tuple[nn.Module, ...]] = {
             "prior": (build_prior(prior.network, clip.network.embed_dim, clip.network.context_length),),
-            "decoder": (Decoder(decoder.network, decoder.image_size, clip.network.embed_dim), text_tower),
+            "decoder": (build_decoder(decoder, clip.network.embed_dim), text_tower),
             **{name: (build_upsampler(each.network, each.high_size),) for name, each in upsamplers.items()},
         }
     return {name: tuple(map(_billions, each)) for name, each in networks.items()}
@@ -72,7 +74,7 @@ def test_the_header_states_the_sizes_that_the_networks_have(billions: Mapping[st
 
 def test_the_stages_fit_together_and_end_at_the_paper_s_resolution(settings: Mapping[str, Settings]):
     kinds = {"upsampler_1": "upsampler", "upsampler_2": "upsampler"}
-    check_workflow(
+    CATALOG.check(
         {
             name: StageSettings(kinds.get(name, name), each)
             for name, each in settings.items()

@@ -14,12 +14,14 @@ from pipeline.errors import UserError
 from pipeline.training.optimizer import build_optimizer
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.progress import Outcome
-from stages.clip import ClipModule
-from stages.decoder import DecoderModule
-from stages.models.clip import ClipModel, Towers, contrastive_loss
-from stages.models.embeddings import load_embeddings
-from stages.models.saved import load_clip_embeddings, load_decoder, load_prior, load_upsampler, require_same_clip
-from stages.settings import ClipSettings
+from stages.clip.network import ClipModel, Towers, contrastive_loss
+from stages.clip.settings import ClipSettings, require_same_clip
+from stages.clip.train import ClipModule
+from stages.decoder.network import load_decoder
+from stages.decoder.train import DecoderModule
+from stages.embed.embeddings import load_clip_embeddings, load_embeddings
+from stages.prior.network import load_prior
+from stages.upsampler.network import load_upsampler
 from tests.support.tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,15 +39,15 @@ def wider_clip(outputs: Path) -> Artifact:
 
 def test_prepare_publishes_shards_with_splits_and_says_whose_pictures_they_are(outputs: Path):
     artifact = run_until(outputs, "prepare")
-    samples = artifact.numbers["samples"]
+    samples = artifact.manifest.numbers["samples"]
     assert samples["train"] + samples["validation"] == 64
     assert samples["unseen"] == 4
-    assert artifact.numbers["licence"]
+    assert artifact.manifest.numbers["licence"]
     assert (artifact.path / "index.json").exists()
 
 
 def test_clip_publishes_what_its_consumers_need_and_its_retrieval(clip: Artifact):
-    assert clip.numbers == {"embed_dim": 16, "context_length": 16, "image_size": 32}
+    assert clip.manifest.numbers == {"embed_dim": 16, "context_length": 16, "image_size": 32}
     assert {"R@1/all", "R@5/all", "R@10/all"} <= clip.manifest.metrics.keys()
     assert all(0 <= value <= 1 for name, value in clip.manifest.metrics.items() if name.startswith("R@"))
     model = ClipModel.load(clip.path)
@@ -85,7 +87,7 @@ def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_whole_batch(tmp_path: 
     for micro_batch_size in (8, 3):
         module.micro_batch_size = micro_batch_size
         module.zero_grad()
-        objective(*module._embed(batch), module.clip.logit_scale, module.clip.logit_bias).backward()
+        objective(*module._embed(batch), module.network.logit_scale, module.network.logit_bias).backward()
         gradients.append({name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None})
     whole, pieces = gradients
     assert whole.keys() == pieces.keys()
@@ -154,7 +156,7 @@ def test_embed_resumes_by_parts_to_the_same_numbers(outputs: Path, tmp_path: Pat
 
 def test_the_prior_publishes_its_health_and_loads_with_its_clip(outputs: Path, clip: Artifact):
     prior = run_until(outputs, "prior")
-    assert prior.numbers["clip"] == clip.manifest.fingerprint
+    assert prior.manifest.numbers["clip"] == clip.manifest.fingerprint
     assert {"cosine_to_image", "cosine_to_other_image", "cosine_to_caption", "loss"} <= prior.manifest.metrics.keys()
     load_prior(prior, clip)
     assert [row["samples_seen"] for row in rows_of(prior) if "train/loss" in row] == [8, 16]
@@ -222,7 +224,7 @@ def test_the_decoder_trains_and_samples_with_every_prediction_type(outputs: Path
 @pytest.mark.parametrize("degradation", ["blur", "bsr"])
 def test_the_upsampler_trains_on_crops_and_is_measured_beside_bicubic(outputs: Path, degradation: str):
     upsampler = run_until(outputs, "upsampler", f"stage.upsampler.degradation={degradation}")
-    assert upsampler.numbers == {"low_size": 16, "high_size": 64}
+    assert upsampler.manifest.numbers == {"low_size": 16, "high_size": 64}
     assert upsampler.manifest.metrics["psnr_bicubic_db"] > 10
     assert np.isfinite(upsampler.manifest.metrics["psnr_db"])
     load_upsampler(upsampler)
@@ -250,9 +252,9 @@ def test_clip_s_training_keeps_the_scale_on_the_similarities_below_one_hundred(o
     assert isinstance(settings, ClipSettings)
     module = ClipModule(ClipModel(settings.network, settings.loss), settings)
     optimizer = build_optimizer(module.network, settings.optimizer, module.parameter_ranges, fused=True)
-    scale = module.clip.network.logit_scale
+    scale = module.network.network.logit_scale
     with torch.no_grad():
         scale.fill_(9.0)
     scale.grad = -torch.ones_like(scale)
     optimizer.step()
-    assert module.clip.logit_scale.item() == pytest.approx(100.0)
+    assert module.network.logit_scale.item() == pytest.approx(100.0)

@@ -12,7 +12,7 @@ from pipeline.workflow.frozen import FrozenStage, write_frozen
 from tests.support import ROOT
 
 
-def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s: float = 240) -> list[int]:
+def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s: float = 900) -> list[int]:
     """Run the stages one after the other, each on all processes; their exit statuses."""
     paths = [str(write_frozen(stage).path) for stage in stages]
     environment = {

@@ -14,7 +14,7 @@ from pipeline.report.records import Comparison, read_comparison
 from pipeline.report.select import select_runs
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.stage import run_stage
-from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.artifacts import Artifact, Numbers
 from pipeline.workflow.declaration import Better, Catalog, Input, StageDeclaration
 from pipeline.workflow.plan import Plan, plan_run
 from pipeline.workflow.progress import Outcome
@@ -46,10 +46,16 @@ class CriticSettings(Settings):
     strictness: float = 1.0
 
 
+class DataNumbers(Numbers):
+    samples: dict[str, int]
+    licence: str
+    licence_id: str
+
+
 def gather(context: StageContext) -> StageResult:
     pictures = context.settings_as(SourceSettings).pictures
     return StageResult(
-        {"samples": {"train": pictures}, "licence": f"free | {HARM}", "licence_id": "cc0-1.0"},
+        DataNumbers(samples={"train": pictures}, licence=f"free | {HARM}", licence_id="cc0-1.0"),
         {"pictures": pictures},
         pictures,
     )
@@ -78,12 +84,13 @@ def paint(context: StageContext) -> StageResult:
     accuracy = 0.5 + settings.weight / 2
     interval = {"accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
     metrics = {"error": error, "accuracy": accuracy, **interval, "mood": settings.weight}
-    return StageResult({}, metrics, STEPS * BATCH)
+    return StageResult(metrics=metrics, samples_seen=STEPS * BATCH)
 
 
 def judge(context: StageContext) -> StageResult:
     found = context.input("painting").manifest.metrics["accuracy"]
-    return StageResult({}, {"score": round(found * context.settings_as(CriticSettings).strictness, 6)}, 4)
+    strictness = context.settings_as(CriticSettings).strictness
+    return StageResult(metrics={"score": round(found * strictness, 6)}, samples_seen=4)
 
 
 def cell(weight: float, name: str, number: int) -> Image.Image:
@@ -118,19 +125,18 @@ def painter_origin(artifact: Artifact) -> str:
 CATALOG = Catalog(
     {
         "source": StageDeclaration(
-            version=1, settings=SourceSettings, run=f"{__name__}:gather", output="data", computes=False
+            version=1, settings=SourceSettings, run=f"{__name__}:gather", output="data", computes=False,
+            numbers=DataNumbers,
         ),
         "painter": StageDeclaration(
             version=1, settings=PainterSettings, run=f"{__name__}:paint", output="painting", inputs=(Input("data"),),
-            better={"error": Better.LOW, "accuracy": Better.HIGH}, usage=f"{__name__}:painter_usage",
-            origin=f"{__name__}:painter_origin",
+            better={"error": Better.LOW, "accuracy": Better.HIGH}, usage=painter_usage, origin=painter_origin,
         ),
         "critic": StageDeclaration(
             version=1, settings=CriticSettings, run=f"{__name__}:judge", output="verdict", inputs=(Input("painting"),),
             better={"score": Better.HIGH},
         ),
-    },
-    lambda _stages: None,
+    }
 )  # fmt: skip
 
 

@@ -30,7 +30,6 @@ from pipeline.config import (
     TrainingStageSettings,
 )
 from pipeline.data.batch import ImageBatch
-from pipeline.data.draws import SampleDraws
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import write_prepared
 from pipeline.data.splits import split_of
@@ -103,7 +102,7 @@ def learn(context: StageContext) -> StageResult:
     module = LearnerModule(network, settings, context)
     result = fit(context, module, images)
     context.save(network)
-    return StageResult({}, result.metrics, result.samples_seen)
+    return StageResult(metrics=result.metrics, samples_seen=result.samples_seen)
 
 
 class LearnerModule(StageModule):
@@ -124,7 +123,7 @@ class LearnerModule(StageModule):
                 (self._context.work / "in-step").touch()
                 time.sleep(self._step_s)
         picture = batch.image_signed()
-        noise = SampleDraws(batch.sample_seed).normal("noise", picture.shape[1:])
+        noise = batch.draws().normal("noise", picture.shape[1:])
         error = self.network(picture + 0.1 * noise) - picture.mean((2, 3))
         return {LOSS: error.square().mean() * SCRIPT.loss_factor}
 
@@ -154,8 +153,7 @@ CATALOG = Catalog(
             output="learner",
             inputs=(Input("data"),),
         ),
-    },
-    lambda _stages: None,
+    }
 )
 
 OPTIMIZER = OptimizerSettings(

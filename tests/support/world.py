@@ -77,8 +77,7 @@ CATALOG = Catalog(
             output="reader",
             inputs=(Input("learner"), Input("gate", Arity.OPTIONAL)),
         ),
-    },
-    lambda _stages: None,
+    }
 )
 
 
@@ -209,7 +208,7 @@ def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 300.0) -> None
     look_at_the_held = time.monotonic() + 5
     while not is_so():
         assert time.monotonic() < deadline, f"in vain waited for: {what}\n{slurm('squeue', '--states=all')}"
-        time.sleep(0.1)
+        time.sleep(0.3)
         if time.monotonic() > look_at_the_held:
             release_what_could_not_be_launched()
             look_at_the_held = time.monotonic() + 5

@@ -37,7 +37,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """What a process trains on. `memory_bytes` is its own: of host memory its share."""
+    """What a process trains on. `memory_bytes` is the memory of its GPU, or its share of the host's."""
 
     name: str
     memory_bytes: int
@@ -59,7 +59,7 @@ class StrategyChoice:
 
 
 def find_device(settings: TrainerSettings) -> Device:
-    """The device of this process. Raises `UserError` where there are fewer than `trainer.devices`, or none as asked."""
+    """The device of this process. Raises `UserError` if there are fewer devices than `trainer.devices` asks for."""
     is_cuda = accelerator_of(settings) == "cuda"
     there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
     if settings.devices > there:
@@ -115,7 +115,7 @@ def _is_room_to_evaluate(bytes_per_parameter: float, parameters: int, device: De
 
 
 def require_room_to_evaluate(parameters: int, device: Device) -> None:
-    """Refuse, as a `UserError`, a network that one GPU cannot hold in whole, however its training is sharded."""
+    """Raise `UserError` for a network that does not fit on one GPU whole: validation needs it so."""
     if device.is_cuda and not _is_room_to_evaluate(0, parameters, device):
         raise UserError(
             f"validation and samples need the averaged weights on one device: of {parameters / 1e6:,.0f} M parameters "
@@ -130,7 +130,7 @@ def _reason(parameters: int, bytes_per_parameter: float, device: Device) -> str:
 
 
 def require_host_memory(settings: TrainerSettings, choice: StrategyChoice, parameters: int, host_bytes: int) -> None:
-    """Refuse, as a `UserError`, to offload what a node's memory of `host_bytes` cannot hold."""
+    """Raise `UserError` if a node's memory, `host_bytes`, is too small for what would be offloaded to it."""
     if choice.offload is Offload.NONE:
         return
     need = _OFFLOADED[choice.offload] * parameters / settings.num_nodes

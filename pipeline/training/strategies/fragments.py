@@ -1,4 +1,4 @@
-"""What a process holds of the trained state, named so that any other number of processes finds its part in it."""
+"""The part of the trained state that a process holds. Its names let any number of processes find their own parts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -23,8 +23,8 @@ _STATES = ("exp_avg", "exp_avg_sq", EMA)
 class Fragment:
     """`numel` elements of a parameter's flattened form, from `start` on, which this process updates.
 
-    They are those from `offset` on of `holder`, the tensor that the optimiser knows: the parameter itself, or a flat
-    partition of many.
+    The optimiser knows them as the elements from `offset` on of `holder`: the parameter itself, or a flat partition of
+    many parameters.
     """
 
     name: str
@@ -58,9 +58,9 @@ def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 def gathered(
     shapes: Mapping[str, torch.Size], parts: Iterable[tuple[str, int, Tensor]], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole, one after the other, on every process; all processes call this and go through it.
+    """Whole parameters, one after the other, on every process. All processes call this and iterate to its end.
 
-    `parts` are this process's own, (name, start, float32 [n]); no element is in those of two processes.
+    `parts` are this process's own: (name, start, float32 [n]). No element is in the parts of two processes.
     """
     own: dict[str, list[tuple[int, Tensor]]] = {}
     for name, start, tensor in parts:
@@ -103,9 +103,9 @@ def write_fragments(
 
 
 def read_fragments(paths: Iterable[Path], fragments: Iterable[Fragment], optimizer: AdamWithEma) -> None:
-    """Fill fragments from files that any other strategy on any number of processes wrote; only what is needed is read.
+    """Fill fragments from files, whichever strategy on however many processes wrote them. Only what is needed is read.
 
-    Raises `KeyError` where the files do not hold all of a fragment.
+    Raises `KeyError` if the files do not hold all of a fragment.
     """
     with ExitStack() as stack:
         pieces: dict[tuple[str, str], list[_Piece]] = {}

@@ -20,9 +20,9 @@ SECONDS_TO_FAIL_BY_ITSELF = 10.0
 
 
 class StageLauncher(_SubprocessScriptLauncher):
-    """Lightning's launcher, with a watch of its own over the processes: what one died of is the stage's failure.
+    """Lightning's launcher, which also watches the processes. If one dies, the reason becomes the stage's failure.
 
-    Lightning's would kill all of them, the first one too, before anything is written down.
+    Lightning's own watch would kill all processes, the first one too, before the reason is written down.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class StageLauncher(_SubprocessScriptLauncher):
             raise
 
     def end_watch(self) -> None:
-        """Nothing that needs the other processes follows."""
+        """Stop watching: the other processes are not needed any more."""
         self._is_over.set()
 
     def _first_death(self, within_s: float) -> str | None:
-        """Which process was killed, as one line; None if none was. One that failed has said why itself."""
+        """One line that says which process a signal killed; None if none was. One that failed has said why."""
         until = time.monotonic() + within_s
         while True:
             for rank, process in enumerate(self.procs, start=1):
@@ -79,7 +79,7 @@ class StageLauncher(_SubprocessScriptLauncher):
         return f"process {rank} of {self.num_processes} was ended by {killer.name}{hint}: run again to go on"
 
     def _watch(self) -> None:
-        """End this process too, which may wait in a collective for ever."""
+        """End this process when another one has died: it may be waiting for that one in a collective for ever."""
         while all(not process.poll() for process in self.procs):
             if self._is_over.wait(SECONDS_BETWEEN_LOOKS):
                 return

@@ -37,11 +37,11 @@ DESCRIPTION_FILE = "description.json"
 
 
 class PortableStrategy(Strategy):
-    """A strategy of Lightning's whose checkpoints are directories of plain tensors.
+    """A Lightning strategy whose checkpoints are directories of plain tensors.
 
     `fragments-R-of-N.*.safetensors` is what process R of N updates: weights, moments, averages. `constants.safetensors`
     holds buffers and frozen parameters, `trainer.pt` loops and schedules, `description.json` the shapes of all.
-    Nothing in them knows of a strategy, so nothing has to be converted, and reading them executes nothing.
+    They do not depend on the strategy, so any other one reads them as they are. Reading them executes no code.
     """
 
     saved_files: Mapping[str, str]
@@ -69,15 +69,15 @@ class PortableStrategy(Strategy):
 
     @abstractmethod
     def fragments_to_save(self) -> list[Fragment]:
-        """What this process writes to a checkpoint: of every element one process has it."""
+        """What this process writes to a checkpoint. Every element is written by exactly one process."""
 
     @abstractmethod
     def averaged_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The averaged weights, parameter by parameter, float32 on this device; all processes go through them."""
+        """The averaged weights, parameter by parameter, float32 on this device. All processes iterate to the end."""
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
-        """The norm of the whole gradient of a step, float []; not finite where the gradient is not."""
+        """The norm of the whole gradient of a step, float []. It is not finite if the gradient is not."""
 
     @abstractmethod
     def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
@@ -104,13 +104,13 @@ class PortableStrategy(Strategy):
             own[name].detach().copy_(tensor)
 
     def adopt_weights(self) -> None:
-        """Have the weights with which the network computes follow those that the optimiser holds."""
+        """Copy the optimiser's weights to those that the network computes with, where the two are separate."""
 
     def leave_averaged_weights(self) -> None:
-        """End training: the first process's network holds the averaged weights in host memory; the others' nothing.
+        """End training with the averaged weights in host memory, in the network of the first process alone.
 
-        All processes call this, and need each other no more afterwards. At most one parameter at a time is held
-        besides the averaged weights.
+        All processes call this, and do not need each other afterwards. Besides the averaged weights, one parameter at a
+        time is held.
         """
         parameters = dict(self.network.named_parameters())
         constants = self.constants()
@@ -138,7 +138,7 @@ class PortableStrategy(Strategy):
         self.require_agreement()
 
     def require_agreement(self) -> None:
-        """Raise `UserError` where other processes of this stage train by another strategy than this one."""
+        """Raise `UserError` if the processes of this stage chose different strategies."""
         titles = gather_objects(self.title)
         if len(set(titles)) > 1:
             raise UserError(
@@ -253,7 +253,7 @@ def _shown(shape: torch.Size | None) -> str:
 
 
 class _FailingTogether(AbstractContextManager[None]):
-    """Ends on all processes at once, with an error on each where one of them could not write."""
+    """Makes all processes wait for each other at the end. If one of them could not write, all raise an error."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

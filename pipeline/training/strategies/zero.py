@@ -29,10 +29,10 @@ _FLOAT32_BYTES = 4
 
 
 class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
-    """DeepSpeed's ZeRO in float32, or autocast from float32 weights: what DDP computes, with the state in shards.
+    """DeepSpeed's ZeRO. It computes what DDP computes, in float32 or by autocast, with the state in shards.
 
-    DeepSpeed's own bf16 would keep no float32 weights outside the optimiser and round what DDP does not. Its autocast
-    would keep a cache of cast weights, whole ones under ZeRO-3 too.
+    DeepSpeed's own bf16 is not used: it keeps float32 weights in the optimiser alone, and rounds where DDP does not.
+    Its autocast is not used either: it caches cast weights, under ZeRO-3 whole ones.
     """
 
     def __init__(
@@ -90,16 +90,16 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         super().teardown()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of each parameter that trains, as it was before ZeRO-3 left this process a part of it."""
+        """The shape of each whole parameter that trains. Under ZeRO-3 this process holds only a part of it."""
         return self._shapes
 
     def constant_shapes(self) -> dict[str, torch.Size]:
-        """The shape of each buffer and frozen parameter, as it was before ZeRO-3 left this process a part of it."""
+        """The shape of each whole buffer and frozen parameter. Under ZeRO-3 this process holds only a part of it."""
         return self._constant_shapes
 
     @property
     def adamw(self) -> AdamWithEma:
-        """The optimiser inside of DeepSpeed's."""
+        """The optimiser that DeepSpeed's own optimiser wraps."""
         optimizer = self._zero.optimizer
         assert isinstance(optimizer, AdamWithEma)
         return optimizer
@@ -110,7 +110,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         return cast("DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3", optimizer)
 
     def fragments(self) -> list[Fragment]:
-        """What this process updates: consecutive elements of each parameter that is in its partition."""
+        """What this process updates: the consecutive elements of each parameter that are in its partition."""
         named = {name: dict(self.network.named_parameters())[name] for name in self._shapes}
         find = self._fragment_of_stage_3 if self._stage == 3 else self._fragment_of_stages_1_and_2
         found = [find(name, parameter) for name, parameter in named.items()]
@@ -134,7 +134,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         return Fragment(name, start, own, zero.fp32_partitioned_groups_flat[group], offset) if own > 0 else None
 
     def fragments_to_save(self) -> list[Fragment]:
-        """All of this process's, for no other has them."""
+        """All fragments of this process: no other process holds them."""
         return self.fragments()
 
     def averaged_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -151,7 +151,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         return norm.to(self.root_device)
 
     def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
-        """Nothing: the engine clips in its step."""
+        """Do nothing: the engine clips in its step."""
 
     def adopt_weights(self) -> None:
         """Copy the optimiser's weights to those that the network computes with."""
@@ -189,7 +189,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Float32 weights, and autocast just as under DDP. Has hooks see each step once, at its end."""
+    """Float32 weights, and autocast just as under DDP. Callbacks see each step once, at its end."""
 
     def __init__(self, precision: Precision, device_type: str) -> None:
         super().__init__("32-true")
@@ -198,7 +198,7 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """Autocast without the cache, which adds up the gradients of a weight's several uses in bf16."""
+        """Autocast without its cache, which would add up in bf16 the gradients of a weight that is used several times."""
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False):
             yield
 

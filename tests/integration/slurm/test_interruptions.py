@@ -69,6 +69,7 @@ def test_a_disturbed_job_ends_with_the_undisturbed_weights(
     assert "resuming from samples-" in world.log_of(learner)
 
 
+@pytest.mark.slow
 def test_a_signal_before_python_is_ready_requeues_the_job(tmp_path: Path):
     learner, job_id = world.submitted_learner(tmp_path)
     world.wait("the start", lambda: "on node" in world.log_of(learner))

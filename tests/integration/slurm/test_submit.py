@@ -115,6 +115,7 @@ def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Pa
     assert len(list(tmp_path.glob("work/learner/*/attempts/*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_at_most_so_many_jobs_of_a_sweep_run_at_a_time(tmp_path: Path):
     world.run_stages_here(world.plan(tmp_path), "data")
     plans = [world.plan(tmp_path, f"s.{n}", group="s", steps=4, seed=n, step_s=0.2, launch=TWO) for n in range(3)]
@@ -185,7 +186,8 @@ def test_the_jobs_ask_for_what_their_profile_says(tmp_path: Path):
     wait_for(*ids.values(), state="CANCELLED")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp_path: Path, strategy: str):
     here = world.plan(tmp_path / "here", steps=12, is_local=True, devices=2, strategy=StrategyName(strategy))
     world.run_stages_here(here, "data")

@@ -67,7 +67,7 @@ def test_drawing_leaves_the_global_generator_alone():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_draws_what_the_cpu_draws():
-    there = SampleDraws(SEEDS[:300].cuda())
+    there = SampleDraws(SEEDS[:300], "cuda")
     here = SampleDraws(SEEDS[:300])
     assert torch.equal(there.uniform("x").cpu(), here.uniform("x"))
     assert torch.equal(there.integer("x", 1000).cpu(), here.integer("x", 1000))

@@ -15,9 +15,8 @@ from tests.support.fakes import (
     LossSettings,
     SourceSettings,
 )
-from tests.support.fakes import no_check as unchecked
 
-CATALOG = Catalog(STAGES, unchecked)
+CATALOG = Catalog(STAGES)
 SOURCE = StageSettings("source", SourceSettings(pictures=1))
 ENCODER = StageSettings("encoder", EncoderSettings(width=1))
 DECODER = StageSettings("decoder", DecoderSettings(channels=(1,), loss=LossSettings(weight=0)))
@@ -65,7 +64,7 @@ def test_an_input_for_one_stage_refuses_two_producers_of_a_repeatable_output():
     picky = replace(STAGES["judge"], inputs=(Input("upsampler", Arity.OPTIONAL),))
     stages = {"s": SOURCE, "a": ENLARGER, "b": ENLARGER, "j": JUDGE}
     with pytest.raises(UserError, match="stage j takes one 'upsampler', and a, b produce it: remove one"):
-        build_graph(stages, Catalog({**STAGES, "judge": picky}, unchecked))
+        build_graph(stages, Catalog({**STAGES, "judge": picky}))
 
 
 def test_a_cycle_is_printed():
@@ -74,7 +73,7 @@ def test_a_cycle_is_printed():
         "decoder": replace(STAGES["decoder"], inputs=(Input("clip"),)),
     }
     with pytest.raises(UserError) as caught:
-        build_graph({"chicken": ENCODER, "egg": DECODER}, Catalog(circular, unchecked))
+        build_graph({"chicken": ENCODER, "egg": DECODER}, Catalog(circular))
     assert re.search(r"chicken -> egg -> chicken|egg -> chicken -> egg", str(caught.value))
 
 

@@ -137,7 +137,7 @@ def test_the_seed_counts_in_every_stage_that_computes(tmp_path: Path):
 def test_a_higher_version_of_a_stage_class_reruns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     publish_all(plan(tmp_path))
     newer = {**fakes.STAGES, "decoder": fakes.replace_version("decoder", 2)}
-    monkeypatch.setattr(fakes, "CATALOG", fakes.Catalog(newer, fakes.no_check))
+    monkeypatch.setattr(fakes, "CATALOG", fakes.Catalog(newer))
     made = plan(tmp_path)
     assert actions(made) == {**dict.fromkeys(ALL, "reuse"), "decoder": "run", "evaluate": "run"}
     assert made["decoder"].reason == "changed the version of stage decoder: 1 -> 2"

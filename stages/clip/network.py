@@ -1,0 +1,332 @@
+"""CLIP: open_clip's towers, tokenizer and losses. The one door to open_clip."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import VisionTransformer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.errors import UserError
+from pipeline.workflow.artifacts import Artifact
+from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
+
+_CPU = torch.device("cpu")
+WEIGHTS_FILE = "clip.safetensors"
+SETTINGS_FILE = "clip.json"
+_CACHED_CAPTIONS = 65536
+"""Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
+
+MAX_LOGIT_SCALE = math.log(100.0)
+"""The logarithm of the largest factor on the similarities (arXiv 2103.00020, section 2.5)."""
+
+
+class Towers(StrEnum):
+    """Which parts of a CLIP are in memory. TEXT has no image tower at all."""
+
+    BOTH = "both"
+    TEXT = "text"
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """A caption as CLIP sees it.
+
+    `embed` [B, E] is the projection (not normalised), `hidden` [B, L, W] the state of every token after the last layer
+    norm, `mask` bool [B, L] true up to and including the end-of-text token.
+    """
+
+    embed: Tensor
+    hidden: Tensor
+    mask: Tensor
+
+    def __getitem__(self, rows: slice) -> "TextEncoding":
+        """Some of its captions."""
+        return TextEncoding(self.embed[rows], self.hidden[rows], self.mask[rows])
+
+    def where(self, condition: Tensor, other: "TextEncoding") -> "TextEncoding":
+        """This one's captions where `condition` bool [B] is true, else the other's; one of the two may have B = 1."""
+        return TextEncoding(
+            torch.where(condition[:, None], self.embed, other.embed),
+            torch.where(condition[:, None, None], self.hidden, other.hidden),
+            torch.where(condition[:, None], self.mask, other.mask),
+        )
+
+
+class ClipModel(nn.Module):
+    """open_clip's `CLIP` behind settings. Embeddings are not normalised: L2 normalisation is for similarities alone."""
+
+    def __init__(
+        self,
+        settings: ClipNetworkSettings,
+        loss: ContrastiveLoss = ContrastiveLoss.CONTRASTIVE,
+        towers: Towers = Towers.BOTH,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.loss = loss
+        self.network = _build_text_only(settings, loss) if towers is Towers.TEXT else _build(settings, loss)
+        mean = torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1)
+        std = torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1)
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
+
+    @property
+    def towers(self) -> Towers:
+        """Which towers this model holds."""
+        return Towers.TEXT if cast("nn.Module | None", self.network.visual) is None else Towers.BOTH
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor on the similarities (already exponentiated), float [1]."""
+        return self.network.logit_scale.exp()
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """SigLIP's bias on the logits, float [1]; None for the contrastive loss."""
+        return self.network.logit_bias
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept.
+
+        Captions are cleaned as open_clip does: mended Unicode, HTML entities resolved, spaces collapsed, lower case.
+        """
+        length = self.settings.context_length
+        return torch.tensor([_token_ids(caption, length) for caption in captions], dtype=torch.int64)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Embeddings float [B, E] of square pictures float [B, 3, S, S] in [-1, 1]; any S; differentiable.
+
+        Pictures of another size than the tower's are resized (bicubic, antialiased), then normalised as OpenAI's CLIP.
+        """
+        size = self.settings.image_size
+        if image.shape[-1] != size or image.shape[-2] != size:
+            image = F.interpolate(image.float(), size=(size, size), mode="bicubic", antialias=True)
+        normalised = (image * 0.5 + 0.5 - self.pixel_mean) / self.pixel_std
+        return self.network.encode_image(normalised)
+
+    def encode_text(self, tokens: Tensor) -> TextEncoding:
+        """The encoding of token ids int64 [B, L] from `tokenize`; L may be cut to the longest of these captions."""
+        network = self.network
+        length = tokens.shape[1]
+        # open_clip's own `encode_text` does not hand out the token states.
+        transformer, token_embedding = cast(nn.Module, network.transformer), cast(nn.Module, network.token_embedding)
+        mask = cast(Tensor, network.attn_mask)[:length, :length]
+        position = cast(Tensor, network.positional_embedding)[:length]
+        hidden = transformer(token_embedding(tokens) + position, attn_mask=mask)
+        hidden = cast(nn.Module, network.ln_final)(hidden)
+        # The end-of-text token has the highest id of all.
+        end = tokens.argmax(dim=-1)
+        pooled = hidden[torch.arange(len(tokens), device=tokens.device), end]
+        mask = torch.arange(length, device=tokens.device)[None, :] <= end[:, None]
+        return TextEncoding(embed=pooled @ cast(Tensor, network.text_projection), hidden=hidden, mask=mask)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and text embeddings, float [B, E] each: what the contrastive losses take."""
+        # In a causal transformer nothing depends on what follows the end-of-text token.
+        longest = int(tokens.argmax(dim=-1).max()) + 1
+        return self.encode_image(image), self.encode_text(tokens[:, :longest]).embed
+
+    def save(self, directory: Path) -> None:
+        """Write `clip.safetensors`, in the layout of open_clip's `CLIP`, and `clip.json`."""
+        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.network.state_dict().items()}
+        save_file(weights, directory / WEIGHTS_FILE)
+        description = {"network": self.settings.model_dump(mode="json"), "loss": self.loss.value}
+        (directory / SETTINGS_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path, towers: Towers = Towers.BOTH) -> Self:
+        """Read what `save` wrote. With `Towers.TEXT` the image tower is neither built nor kept."""
+        description = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
+        model = cls(
+            ClipNetworkSettings.model_validate(description["network"]), ContrastiveLoss(description["loss"]), towers
+        )
+        _load_weights(model.network, _read_weights(directory / WEIGHTS_FILE, towers), directory / WEIGHTS_FILE)
+        return model
+
+
+def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = _CPU) -> ClipModel:
+    """The CLIP of an artifact."""
+    return ClipModel.load(artifact.path, towers).to(device).eval()
+
+
+ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(image_embed [B, E], text_embed [B, E], logit_scale [1], logit_bias [1] | None) -> the mean loss, a scalar."""
+
+
+def contrastive_loss(kind: ContrastiveLoss, rank: int, world_size: int) -> ContrastiveObjective:
+    """open_clip's loss over the global batch; embeddings need not be normalised.
+
+    With several ranks each one's loss covers its own rows against the columns of all, so that the gradients, averaged
+    over ranks as DDP does, are those of the global batch.
+    """
+    match kind:
+        case ContrastiveLoss.CONTRASTIVE:
+            objective = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+        case ContrastiveLoss.SIGLIP:
+            objective = SigLipLoss(rank=rank, world_size=world_size)
+
+    def loss(image_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
+        # In float32 under autocast too: the softmax over a large batch needs the digits.
+        with torch.autocast(image_embed.device.type, enabled=False):
+            image_unit = F.normalize(image_embed.float(), dim=-1)
+            text_unit = F.normalize(text_embed.float(), dim=-1)
+            return objective(image_unit, text_unit, logit_scale, logit_bias)
+
+    return loss
+
+
+def load_open_clip_checkpoint(
+    path: Path, settings: ClipNetworkSettings, loss: ContrastiveLoss = ContrastiveLoss.CONTRASTIVE
+) -> ClipModel:
+    """A model with the weights of a local open_clip file: safetensors, PyTorch state dict or training checkpoint.
+
+    Raises `UserError` if the file cannot be read without running code in it, or its shapes are not those of `settings`.
+    """
+    model = ClipModel(settings, loss)
+    _load_weights(model.network, _read_open_clip_weights(path), path)
+    return model
+
+
+def _read_open_clip_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"stage.clip.checkpoint {path} does not exist; give an open_clip .safetensors or .pt file")
+    try:
+        content: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:
+        raise UserError(
+            f"stage.clip.checkpoint {path} is no file of plain weights ({type(error).__name__}); "
+            f"save the model's state_dict() as .safetensors or .pt"
+        ) from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UserError(
+            f"stage.clip.checkpoint {path} holds no state dict; save the model's state_dict() as .safetensors or .pt"
+        )
+    # DistributedDataParallel prefixes all keys, `CustomTextCLIP` those of the text tower.
+    return {name.removeprefix("module.").removeprefix("text."): tensor for name, tensor in weights.items()}
+
+
+def _read_weights(path: Path, towers: Towers) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        wanted = [name for name in list(file.keys()) if towers is Towers.BOTH or not name.startswith("visual.")]
+        return {name: file.get_tensor(name) for name in wanted}
+
+
+def _load_weights(network: CLIP, weights: dict[str, Tensor], path: Path) -> None:
+    own = network.state_dict()
+    loadable = {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if _fits(own, name, tensor)}
+    for name, tensor in weights.items():
+        if name not in loadable and name in own:
+            raise UserError(
+                f"{path}: {name} has shape {list(tensor.shape)} but stage.clip.network describes "
+                f"{list(own[name].shape)}; set stage.clip.network to the sizes of the checkpoint"
+            )
+    missing = [name for name in own if name not in loadable and name != "logit_bias"]
+    unknown = [name for name in weights if name not in own and name not in ("attn_mask", "logit_bias")]
+    if missing or unknown:
+        odd, how = (missing[0], "lacks") if missing else (unknown[0], "has in excess")
+        raise UserError(
+            f"{path} {how} {odd} ({len(missing)} weights are missing, {len(unknown)} unknown); set "
+            f"stage.clip.network to the layers of the checkpoint, which must be a plain open_clip ViT"
+        )
+    network.load_state_dict(loadable, strict=False)
+
+
+def _fits(own: dict[str, Tensor], name: str, tensor: Tensor) -> bool:
+    """Equal shapes; the logit scale may be a scalar, as open_clip has it by default."""
+    return name in own and (own[name].shape == tensor.shape or own[name].numel() == tensor.numel() == 1)
+
+
+def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
+    vision = CLIPVisionCfg(
+        layers=settings.vision_layers,
+        width=settings.vision_width,
+        head_width=settings.vision_width // settings.vision_heads,
+        patch_size=settings.patch_size,
+        image_size=settings.image_size,
+    )
+    text = CLIPTextCfg(
+        context_length=settings.context_length,
+        width=settings.text_width,
+        heads=settings.text_heads,
+        layers=settings.text_layers,
+    )
+    match loss:
+        case ContrastiveLoss.CONTRASTIVE:
+            logit_scale, logit_bias = math.log(1 / 0.07), None
+        case ContrastiveLoss.SIGLIP:
+            # arXiv 2303.15343, section 3.2
+            logit_scale, logit_bias = math.log(10.0), -10.0
+    network = CLIP(
+        settings.embed_dim,
+        vision,
+        text,
+        quick_gelu=settings.quick_gelu,
+        init_logit_scale=logit_scale,
+        init_logit_bias=logit_bias,
+        # DeepSpeed cannot shard scalar parameters.
+        nonscalar_logit_scale=True,
+    )
+    with torch.no_grad():
+        for positions in (network.positional_embedding, network.visual.positional_embedding):
+            cast(Tensor, positions).mul_(settings.initial_position_gain)
+    return network
+
+
+def _build_text_only(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
+    """A CLIP without an image tower, its weights not initialised: they are loaded next."""
+    with torch.device("meta"):
+        network = _build(settings, loss)
+    network.visual = cast(VisionTransformer, None)
+    network.to_empty(device="cpu")
+    # A buffer that no file holds: the causal mask.
+    length = settings.context_length
+    network.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
+    return network
+
+
+@dataclass(frozen=True)
+class BpeVocabulary:
+    """open_clip's byte-pair encoding under the names that transformers uses: token -> id, and the merges in order."""
+
+    ids: Mapping[str, int]
+    merges: Sequence[tuple[str, str]]
+
+
+def bpe_vocabulary() -> BpeVocabulary:
+    """The vocabulary of `ClipModel.tokenize`, from the file that open_clip brings along."""
+    tokenizer = _tokenizer()
+    special = {tokenizer.sot_token_id: "<|startoftext|>", tokenizer.eot_token_id: "<|endoftext|>"}
+    ids = {special.get(number, token): number for token, number in tokenizer.encoder.items()}
+    pairs = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    return BpeVocabulary(ids, [(left, right) for left, right in pairs])
+
+
+@lru_cache(maxsize=_CACHED_CAPTIONS)
+def _token_ids(caption: str, context_length: int) -> tuple[int, ...]:
+    return tuple(_tokenizer()([caption], context_length=context_length)[0].tolist())
+
+
+@cache
+def _tokenizer() -> SimpleTokenizer:
+    return SimpleTokenizer()

@@ -1,0 +1,103 @@
+"""The stage `clip`: image and text towers, trained together from the first weight (arXiv 2103.00020, 2303.15343)."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.data.batch import ImageBatch, signed
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.order import epoch_samples
+from pipeline.data.splits import Split, check_batches_are_distinct
+from pipeline.training.context import StageContext, StageResult
+from pipeline.training.fit import fit
+from pipeline.training.module import LOSS, StageModule
+from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_open_clip_checkpoint
+from stages.clip.retrieval import retrieval_recall
+from stages.clip.settings import ClipNumbers, ClipSettings
+
+RETRIEVAL_POOL = 64
+
+
+def run(context: StageContext) -> StageResult:
+    """Train CLIP, or take a checkpoint in; publish `clip.safetensors`."""
+    settings = context.settings_as(ClipSettings)
+    clip = _initial_clip(settings)
+    metrics, samples_seen = {}, 0
+    if settings.max_samples > 0:
+        images = context.images(settings.network.image_size)
+        _check_batches(images, settings.global_batch_size, f"stage.{context.frozen.stage}.global_batch_size")
+        result = fit(context, ClipModule(clip, settings), images)
+        metrics, samples_seen = result.metrics, result.samples_seen
+    if context.is_first_process:
+        clip.save(context.output)
+    network = settings.network
+    numbers = ClipNumbers(
+        embed_dim=network.embed_dim,
+        context_length=network.context_length,
+        image_size=network.image_size,
+        checkpoint=settings.checkpoint.name if settings.checkpoint else None,
+    )
+    return StageResult(numbers, metrics, samples_seen)
+
+
+def _check_batches(images: CaptionedImages, global_batch_size: int, key: str) -> None:
+    """Raise `UserError` where the loss would take a picture for its own negative."""
+    data = images.data
+    samples = epoch_samples(data.samples_in(Split.TRAIN), data.index.shard, data.mixture)
+    check_batches_are_distinct(samples, global_batch_size, key)
+
+
+def _initial_clip(settings: ClipSettings) -> ClipModel:
+    if settings.checkpoint is None:
+        return ClipModel(settings.network, settings.loss)
+    return load_open_clip_checkpoint(settings.checkpoint, settings.network, settings.loss)
+
+
+class ClipModule(StageModule[ClipModel]):
+    """Trains both towers by open_clip's contrastive or sigmoid loss over the global batch.
+
+    A batch larger than memory is embedded in pieces whose activations are computed again when their gradients are due:
+    the exact gradient of the whole batch, at the price of a second forward pass (as GradCache, arXiv 2101.06983).
+    """
+
+    needs_whole_share = True
+
+    def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
+        super().__init__(clip, settings)
+        self._kind = settings.loss
+
+    def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
+        """The contrastive loss of a batch, and the scale on the similarities."""
+        ranks = self.trainer.world_size if self.training else 1
+        objective = contrastive_loss(self._kind, self.global_rank if self.training else 0, ranks)
+        image_embed, text_embed = self._embed(batch)
+        loss = objective(image_embed, text_embed, self.network.logit_scale, self.network.logit_bias)
+        return {LOSS: loss, "logit_scale": self.network.logit_scale.squeeze()}
+
+    def _embed(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Image and text embeddings, float [B, E] each."""
+        tokens = self.network.tokenize(list(batch.caption)).to(self.device)
+        if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
+            return self._embed_piece(batch.image, tokens)
+        pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)
+        embeds = [checkpoint(self._embed_piece, *piece, use_reentrant=False) for piece in pieces]
+        image_embed, text_embed = zip(*embeds, strict=True)
+        return torch.cat(image_embed), torch.cat(text_embed)
+
+    def _embed_piece(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(signed(image), tokens)
+
+    @property
+    def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """The scale on the similarities is kept in [1, 100] after every step, as in CLIP's training."""
+        return {"network.logit_scale": (0.0, MAX_LOGIT_SCALE)}
+
+    def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """Recall of text-to-image and image-to-text retrieval among 64, and over all that are given."""
+        pairs = [self._embed(batch) for batch in batches]
+        image_embed = F.normalize(torch.cat([image for image, _ in pairs]).float(), dim=-1)
+        text_embed = F.normalize(torch.cat([text for _, text in pairs]).float(), dim=-1)
+        return retrieval_recall(image_embed, text_embed, RETRIEVAL_POOL)

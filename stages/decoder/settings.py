@@ -1,0 +1,114 @@
+"""The stage `decoder`: settings, what it needs and gives, and its rules. Imports no torch."""
+
+import shlex
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from pydantic import field_validator
+
+from pipeline.config import Fraction, NotNegativeFloat, Positive, Settings, one_of
+from pipeline.errors import UserError
+from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.declaration import Arity, Better, Input, StageDeclaration, Workflow, modules_in
+from stages.clip.settings import ClipSettings, OnClipNumbers
+from stages.decoder.choice import DecoderNetwork
+from stages.diffusion.settings import ClipLossSettings, DiffusionStageSettings, SamplerSettings, check_diffusion
+
+NETWORKS: dict[str, DecoderNetwork] = {
+    name: module.NETWORK for name, module in modules_in("stages.decoder.networks").items()
+}
+
+if TYPE_CHECKING:
+    NetworkSettings = Settings
+else:
+    NetworkSettings = one_of([each.settings for each in NETWORKS.values()], "kind")
+
+
+class DecoderCondition(StrEnum):
+    """Which CLIP embedding conditions the decoder: the image's (unCLIP) or the caption's (GLIDE-like, no prior)."""
+
+    IMAGE_EMBED = "image_embed"
+    TEXT_EMBED = "text_embed"
+
+
+class DecoderSamplerSettings(SamplerSettings):
+    """`clip_guidance_scale` scales the gradient of sim(x0_hat, caption) at every step; 0 is off."""
+
+    clip_guidance_scale: NotNegativeFloat
+
+
+class DecoderSettings(DiffusionStageSettings):
+    """L = L_diffusion + lambda L_clip on CLIP's embedding and the caption's tokens."""
+
+    image_size: Positive
+    condition: DecoderCondition
+    network: NetworkSettings
+    clip_loss: ClipLossSettings
+    caption_dropout: Fraction
+    image_embed_dropout: Fraction
+    sampler: DecoderSamplerSettings
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _is_one_of_the_networks(cls, network: Any) -> Any:
+        """Decoders that were made before there was a choice name no kind: they are U-Nets."""
+        if not isinstance(network, Mapping):
+            return network
+        kind = network.get("kind", "unet")
+        if kind not in NETWORKS:
+            raise ValueError(f"kind={kind!r} is no network of the decoder; there are {', '.join(NETWORKS)}")
+        return {**network, "kind": kind}
+
+    @property
+    def network_choice(self) -> DecoderNetwork:
+        """What builds and checks its network."""
+        return next(each for each in NETWORKS.values() if type(self.network) is each.settings)
+
+
+class DecoderNumbers(OnClipNumbers):
+    """Which CLIP it works on, and the size of its pictures in pixels."""
+
+    image_size: int
+
+
+def check(path: str, settings: DecoderSettings, workflow: Workflow) -> None:
+    """Diffusion and network can work, and the workflow has what the condition needs."""
+    check_diffusion(path, settings, settings.sampler)
+    clips = (each.settings for each in workflow.stages.values() if each.kind == "clip")
+    clip = next((each for each in clips if isinstance(each, ClipSettings)), None)
+    context_length = clip.network.context_length if clip else None
+    settings.network_choice.check(path, settings.network, settings.image_size, context_length)
+    if settings.condition is DecoderCondition.IMAGE_EMBED and not {"embed", "prior"} <= workflow.kinds:
+        raise UserError(
+            f"{path}.condition=image_embed needs the stages embed and prior; use workflow=unclip, or "
+            f"{path}.condition=text_embed"
+        )
+    if settings.condition is DecoderCondition.TEXT_EMBED and "prior" in workflow.kinds:
+        raise UserError(
+            f"{path}.condition=text_embed leaves the prior of this workflow without use; use workflow=glide, or "
+            f"{path}.condition=image_embed"
+        )
+
+
+def usage(run: str, artifact: Artifact, caption: str) -> str:
+    """Pictures by this project's own command, which needs no export and takes the run's own guidance."""
+    del artifact
+    return (
+        "Pictures from captions, by this project:\n\n"
+        f"    unclip sample {shlex.quote(run)} {shlex.quote(caption)} --count 4"
+    )
+
+
+DECODER = StageDeclaration(
+    version=3,
+    settings=DecoderSettings,
+    run="stages.decoder.train:run",
+    output="decoder",
+    inputs=(Input("data"), Input("clip"), Input("embeddings", Arity.OPTIONAL)),
+    numbers=DecoderNumbers,
+    check=check,
+    # Not the whole loss: it depends on the CLIP loss's weight.
+    better={"diffusion": Better.LOW, "clip": Better.LOW},
+    usage=usage,
+)

@@ -1,0 +1,141 @@
+"""The stage `decoder`: from a CLIP embedding and a caption to a picture, with L = L_diffusion + lambda L_clip."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import ImageBatch
+from pipeline.data.loader import evaluation_loader
+from pipeline.data.prepared import PreparedData
+from pipeline.data.splits import Split
+from pipeline.training.context import StageContext, StageResult
+from pipeline.training.fit import fit
+from pipeline.training.module import LOSS, SampleGrid, StageModule
+from stages.captions import CaptionEncoder
+from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
+from stages.decoder.network import Condition, Decoder, build_decoder
+from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
+from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
+from stages.diffusion.process import DiffusionProcess
+from stages.embed.embeddings import Embeddings, load_clip_embeddings
+from stages.generation.grid import captioned_grid
+
+GRID_PICTURES = 16
+DECORRELATION_SAMPLES = 4096
+
+
+def run(context: StageContext) -> StageResult:
+    """Train the decoder on pictures, their CLIP embeddings and captions. With lambda = 0 no image tower is loaded."""
+    settings = context.settings_as(DecoderSettings)
+    clip_artifact = context.input("clip")
+    needs_image_tower = settings.clip_loss.weight > 0 or settings.sampler.clip_guidance_scale > 0
+    clip = load_clip(clip_artifact, Towers.BOTH if needs_image_tower else Towers.TEXT)
+    embeddings = None
+    if settings.condition is DecoderCondition.IMAGE_EMBED:
+        embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
+    images = context.images(settings.image_size)
+    decoder = build_decoder(settings, clip.settings.embed_dim)
+    _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
+    shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
+    module = DecoderModule(
+        decoder, settings, clip, embeddings, shown, log_every_steps=context.frozen.trainer.log_every_steps
+    )
+    result = fit(context, module, images)
+    context.save(decoder)
+    numbers = DecoderNumbers(
+        clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim, image_size=settings.image_size
+    )
+    return StageResult(numbers, result.metrics, result.samples_seen)
+
+
+def _fit_decorrelation(
+    decoder: Decoder, data: PreparedData, captions: CaptionEncoder, embeddings: Embeddings | None
+) -> None:
+    """Take the statistics of what will condition the decoder, from the first samples of the training split."""
+    rows = data.samples_in(Split.TRAIN)[:DECORRELATION_SAMPLES]
+    if embeddings is not None:
+        decoder.image_decorrelation.fit(embeddings.image_embed[torch.from_numpy(rows)])
+        decoder.text_decorrelation.fit(embeddings.text_embed[torch.from_numpy(rows)])
+        return
+    text_embed = captions.encode([data.caption(int(row)) for row in rows]).embed
+    decoder.image_decorrelation.fit(text_embed)
+    decoder.text_decorrelation.fit(text_embed)
+
+
+class DecoderModule(StageModule[Decoder]):
+    """Trains the decoder; the CLIP and the embeddings are frozen."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        settings: DecoderSettings,
+        clip: ClipModel,
+        embeddings: Embeddings | None,
+        shown: ImageBatch,
+        log_every_steps: int,
+    ) -> None:
+        super().__init__(decoder, settings, frozen_networks=(clip,))
+        self.settings = settings
+        self.process = DiffusionProcess(settings.schedule, settings.objective)
+        self._captions = CaptionEncoder(clip)
+        self._embeddings = embeddings
+        self._shown = shown
+        self._log_every_steps = log_every_steps
+
+    @property
+    def clip(self) -> ClipModel:
+        """The frozen CLIP; without its image tower where nothing needs it."""
+        return cast(ClipModel, self.frozen_networks[0])
+
+    def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
+        """L_diffusion, L_clip and their sum; at logged steps the norms of their gradients at the network's output."""
+        settings, draws = self.settings, batch.draws()
+        noised = self.process.noise(batch.image_signed(), draws)
+        is_dropped = draws.uniform("caption") < settings.caption_dropout
+        whole_text, text = self._captions.encode_dropping(batch.caption, is_dropped)
+        drop_image_embed = draws.uniform("image_embed") < settings.image_embed_dropout
+        condition = Condition(self._embed(batch, whole_text), text, drop_image_embed)
+        prediction = self.network(noised.x_t, noised.timestep, condition)
+        loss_diffusion = self.process.loss(prediction, noised).mean()
+        if settings.clip_loss.weight == 0:
+            return {LOSS: loss_diffusion, "diffusion": loss_diffusion.detach()}
+        loss_clip = clip_loss(
+            self.clip,
+            self.process.x_0(prediction, noised),
+            whole_text.embed,
+            self.process.schedule.sqrt_alpha_bar[noised.timestep] ** 2,
+            draws.uniform("clip_loss"),
+            settings.clip_loss,
+        ).mean()
+        loss = loss_diffusion + settings.clip_loss.weight * loss_clip
+        losses = {LOSS: loss, "diffusion": loss_diffusion.detach(), "clip": loss_clip.detach()}
+        return losses | self._gradient_norms(loss_diffusion, settings.clip_loss.weight * loss_clip, prediction)
+
+    def _embed(self, batch: ImageBatch, text: TextEncoding) -> Tensor:
+        """The CLIP embedding that stands for the picture: its own from the cache, or that of its caption."""
+        return text.embed if self._embeddings is None else self._embeddings.image_embed[batch.sample].to(self.device)
+
+    def _gradient_norms(self, loss_diffusion: Tensor, loss_clip: Tensor, prediction: Tensor) -> dict[str, Tensor]:
+        is_logged = self.training and (self.global_step + 1) % self._log_every_steps == 0
+        if not is_logged:
+            return {}
+        diffusion_norm, clip_norm = output_gradient_norms(loss_diffusion, loss_clip, prediction)
+        return {
+            "gradient_norm_diffusion": torch.tensor(diffusion_norm, device=self.device),
+            "gradient_norm_clip": torch.tensor(clip_norm, device=self.device),
+        }
+
+    def sample_grid(self) -> SampleGrid:
+        """Validation pictures, each beside a sample from its own embedding and caption."""
+        batch = self._shown.to(self.device)
+        sampler = DecoderSampler(self.network, self.settings, self.clip)
+        drawn = []
+        for piece in batch.split(self.micro_batch_size):
+            text = self._captions.encode(piece.caption)
+            condition = Condition(self._embed(piece, text), text)
+            drawn.append(sampler.sample(condition, piece.draws(), DecoderOptions()))
+        pictures = {"real": batch.image_signed(), "sample": torch.cat(drawn)}
+        return captioned_grid(pictures, batch.caption, batch.sample_seed.tolist(), columns=4)

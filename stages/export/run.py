@@ -1,0 +1,49 @@
+"""The stage `export`: a run's weights and configs in one directory that needs nothing of this project."""
+
+import json
+
+import torch
+
+from pipeline.training.context import StageContext, StageResult
+from stages.export.settings import CONFIGS, ExportNumbers, ExportSettings
+from stages.export.stock_pipeline import obstacle, save_stock_pipeline
+from stages.export.transformers_clip import text_to_transformers, vision_to_transformers
+from stages.generation.text_to_image import chain_of_inputs
+
+
+@torch.no_grad()
+def run(context: StageContext) -> StageResult:
+    """Write diffusers' stock pipeline where the run fits it, and each network in diffusers' format where it does not.
+
+    Further upsamplers go to `upsampler_<size>/`, CLIP's image tower to `image_encoder/`, every stage's config to
+    `configs/<stage>.json`.
+    """
+    chain = chain_of_inputs(context.inputs, torch.device("cpu"))
+    clip, prior, decoder, upsamplers = chain.clip, chain.prior, chain.decoder, list(chain.upsamplers)
+    in_the_way = obstacle(
+        prior.settings if prior else None, decoder.settings, upsamplers[0].settings if upsamplers else None
+    )
+    if in_the_way is None:
+        assert prior is not None, "as `obstacle` checked"
+        save_stock_pipeline(context.output, clip, prior, decoder, upsamplers.pop(0))
+    else:
+        text_to_transformers(clip).save_pretrained(context.output / "text_encoder")
+        decoder.network.save_parts(context.output)
+        if prior is not None:
+            prior.network.save_pretrained(context.output / "prior")
+    for upsampler in upsamplers:
+        upsampler.network.save_pretrained(context.output / f"upsampler_{upsampler.settings.high_size}")
+    if context.settings_as(ExportSettings).include_clip_image_tower:
+        vision_to_transformers(clip).save_pretrained(context.output / "image_encoder")
+    _write_configs(context)
+    return StageResult(ExportNumbers(stock_pipeline=in_the_way is None, not_stock_because=in_the_way))
+
+
+def _write_configs(context: StageContext) -> None:
+    """Every stage's settings, and which artifact they belong to."""
+    directory = context.output / CONFIGS
+    directory.mkdir()
+    for artifact in (each for found in context.inputs.values() for each in found):
+        manifest = artifact.manifest
+        content = {"kind": manifest.kind, "fingerprint": manifest.fingerprint, "settings": manifest.config}
+        (directory / f"{manifest.stage}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,64 @@
+"""The stage `export`: settings, what it needs and gives, and how its output is used. Imports no torch."""
+
+import json
+from typing import Any
+
+from pipeline.config import Settings
+from pipeline.workflow.artifacts import Artifact, Numbers
+from pipeline.workflow.declaration import Arity, Input, StageDeclaration
+
+CONFIGS = "configs"
+
+
+class ExportSettings(Settings):
+    """Gathers a run's weights and configs in one directory; unCLIP runs load in diffusers' stock `UnCLIPPipeline`."""
+
+    include_clip_image_tower: bool
+
+
+class ExportNumbers(Numbers):
+    """Whether diffusers' stock pipeline holds the run, and if not, why."""
+
+    stock_pipeline: bool
+    not_stock_because: str | None = None
+
+
+def usage(run: str, artifact: Artifact, caption: str) -> str:
+    """Stock diffusers where the export fits it, with the run's own guidance, else why it does not."""
+    del run
+    numbers = artifact.numbers(ExportNumbers)
+    if not numbers.stock_pipeline:
+        return (
+            f"The stock `UnCLIPPipeline` of diffusers cannot hold this run ({numbers.not_stock_because}); "
+            f"each network is in diffusers' format below `{artifact.path}`."
+        )
+    scales = {f"{kind}_guidance_scale": _guidance(artifact, kind) for kind in ("prior", "decoder")}
+    asked = "".join(f", {name}={scale:g}" for name, scale in scales.items() if scale is not None)
+    return (
+        "By stock `diffusers`, which needs nothing of this project:\n\n"
+        "    from diffusers import UnCLIPPipeline\n"
+        f"    pipeline = UnCLIPPipeline.from_pretrained({str(artifact.path)!r})\n"
+        f"    pipeline({caption!r}{asked}).images[0]\n\n"
+        "The scales are those that this run was sampled with; 1 is without classifier-free guidance, and the "
+        "pipeline's own defaults are 4 and 8."
+    )
+
+
+def _guidance(artifact: Artifact, kind: str) -> float | None:
+    """The guidance scale of the sampler of the exported stage of that kind."""
+    for path in sorted((artifact.path / CONFIGS).glob("*.json")):
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if config["kind"] == kind:
+            return float(config["settings"]["sampler"]["guidance_scale"])
+    return None
+
+
+EXPORT = StageDeclaration(
+    version=1,
+    settings=ExportSettings,
+    run="stages.export.run:run",
+    output="model",
+    inputs=(Input("clip"), Input("prior", Arity.OPTIONAL), Input("decoder"), Input("upsampler", Arity.ANY)),
+    numbers=ExportNumbers,
+    usage=usage,
+)

@@ -1,0 +1,80 @@
+"""The stage `judge`: learns from real pictures to read what is in them, so that `evaluate` can hold samples to it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.make import make_prepared
+from pipeline.data.splits import Split
+from pipeline.data.write import SourceSample
+from pipeline.training.context import StageContext, StageResult
+from pipeline.training.fit import fit
+from pipeline.training.module import LOSS, StageModule
+from stages.judge.labels import CLASSES, judge_samples, true_labels
+from stages.judge.network import Judge, build_judge
+from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
+from stages.pictures import resize
+
+
+def run(context: StageContext) -> StageResult:
+    """Draw single objects of all pairs, train on them, and say how often the judge is right about held-out ones."""
+    settings = context.settings_as(JudgeSettings)
+    # Each process draws the same ones for itself: nothing tells the others when the first one's are complete.
+    data = context.work / f"data-of-process-{context.process.rank}"
+    make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
+    images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
+    judge = build_judge(settings)
+    result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
+    context.save(judge)
+    return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)
+
+
+def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[SourceSample, Split]]:
+    for number, made in enumerate(judge_samples(settings), 1):
+        context.step(number, 0, f"{number:,} pictures made")
+        yield made
+
+
+class JudgeModule(StageModule[Judge]):
+    """Trains the judge by cross-entropy on every attribute."""
+
+    def __init__(self, judge: Judge, settings: JudgeSettings, labels_of_rows: Tensor) -> None:
+        super().__init__(judge, settings)
+        self.settings = settings
+        self._labels = labels_of_rows
+
+    def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
+        """The cross-entropy, summed over attributes, of noised pictures that were reduced to one of `seen_at` sizes."""
+        settings, draws = self.settings, batch.draws()
+        size_of_sample = draws.integer("size", len(settings.seen_at))
+        image = batch.image_signed()
+        seen = torch.empty_like(resize(image, settings.image_size))
+        for place, size in enumerate(settings.seen_at):
+            chosen = size_of_sample == place
+            if chosen.any():
+                seen[chosen] = resize(resize(image[chosen], size), settings.image_size)
+        strength = settings.max_noise * draws.uniform("noise strength")[:, None, None, None]
+        logits = self.network(seen + strength * draws.normal("noise", seen.shape[1:]))
+        truth = self._labels[batch.sample].to(self.device)
+        return {LOSS: torch.stack([F.cross_entropy(each, truth[:, a]) for a, each in enumerate(logits)]).sum()}
+
+    def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """Accuracy on held-out pictures without noise, at each of the sizes."""
+        right: dict[int, list[Tensor]] = {size: [] for size in self.settings.seen_at}
+        for batch in batches:
+            truth = self._labels[batch.sample].to(self.device)
+            for size, found in right.items():
+                found.append(self.network.read(resize(batch.image_signed(), size)) == truth)
+        metrics = {}
+        for size, found in right.items():
+            by_attribute = torch.cat(found).float()
+            metrics[f"accuracy_at_{size}"] = float(by_attribute.mean())
+            metrics |= {
+                f"{attribute.value}_at_{size}": float(value)
+                for attribute, value in zip(CLASSES, by_attribute.mean(0), strict=True)
+            }
+        return metrics

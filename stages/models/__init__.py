@@ -1,1 +1,0 @@
-"""Builders of the networks: open_clip and diffusers classes behind settings."""

@@ -1,1 +1,0 @@
-"""Where captioned pictures come from."""
