@@ -52,8 +52,7 @@ CATALOG = Catalog(
         "source": _declaration("data"),
         "half": _declaration("half", Input("data"), repeatable=True),
         "end": _declaration("end", Input("half", Arity.ANY)),
-    },
-    lambda _stages: None,
+    }
 )
 
 
