@@ -27,9 +27,9 @@ from safetensors.torch import save_file  # noqa: E402
 
 from pipeline.config import StrategyName  # noqa: E402
 from pipeline.data.dataset import CaptionedImages  # noqa: E402
+from pipeline.launch.identity import this_process  # noqa: E402
 from pipeline.training.context import StageContext, StageResult  # noqa: E402
 from pipeline.training.fit import fit  # noqa: E402
-from pipeline.training.processes import process_rank  # noqa: E402
 from pipeline.training.stage import run_stage  # noqa: E402
 from pipeline.training.strategies.portable import PortableStrategy  # noqa: E402
 from pipeline.workflow.declaration import Catalog, Input, StageDeclaration  # noqa: E402
@@ -87,7 +87,7 @@ def _peak(what: str, copy_bytes: int) -> Iterator[None]:
     before = _kib("VmRSS")
     yield
     copies = (_kib("VmHWM") - before) * 1024 / copy_bytes
-    print(f"MEASURED {what} by process {process_rank()}: {copies:.2f} copies", flush=True)
+    print(f"MEASURED {what} by process {this_process().rank}: {copies:.2f} copies", flush=True)
 
 
 def _kib(field: str) -> int:

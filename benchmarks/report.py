@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.picture_grid import GridLayout, save_grid
 from pipeline.workflow.artifacts import MANIFEST
-from pipeline.workflow.picture_grid import GridLayout, save_grid
 from pipeline.workflow.runs import read_run, run_directory
 
 OWN = ("decoder", "evaluate", "export")

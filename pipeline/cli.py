@@ -20,7 +20,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2,
                                       --members FILE over the overrides in its lines
   unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why
-  unclip submit [key=value ...] [-m]  give Slurm a job for each stage that is not finished, and return
+  unclip submit [key=value ...] [-m]  give a queue (Slurm) a job for each stage that is not finished, and return
   unclip status [RUN]                 where the stages of a run or sweep stand
   unclip logs RUN STAGE               a stage's log; -f follows it
   unclip cancel RUN                   cancel a run's jobs, but for those that other runs count on
@@ -95,82 +95,45 @@ def _plan(arguments: list[str]) -> int:
     from rich.console import Console
 
     from pipeline.compose import compose_members
-    from pipeline.config import SlurmLaunch
+    from pipeline.launch.launcher import launcher_of
+    from pipeline.terminal.tables import plan_table
     from pipeline.workflow.plan import plan_run
-    from pipeline.workflow.summary import plan_table
 
     console = Console(highlight=False)
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip plan", arguments)]
     for plan in plans:
         console.print(plan_table(plan))
-    if plans and isinstance(plans[0].config.launch, SlurmLaunch) and not any(plan.blocked for plan in plans):
-        from pipeline.workflow.slurm.submit import plan_jobs
-        from pipeline.workflow.slurm.tables import planned_jobs_table, scripts_text
-
-        jobs = plan_jobs(plans)
-        console.print(planned_jobs_table(jobs))
-        console.print(scripts_text(jobs), soft_wrap=True, markup=False)
-    return 0
-
-
-def _submit(arguments: list[str]) -> int:
-    from rich.console import Console
-
-    from pipeline.compose import compose_members
-    from pipeline.workflow.plan import plan_run, require_unblocked
-    from pipeline.workflow.runs import record_run
-    from pipeline.workflow.slurm.submit import plan_jobs, slurm_launch, submit_jobs
-    from pipeline.workflow.slurm.tables import submitted_table
-
-    console = Console(highlight=False)
-    members = compose_members("unclip submit", arguments, default="launch=slurm")
-    plans = [plan_run(member.config, member.overrides) for member in members]
-    if not plans:
-        return 0
-    require_unblocked(plans)
-    jobs = plan_jobs(plans)
-    for plan in plans:
-        record_run(plan)
-    name = plans[0].config.run.group or plans[0].config.run.name
-    if not jobs:
-        console.print(f"run {name}: every stage is finished", markup=False)
-        return 0
-    launch = slurm_launch(plans[0].config)
-    stages = submit_jobs(jobs, plans[0].store.outputs, launch.max_parallel, lambda line: console.print(line))
-    console.print(submitted_table(stages))
-    console.print(f"unclip status {name}", markup=False)
+    if plans and not any(plan.blocked for plan in plans):
+        launcher = launcher_of(plans[0].config)
+        launcher.check(plans)
+        for each in launcher.preview(plans):
+            console.print(each, soft_wrap=isinstance(each, str), markup=False)
     return 0
 
 
 def _run(arguments: list[str]) -> int:
-    from pipeline.compose import compose_members, is_left_to_hydra, run_by_hydra
-    from pipeline.config import LocalLaunch
-    from pipeline.workflow.display import Display
-    from pipeline.workflow.local import run_plans
-    from pipeline.workflow.plan import plan_run, require_unblocked
-    from pipeline.workflow.progress import Outcome
-    from pipeline.workflow.runs import PICTURES, gather_pictures, read_run, record_run
-    from pipeline.workflow.summary import result_table
+    from pipeline.compose import is_left_to_hydra, run_by_hydra
 
     if is_left_to_hydra(arguments):
         run_by_hydra("unclip run", arguments)
         return 0
-    plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip run", arguments)]
-    require_unblocked(plans)
-    if plans and not isinstance(plans[0].config.launch, LocalLaunch):
-        raise UserError(
-            f"launch.kind={plans[0].config.launch.kind!r} is for `unclip submit`; leave launch out to run here"
-        )
-    directories = [record_run(plan) for plan in plans]
-    display = Display()
-    outcomes = run_plans(plans, display)
-    for plan, directory in zip(plans, directories, strict=True):
-        record = read_run(plan.store.outputs, plan.config.run.name)
-        display.table(result_table(plan.store.outputs, record))
-        pictures = gather_pictures(plan.store.outputs, record)
-        display.note(f"run:      {_shown(directory)}")
-        if pictures:
-            display.note(f"pictures: {_shown(directory / PICTURES)}")
+    return _start("unclip run", arguments, waits=True)
+
+
+def _submit(arguments: list[str]) -> int:
+    return _start("unclip submit", arguments, waits=False, default="launch=slurm")
+
+
+def _start(program: str, arguments: list[str], *, waits: bool, default: str | None = None) -> int:
+    from pipeline.compose import compose_members
+    from pipeline.launch.run import start
+    from pipeline.terminal.display import Display
+    from pipeline.workflow.plan import plan_run
+    from pipeline.workflow.progress import Outcome
+
+    members = compose_members(program, arguments, default=default)
+    plans = [plan_run(member.config, member.overrides) for member in members]
+    outcomes = start(plans, Display(), waits=waits)
     failures = [each for each in outcomes if each.outcome is Outcome.FAILED]
     if any(each.outcome is Outcome.INTERRUPTED for each in outcomes):
         return EXIT_INTERRUPTED
@@ -186,29 +149,31 @@ def _status(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
+    from pipeline.launch.launcher import LauncherUnavailableError, launchers
+    from pipeline.terminal.display import shown_path
+    from pipeline.terminal.tables import status_table, unfinished_logs
     from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
-    from pipeline.workflow.slurm.commands import SlurmUnavailableError
-    from pipeline.workflow.slurm.status import has_jobs, job_statuses, jobs_table
-    from pipeline.workflow.summary import status_table, unfinished_logs
 
     outputs = options.outputs.absolute()
     names = run_names(outputs)
     title = options.run or (names[0] if names else "demo")
     records = read_runs(outputs, title)
     console = Console(highlight=False)
-    tables = None
-    if has_jobs(outputs, records):
+    tables = []
+    for launcher in launchers().values():
         try:
-            tables = [jobs_table(f"run {title}", job_statuses(outputs, records))]
-        except SlurmUnavailableError as error:
+            table = launcher.state(outputs, records, f"run {title}")
+        except LauncherUnavailableError as error:
             console.print(f"from files alone, as {error}", markup=False, soft_wrap=True)
+        else:
+            tables += [] if table is None else [table]
     for table in tables or [status_table(outputs, record) for record in records]:
         console.print(table)
     for record in records:
         if is_finished(outputs, record) and (pictures := gather_pictures(outputs, record)):
-            console.print(f"pictures: {_shown(pictures[0].parent)}", soft_wrap=True, markup=False)
+            console.print(f"pictures: {shown_path(pictures[0].parent)}", soft_wrap=True, markup=False)
     for log in dict.fromkeys(log for record in records for log in unfinished_logs(outputs, record)):
-        console.print(f"log: {_shown(log)}", soft_wrap=True, markup=False)
+        console.print(f"log: {shown_path(log)}", soft_wrap=True, markup=False)
     others = [name for name in names if name not in {record.name for record in records}]
     if others and options.run is None:
         console.print(f"other runs: {', '.join(others)}", soft_wrap=True)
@@ -223,32 +188,31 @@ def _logs(arguments: list[str]) -> int:
     parser.add_argument("-n", "--lines", type=int, default=0, help="only so many lines from the end; 0: all")
     add_outputs_option(parser)
     options = parser.parse_args(arguments)
-    from pipeline.workflow.logs import show_log, stage_log
+    from pipeline.launch.launcher import launcher_named
+    from pipeline.terminal.logs import show_log
     from pipeline.workflow.runs import read_run
 
     outputs = options.outputs.absolute()
-    show_log(stage_log(outputs, read_run(outputs, options.run), options.stage), options.lines, options.follow)
+    record = read_run(outputs, options.run)
+    launcher = launcher_named(record.config["launch"]["kind"])
+    show_log(launcher.log(outputs, record, options.stage), options.lines, options.follow)
     return 0
 
 
 def _cancel(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "unclip cancel", description="Cancel the Slurm jobs of a run or sweep, but for those that other runs count on."
+        "unclip cancel", description="Cancel the jobs of a run or sweep, but for those that other runs count on."
     )
     parser.add_argument("run", help="name of a run or sweep")
     add_outputs_option(parser)
     options = parser.parse_args(arguments)
+    from pipeline.launch.launcher import launchers
     from pipeline.workflow.runs import read_runs
-    from pipeline.workflow.slurm.status import cancel_runs
 
     outputs = options.outputs.absolute()
-    result = cancel_runs(outputs, read_runs(outputs, options.run))
-    for stage, job_id in result.cancelled:
-        print(f"cancelled {stage}, job {job_id}")
-    for stage, job_id, runs in result.kept:
-        print(f"left {stage}, job {job_id}: {', '.join(runs[:3])} counts on it")
-    if not result.cancelled and not result.kept:
-        print(f"{options.run} has no job in the queue")
+    records = read_runs(outputs, options.run)
+    lines = [line for launcher in launchers().values() for line in launcher.cancel(outputs, records)]
+    print("\n".join(lines) or f"{options.run} has no job in the queue")
     return 0
 
 
@@ -289,11 +253,6 @@ def _shards(arguments: list[str]) -> int:
 def add_outputs_option(parser: argparse.ArgumentParser) -> None:
     """`--outputs`: where runs are, for the commands that compose no config."""
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="paths.outputs of the run")
-
-
-def _shown(path: Path) -> str:
-    """The path as a person would write it: relative where it is below the working directory."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 if __name__ == "__main__":

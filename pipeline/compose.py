@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from pipeline.config import RunConfig, RunSettings, validate
 from pipeline.errors import UserError
+from pipeline.launch.launcher import launcher_of
 from pipeline.overrides import (
     key_of,
     refuse_repeated_keys,
@@ -89,12 +90,15 @@ def run_by_hydra(program: str, arguments: Sequence[str]) -> None:
 
 def _run_job(config: DictConfig) -> float | None:
     """One job of a sweep that Hydra runs, on whatever machine its launcher chose."""
-    from pipeline.workflow.leaf import run_and_measure
+    from pipeline.launch.run import objective_of, start
+    from pipeline.terminal.display import Display
+    from pipeline.workflow.plan import plan_run
 
     job = HydraConfig.get()
     member = _member(config, tuple(map(_as_typed, job.overrides.task)))
     named = member.config.model_copy(update={"run": _run_of_member(member.config.run, int(job.job.num))})
-    return run_and_measure(named, member.overrides)
+    plan = plan_run(named, member.overrides)
+    return objective_of(plan, start([plan], Display(), waits=True))
 
 
 def with_override(arguments: Sequence[str], override: str) -> list[str]:
@@ -240,6 +244,7 @@ def _member(config: DictConfig, overrides: tuple[str, ...]) -> Member:
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict), "a composed config is a mapping"
     checked = validate(RunConfig, {str(key): value for key, value in values.items()})
+    launcher_of(checked)
     secret = find_secret(checked.model_dump(mode="json"))
     if secret is not None:
         raise UserError(secret)

@@ -31,11 +31,6 @@ class AddedLaterMarker:
 RUNTIME = RuntimeMarker()
 ADDED_LATER = AddedLaterMarker()
 
-SECRET_NAME = re.compile(
-    r"KEY(?!RING|WORD|BOARD)|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|SIGNATURE", re.IGNORECASE
-)
-"""The names of variables that are likely to hold a secret."""
-
 INTEGER_LIMIT = 2**63
 """Counts and sizes are below this: they become int64 somewhere."""
 
@@ -230,93 +225,10 @@ class PathSettings(Settings):
     outputs: Path
 
 
-SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
-"""A value that Slurm reads: one line without control characters."""
-
-
-class GpuRequest(StrEnum):
-    """How a cluster wants to be asked for GPUs."""
-
-    NONE = "none"
-    GRES = "gres"
-    GPUS_PER_NODE = "gpus-per-node"
-
-
-class LocalLaunch(Settings):
-    """Stages run on this machine, one after the other."""
-
-    kind: Literal["local"]
-
-
-class SlurmResources(Settings):
-    """What one stage's job asks Slurm for. Nodes, tasks and GPUs follow from the stage's `trainer`.
-
-    `mem_gib` is per node. `stop_before_s` seconds before the time limit the stage is asked to checkpoint.
-    `max_requeues` is how often a job may start again; one that exceeds it fails.
-    """
-
-    partition: SlurmValue | None
-    account: SlurmValue | None
-    qos: SlurmValue | None
-    reservation: SlurmValue | None
-    constraint: SlurmValue | None
-    gpu_request: GpuRequest
-    gpu_type: SlurmValue | None
-    cpus_per_task: Positive
-    mem_gib: PositiveFloat | None
-    time_limit_min: Positive
-    stop_before_s: Positive
-    max_requeues: NotNegative
-    sbatch_arguments: list[Annotated[str, Field(pattern=r"^-")]]
-    srun_arguments: list[Annotated[str, Field(pattern=r"^-")]]
-    container_command: list[str]
-    python: str | None
-    modules: list[SlurmValue]
-    setup_script: Path | None
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
-
-    @model_validator(mode="after")
-    def _has_time_to_work(self) -> Self:
-        if self.stop_before_s >= 60 * self.time_limit_min:
-            raise ValueError(
-                f"stop_before_s {self.stop_before_s} leaves nothing of time_limit_min {self.time_limit_min}; "
-                f"use less than {60 * self.time_limit_min}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _keeps_no_secret(self) -> Self:
-        secret = [name for name in self.environment if SECRET_NAME.search(name)]
-        if secret:
-            raise ValueError(
-                f"environment would write {', '.join(secret)} into a batch script; export it before `unclip submit`, "
-                "whose environment the jobs inherit"
-            )
-        return self
-
-
-class SlurmLaunch(SlurmResources):
-    """Stages run as Slurm jobs. `stages` holds what differs for single stages, by their name or their kind.
-
-    `max_parallel` is how many jobs of one run or sweep may run at a time; null leaves that to Slurm.
-    """
-
-    kind: Literal["slurm"]
-    max_parallel: Positive | None
-    stages: dict[str, dict[str, Any]]
-
-    def resources_of(self, stage: str, kind: str) -> SlurmResources:
-        """The resources of one stage: the profile's, then its kind's, then its own."""
-        common = {name: getattr(self, name) for name in SlurmResources.model_fields}
-        own = {**self.stages.get(kind, {}), **self.stages.get(stage, {})}
-        return validate(SlurmResources, {**common, **own}, f"launch.stages.{stage if stage in self.stages else kind}")
-
-
-LaunchSettings = Annotated[LocalLaunch | SlurmLaunch, Field(discriminator="kind")]
-
-
 class RunConfig(Settings):
     """A composed config. `stage` holds each stage's `kind`, its settings, and its own `trainer` overrides.
+
+    `launch` has a `kind`, which names the launcher, and that one's own settings.
 
     `data` stands beside the stages so that `data=emoji` reads well; `prepare` takes it in by interpolation.
     """
@@ -328,7 +240,7 @@ class RunConfig(Settings):
     data: dict[str, Any]
     stage: dict[str, dict[str, Any]]
     trainer: TrainerSettings
-    launch: LaunchSettings
+    launch: dict[str, Any]
     tracking: TrackingSettings
 
 

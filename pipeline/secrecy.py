@@ -4,7 +4,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.config import SECRET_NAME
+SECRET_NAME = re.compile(
+    r"KEY(?!RING|WORD|BOARD)|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|SIGNATURE", re.IGNORECASE
+)
+"""The names of variables that are likely to hold a secret."""
 
 # The value of each of these begins after it. One that begins with $ is a reference, which a shell takes from the
 # environment.

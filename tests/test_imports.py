@@ -1,6 +1,7 @@
 """The design's rules on who imports whom, held by reading the sources."""
 
 import ast
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -101,9 +102,29 @@ def test_the_data_layer_imports_only_settings_and_errors_of_the_pipeline():
 def test_training_imports_data_and_workflow_and_no_command_line():
     own = (
         *("pipeline.training", "pipeline.tracking", "pipeline.data"),
-        *("pipeline.workflow", "pipeline.config", "pipeline.errors"),
+        *("pipeline.launch.identity", "pipeline.workflow", "pipeline.picture_grid"),
+        *("pipeline.config", "pipeline.errors"),
     )
     assert offenders(sources("pipeline/training/**/*.py"), "pipeline", but=own) == []
+
+
+def test_launchers_import_the_terminal_and_the_workflow_and_no_training():
+    own = (
+        "pipeline.launch",
+        "pipeline.terminal",
+        "pipeline.workflow",
+        "pipeline.config",
+        "pipeline.errors",
+        "pipeline.secrecy",
+    )
+    assert offenders(sources("pipeline/launch/**/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/launch/**/*.py"), *HEAVY, "wandb") == []
+
+
+def test_the_terminal_imports_the_workflow_alone():
+    own = ("pipeline.terminal", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    assert offenders(sources("pipeline/terminal/**/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/terminal/**/*.py"), *HEAVY, "wandb") == []
 
 
 def test_what_is_made_of_the_record_imports_the_workflow_and_no_training():
@@ -115,7 +136,14 @@ def test_what_is_made_of_the_record_imports_the_workflow_and_no_training():
 
 
 def test_the_report_imports_the_workflow_and_no_training():
-    own = ("pipeline.report", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    own = (
+        "pipeline.report",
+        "pipeline.terminal",
+        "pipeline.workflow",
+        "pipeline.config",
+        "pipeline.errors",
+        "pipeline.picture_grid",
+    )
     assert offenders(sources("pipeline/report/**/*.py"), "pipeline", but=own) == []
     assert offenders(sources("pipeline/report/**/*.py"), *HEAVY, "wandb") == []
 
@@ -189,14 +217,29 @@ def test_every_library_has_one_door(libraries: tuple[str, ...], door: str):
     assert {user for user in users(*libraries) if not user.startswith(door)} == set()
 
 
-def test_slurm_s_commands_stand_in_one_file_at_most():
-    named = {
-        str(path.relative_to(ROOT))
-        for path in sources("pipeline/**/*.py", "stages/**/*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and node.value in SLURM_COMMANDS
-    }
-    assert len(named) <= 1
+def constants(path: Path) -> list[str]:
+    found = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node.value for node in found if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_slurm_s_commands_stand_in_one_file():
+    paths = sources("pipeline/**/*.py", "stages/**/*.py")
+    named = {str(path.relative_to(ROOT)) for path in paths if SLURM_COMMANDS & set(constants(path))}
+    assert named == {"pipeline/launch/slurm/commands.py"}
+
+
+def test_slurm_is_known_to_its_launcher_alone():
+    """Its variables, its commands, and its modules."""
+    own = ROOT / "pipeline" / "launch" / "slurm"
+    others = [path for path in sources("pipeline/**/*.py", "stages/**/*.py") if own not in path.parents]
+    assert [path for path in others if re.search(r"\bSLURM_|SLURMEnvironment", path.read_text(encoding="utf-8"))] == []
+    assert {user for user in users("pipeline.launch.slurm") if not user.startswith("pipeline/launch/")} == set()
+
+
+def test_only_launchers_read_from_the_environment_which_process_of_a_stage_this_is():
+    variables = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "UNCLIP_LAUNCHED_BY", "UNCLIP_INTERRUPTED"}
+    reading = [str(path.relative_to(ROOT)) for path in sources("pipeline/**/*.py") if variables & set(constants(path))]
+    assert {path for path in reading if not path.startswith("pipeline/launch/")} == set()
 
 
 def test_importing_a_module_does_no_work_on_the_command_line():

@@ -11,13 +11,13 @@ from typing import Any, cast
 
 from PIL import Image
 
+from pipeline.picture_grid import read_layout
 from pipeline.report.metrics import format_number, is_bound
 from pipeline.report.pictures import latest_grid
 from pipeline.report.records import Comparison, RunReport, StageReport
 from pipeline.report.table import format_hours, run_cost
+from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Catalog, resolve
-from pipeline.workflow.display import format_duration
-from pipeline.workflow.picture_grid import read_layout
 from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
 
 CARD = "README.md"

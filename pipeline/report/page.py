@@ -29,8 +29,8 @@ from pipeline.report.sweep import (
     settings,
 )
 from pipeline.report.table import columns, format_hours, run_cost, totals
+from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Better
-from pipeline.workflow.display import format_duration
 
 _ASSETS = "assets"
 

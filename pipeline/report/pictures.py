@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.picture_grid import GridLayout, read_layout
 from pipeline.report.records import Comparison, StageReport
-from pipeline.workflow.picture_grid import GridLayout, read_layout
 
 SAMPLES = "samples"
 PICTURES_OF_A_PAGE = 2400

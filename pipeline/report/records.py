@@ -8,11 +8,11 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.report.rows import VALIDATION, elapsed, sampled_rows
+from pipeline.terminal.tables import stage_state
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.progress import latest_checkpoint_samples, read_hardware, read_progress
 from pipeline.workflow.record import METRICS
 from pipeline.workflow.runs import RunRecord, RunStage, read_run
-from pipeline.workflow.summary import stage_state
 
 ROWS_SO_FAR = 100
 _SECONDS_PER_HOUR = 3600

@@ -12,8 +12,8 @@ from pipeline.errors import UserError
 from pipeline.report.differences import differing_settings
 from pipeline.report.metrics import directions, finite, format_number, is_bound
 from pipeline.report.records import Comparison, RunReport, StageReport
+from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Better
-from pipeline.workflow.display import format_duration
 
 HEADLINES = 4
 

@@ -13,7 +13,7 @@ from pipeline.report.metrics import format_number
 from pipeline.report.records import Comparison
 from pipeline.report.sweep import Effect, Level, best_levels, directions_of_effects, effects, settings, short_key
 from pipeline.report.table import Column, Quantity, columns, format_hours, named_columns, run_cost, totals
-from pipeline.workflow.display import format_duration
+from pipeline.terminal.words import format_duration
 
 _BORDER = 3
 _LONGEST_VALUE = 16

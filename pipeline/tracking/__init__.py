@@ -27,7 +27,7 @@ class Tracker(AbstractContextManager["Tracker"]):
     is logged again. Where tracking is online, W&B is sent the record as it grows.
     """
 
-    def __init__(self, frozen: FrozenStage, ownership: Ownership | None, resumes_at: int) -> None:
+    def __init__(self, frozen: FrozenStage, ownership: Ownership, resumes_at: int) -> None:
         self._frozen = frozen
         self._ownership = ownership
         self._resumes_at = resumes_at
@@ -63,7 +63,7 @@ class Tracker(AbstractContextManager["Tracker"]):
 
     @property
     def _is_owner(self) -> bool:
-        return self._ownership is not None and not self._ownership.is_lost
+        return self._ownership.writes
 
     def log(self, samples_seen: int, metrics: Mapping[str, float]) -> None:
         """Add one row."""

@@ -16,6 +16,7 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.data.mixing import named_seed
 from pipeline.data.splits import Split
 from pipeline.errors import StageInterrupted
+from pipeline.picture_grid import save_grid
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.context import StageContext
 from pipeline.training.measurements import TrainingClock
@@ -23,7 +24,6 @@ from pipeline.training.module import StageModule
 from pipeline.training.ranks import any_of_all_ranks, gather_objects
 from pipeline.workflow.batch_shape import largest_piece
 from pipeline.workflow.ownership import StageLost
-from pipeline.workflow.picture_grid import save_grid
 from pipeline.workflow.record import MEASURED
 
 SAMPLES = "samples"

@@ -45,18 +45,18 @@ def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, 
     directory = context.work / CHECKPOINTS
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"samples-{samples_seen:012}{SUFFIX}"
-    temporary = target.with_suffix(f".tmp-{context.attempt}")
+    temporary = target.with_suffix(f".tmp-{context.ownership.attempt}")
     if trainer.is_global_zero:
         shutil.rmtree(temporary, ignore_errors=True)
     try:
         trainer.save_checkpoint(temporary, weights_only=False)
         if not trainer.is_global_zero:
             return
-        _remove_unfinished(directory, context.attempt)
+        _remove_unfinished(directory, context.ownership.attempt)
         sync_directory(temporary)
         files = cast(PortableStrategy, trainer.strategy).saved_files
         record = {"samples_seen": samples_seen, "files": dict(files), "elapsed_s": round(elapsed_s, 3)}
-        context.require_ownership()
+        context.ownership.require()
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)

@@ -15,8 +15,8 @@ from pipeline.config import Settings
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.place import ShardPlace
 from pipeline.errors import StageInterrupted
+from pipeline.launch.identity import ProcessIdentity
 from pipeline.tracking import Tracker
-from pipeline.training.processes import process_rank
 from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact, Numbers
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost
@@ -34,7 +34,7 @@ class ProgressWriter:
     Of the processes that train one stage together the first one publishes, as long as the stage is its own.
     """
 
-    def __init__(self, work: Path, ownership: Ownership | None, devices: int) -> None:
+    def __init__(self, work: Path, ownership: Ownership, devices: int) -> None:
         now = time.time()
         last = read_progress(work)
         # What had published was another training of the same.
@@ -73,7 +73,7 @@ class ProgressWriter:
             self._write()
 
     def _write(self) -> None:
-        if self._ownership is None or self._ownership.is_lost:
+        if not self._ownership.writes:
             return
         with self._lock, suppress(OSError):  # a full disk; training says so where it matters
             write_progress(self._work, self._progress)
@@ -86,17 +86,14 @@ class ProgressWriter:
 
 
 @dataclass(frozen=True)
-class StageContext:
-    """Everything a stage's function works with. `output` is the artifact's directory while it is being built."""
+class Attempt:
+    """One start of a stage, in this process. `interruption` is set when it is to checkpoint and stop."""
 
     frozen: FrozenStage
-    settings: Settings
-    inputs: Mapping[str, tuple[Artifact, ...]]
-    output: Path
-    tracker: Tracker
+    process: ProcessIdentity
+    ownership: Ownership
     progress: ProgressWriter
     interruption: threading.Event
-    ownership: Ownership | None
 
     @property
     def work(self) -> Path:
@@ -106,22 +103,22 @@ class StageContext:
     @property
     def is_first_process(self) -> bool:
         """Whether this process is the one that writes."""
-        return process_rank() == 0
+        return self.process.is_first
 
     @property
     def is_lost(self) -> bool:
         """Whether another process has taken the stage over; known to the first process alone."""
-        return self.ownership is not None and self.ownership.is_lost
+        return self.ownership.is_lost
 
-    @property
-    def attempt(self) -> int:
-        """The number of this attempt at the stage; 0 in all processes but the first."""
-        return 0 if self.ownership is None else self.ownership.attempt
 
-    def require_ownership(self) -> None:
-        """Raise `StageLost` if another process has taken the stage over; to be called before what lasts is written."""
-        if self.ownership is not None:
-            self.ownership.require()
+@dataclass(frozen=True)
+class StageContext(Attempt):
+    """Everything a stage's function works with. `output` is the artifact's directory while it is being built."""
+
+    settings: Settings
+    inputs: Mapping[str, tuple[Artifact, ...]]
+    output: Path
+    tracker: Tracker
 
     def settings_as(self, schema: type[S]) -> S:
         """The settings, typed as the stage's own class."""

@@ -18,7 +18,7 @@ from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
-from pipeline.training.processes import process_environment, process_rank
+from pipeline.training.processes import process_environment
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
 from pipeline.training.strategies.portable import PortableStrategy
@@ -46,7 +46,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         )
     strategy, choice = build_strategy(context.frozen.trainer, module.network, partial(_keep_death, context))
     print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
-    record_hardware(context.frozen, context.ownership, choice.title)
+    record_hardware(context, choice.title)
     checkpoint = latest_checkpoint(context.work)
     samples_seen = checkpoint.samples_seen if checkpoint else 0
     stage_settings = module.stage_settings
@@ -66,7 +66,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         seed=context.frozen.seed,
         global_batch_size=stage_settings.global_batch_size,
         micro_batch_size=shape.micro_batch_size,
-        rank=process_rank(),
+        rank=context.process.rank,
         world_size=context.frozen.trainer.world_size,
         first_batch=steps_done,
         batches=stage_settings.max_steps,

@@ -10,9 +10,8 @@ import torch
 
 from pipeline.config import TrainerSettings
 from pipeline.errors import UserError
+from pipeline.training.context import Attempt
 from pipeline.workflow.artifacts import write_json_atomically
-from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.ownership import Ownership
 from pipeline.workflow.progress import HARDWARE
 
 
@@ -30,14 +29,15 @@ def accelerator_of(settings: TrainerSettings) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def record_hardware(frozen: FrozenStage, ownership: Ownership | None, strategy: str = "single") -> None:
+def record_hardware(attempt: Attempt, strategy: str = "single") -> None:
     """Write what the stage runs on: device, numbers of devices and nodes, strategy, CPUs, memory, torch's version.
 
     Only the owner of the stage writes it. `strategy` is known once training begins. `devices` counts those of all
     nodes. `cpus` is how many this process may use. `memory_gib` is the node's.
     """
-    if ownership is None:
+    if not attempt.process.is_first:
         return
+    frozen = attempt.frozen
     tasks = frozen.tasks
     is_single = tasks.total == 1 and strategy == "ddp"
     hardware = {

@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
+from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
 from pipeline.training.strategies.portable import PortableStrategy
-from pipeline.workflow.picture_grid import GridLayout
 
 LOSS = "loss"
 

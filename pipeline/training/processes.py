@@ -1,37 +1,65 @@
-"""Which of a stage's processes this one is, and who started it."""
+"""Lightning's view of the processes of a stage: chosen by their launcher rather than guessed."""
 
-import os
-from pathlib import Path
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+from typing_extensions import override
 
-from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
-
-
-def is_started_by_srun() -> bool:
-    """Whether this process is a task of the stage's own Slurm job, which has one task for each device.
-
-    Slurm's own variables cannot tell: every process that is started inside any job has them.
-    """
-    return os.environ.get("UNCLIP_LAUNCHED_BY") == "slurm"
-
-
-def process_rank() -> int:
-    """This process's number among those that train one stage, before a process group exists."""
-    return int(os.environ.get("SLURM_PROCID" if is_started_by_srun() else "LOCAL_RANK", "0"))
+from pipeline.launch.identity import ProcessIdentity, this_process
 
 
 def process_environment(world_size: int) -> ClusterEnvironment:
-    """Lightning's view of the same, chosen rather than guessed; requeueing a job is left to its batch script."""
-    if is_started_by_srun() and world_size > 1:
-        return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()
+    """Where the first process starts the others, and where it is alone, Lightning's own."""
+    process = this_process()
+    return LightningEnvironment() if process.world_size is None or world_size == 1 else LaunchedProcesses(process)
 
 
-def tell_of_interruption() -> bool:
-    """Leave the mark by which a batch script knows that its stage stopped and can go on; whether it asked for one.
+class LaunchedProcesses(ClusterEnvironment):
+    """Processes that a launcher has started, one for each device."""
 
-    Of the processes of a stage the first one tells.
-    """
-    marker = os.environ.get("UNCLIP_INTERRUPTED")
-    if marker and process_rank() == 0:
-        Path(marker).touch()
-    return bool(marker)
+    def __init__(self, process: ProcessIdentity) -> None:
+        super().__init__()
+        self._process = process
+
+    @property
+    @override
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    @override
+    def main_address(self) -> str:
+        return self._process.address
+
+    @property
+    @override
+    def main_port(self) -> int:
+        return self._process.port
+
+    @staticmethod
+    @override
+    def detect() -> bool:
+        return False  # never guessed
+
+    @override
+    def world_size(self) -> int:
+        assert self._process.world_size is not None, "a launcher that starts all processes knows how many"
+        return self._process.world_size
+
+    @override
+    def set_world_size(self, size: int) -> None:
+        assert size == self.world_size(), f"{size} processes are wanted and {self.world_size()} were started"
+
+    @override
+    def global_rank(self) -> int:
+        return self._process.rank
+
+    @override
+    def set_global_rank(self, rank: int) -> None:
+        assert rank == self._process.rank, f"process {self._process.rank} is taken for {rank}"
+
+    @override
+    def local_rank(self) -> int:
+        return self._process.local_rank
+
+    @override
+    def node_rank(self) -> int:
+        return self._process.node_rank

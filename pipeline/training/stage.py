@@ -14,12 +14,11 @@ import torch
 
 from pipeline.data.mixing import named_seed
 from pipeline.errors import ProcessKilledError, StageInterrupted, UserError
+from pipeline.launch.identity import this_process
 from pipeline.tracking import Tracker
-from pipeline.tracking.wandb_record import WandbRecord
 from pipeline.training.checkpoints import latest_checkpoint
-from pipeline.training.context import ProgressWriter, StageContext, StageResult
+from pipeline.training.context import Attempt, ProgressWriter, StageContext, StageResult
 from pipeline.training.hardware import record_hardware
-from pipeline.training.processes import is_started_by_srun, process_rank, tell_of_interruption
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.fingerprint import counted_settings
@@ -55,45 +54,43 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
     if is_finished():
         return Outcome.REUSED
     frozen.work.mkdir(parents=True, exist_ok=True)
-    ownership = None
+    process = this_process()
+    ownership = Ownership()
     try:
-        if process_rank() == 0:
-            ownership = acquire(frozen.work, frozen.trainer.lease_s, interruption)
-        elif is_started_by_srun():
+        if process.is_first:
+            ownership = acquire(frozen.work, frozen.trainer.lease_s, interruption, process.job)
+        elif process.world_size is not None and process.job is not None:
             # Elsewhere the first process starts the others when it owns the stage.
-            wait_for_first_process(frozen.work, is_finished, interruption)
+            wait_for_first_process(frozen.work, is_finished, interruption, process.job)
         if is_finished():
             return Outcome.REUSED
-        if ownership is not None:
+        if process.is_first:
             (frozen.work / FAILURE).unlink(missing_ok=True)
         with ProgressWriter(frozen.work, ownership, frozen.tasks.total) as progress:
-            return _attempt(frozen, progress, interruption, ownership)
+            return _outcome_of(Attempt(frozen, process, ownership, progress, interruption))
     except StageInterrupted:
         return Outcome.INTERRUPTED
     finally:
-        if ownership is not None:
-            ownership.release()
+        ownership.release()
 
 
-def _attempt(
-    frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event, ownership: Ownership | None
-) -> Outcome:
+def _outcome_of(attempt: Attempt) -> Outcome:
     try:
-        _run_and_publish(frozen, progress, interruption, ownership)
+        _run_and_publish(attempt)
     except StageLost as lost:
         return _gave_way(lost)
     except StageInterrupted as stopped:
         print(stopped, flush=True)
-        progress.update(phase=Phase.INTERRUPTED)
+        attempt.progress.update(phase=Phase.INTERRUPTED)
         return Outcome.INTERRUPTED
     except Exception as error:  # the boundary of a stage: whatever it was, say it and keep the traceback in the log
-        if ownership is not None and ownership.is_lost:
+        if attempt.is_lost:
             return _gave_way(error)
-        failure = _explained(error, frozen)
+        failure = _explained(error, attempt.frozen)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        _write_failure(frozen, failure)
-        progress.update(phase=Phase.FAILED)
+        _write_failure(attempt.frozen, failure)
+        attempt.progress.update(phase=Phase.FAILED)
         return Outcome.FAILED
     return Outcome.FINISHED
 
@@ -171,12 +168,10 @@ def _write_failure(frozen: FrozenStage, failure: Failure) -> None:
         print(failure.message, flush=True)
 
 
-def _run_and_publish(
-    frozen: FrozenStage, progress: ProgressWriter, interruption: threading.Event, ownership: Ownership | None
-) -> None:
+def _run_and_publish(attempt: Attempt) -> None:
     started = time.monotonic()
-    code = code_version() if ownership is not None else UNKNOWN  # as it is now: others may work on it meanwhile
-    declaration = frozen.declaration
+    frozen = attempt.frozen
+    code = code_version() if attempt.is_first_process else UNKNOWN  # as it is now: others may work on it meanwhile
     settings = frozen.read_settings()
     inputs = frozen.find_inputs()
     checkpoint = latest_checkpoint(frozen.work)
@@ -184,39 +179,35 @@ def _run_and_publish(
     if frozen.trainer.cpu_threads is not None:
         torch.set_num_threads(frozen.trainer.cpu_threads)
     torch.manual_seed(named_seed(frozen.seed, frozen.stage))
+    attempt.ownership.require()
     output = frozen.work
-    if ownership is not None:
-        ownership.require()
-        output = frozen.store.start_building(frozen.stage, frozen.fingerprint, ownership.attempt)
-    record_hardware(frozen, ownership)
-    with Tracker(frozen, ownership, checkpoint.samples_seen if checkpoint else -1) as tracker:
-        context = StageContext(frozen, settings, inputs, output, tracker, progress, interruption, ownership)
+    if attempt.is_first_process:
+        output = frozen.store.start_building(frozen.stage, frozen.fingerprint, attempt.ownership.attempt)
+    record_hardware(attempt)
+    with Tracker(frozen, attempt.ownership, checkpoint.samples_seen if checkpoint else -1) as tracker:
+        context = StageContext(**vars(attempt), settings=settings, inputs=inputs, output=output, tracker=tracker)
         try:
-            result: StageResult = resolve(declaration.run)(context)
-            assert isinstance(result.numbers, declaration.numbers), f"{frozen.kind} was declared with other numbers"
+            result: StageResult = resolve(frozen.declaration.run)(context)
+            assert isinstance(result.numbers, frozen.declaration.numbers), (
+                f"{frozen.kind} was declared with other numbers"
+            )
         except StageLost:
             raise
         except StageInterrupted:
-            # The checkpoint is written. The tracker may wait for a server, and Slurm may not wait for it.
-            tell_of_interruption()
+            # The checkpoint is written. The tracker may wait for a server, and a batch queue may not wait for it.
+            attempt.process.tell_of_interruption()
             raise
-        if ownership is not None:
-            progress.update(phase=Phase.PUBLISHING, activity="publishing")
+        if attempt.is_first_process:
+            attempt.progress.update(phase=Phase.PUBLISHING, activity="publishing")
             here_s = time.monotonic() - started
-            spent = Spent(elapsed_before_s + here_s, progress.earlier_device_s + here_s * frozen.tasks.total)
-            _publish(frozen, output, result, spent, code, tracker.wandb_record, ownership)
+            device_s = attempt.progress.earlier_device_s + here_s * frozen.tasks.total
+            _publish(context, result, Spent(elapsed_before_s + here_s, device_s), code)
 
 
-def _publish(
-    frozen: FrozenStage,
-    output: Path,
-    result: StageResult,
-    spent: Spent,
-    code: str,
-    wandb_run: WandbRecord | None,
-    ownership: Ownership,
-) -> None:
-    write_rows(frozen.work, output)
+def _publish(context: StageContext, result: StageResult, spent: Spent, code: str) -> None:
+    frozen = context.frozen
+    write_rows(frozen.work, context.output)
+    wandb_run = context.tracker.wandb_record
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         stage=frozen.stage,
@@ -235,9 +226,9 @@ def _publish(
         metrics=result.metrics,
         hardware=read_hardware(frozen.work),
         tracking=wandb_run.published() if wandb_run else {},
-        files=describe_files(output),
+        files=describe_files(context.output),
     )
-    frozen.store.publish(output, manifest, before_rename=ownership.require)
+    frozen.store.publish(context.output, manifest, before_rename=context.ownership.require)
 
 
 def code_version() -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from pipeline.training.processes import process_rank, tell_of_interruption
+from pipeline.launch.identity import this_process
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, read_frozen
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
@@ -32,10 +32,11 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: interruption.set())
     signal.signal(signal.SIGINT, partial(_interrupt, interruption))
-    if len(sys.argv) == 1:
-        threading.Thread(target=_stop_with_parent, args=(os.getppid(), interruption), daemon=True).start()
-    if "LOCAL_RANK" in os.environ:
+    process = this_process()
+    if not process.is_first and process.world_size is None:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    elif process.stops_with_parent:
+        threading.Thread(target=_stop_with_parent, args=(os.getppid(), interruption), daemon=True).start()
     outcome = Outcome.FINISHED
     for path in _paths():
         frozen = read_frozen(path)
@@ -48,7 +49,7 @@ def main() -> int:
             _answer(path, outcome)
         if interruption.is_set() or (len(sys.argv) > 1 and outcome is Outcome.FAILED):
             break
-    if outcome is Outcome.INTERRUPTED and (tell_of_interruption() or process_rank() != 0):
+    if outcome is Outcome.INTERRUPTED and (process.tell_of_interruption() or not process.is_first):
         # The first process tells how it ended. Where a status other than 0 has the others killed, a status of another
         # one would catch it in the middle of its checkpoint, and its own would be lost among theirs.
         return 0

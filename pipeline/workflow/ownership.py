@@ -4,7 +4,7 @@ Each attempt at a stage has a number, taken by creating `attempts/<number>.json`
 for one process alone. The highest number owns the stage, until it is over, its process is seen to be dead, or it has
 given no sign of life for a lease. Whoever finds a higher number than its own has lost the stage and writes no more.
 
-A Slurm job that starts again takes over from its earlier start at once: Slurm has given that one up, even where its
+A batch job that starts again takes over from its earlier start at once: its queue has given that one up, even where its
 processes go on (a node that lost its daemon), and they must not publish over the later one.
 """
 
@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
+from typing_extensions import override
+
 from pipeline.errors import StageInterrupted
 
 ATTEMPTS = "attempts"
@@ -33,7 +35,7 @@ class StageLost(StageInterrupted):
 
 @dataclass(frozen=True)
 class JobStart:
-    """A start of a Slurm job; `restarts` counts the starts before it."""
+    """A start of a batch job; `restarts` counts the starts before it."""
 
     job_id: str
     restarts: int
@@ -47,7 +49,7 @@ class JobStart:
 class Claim:
     """Who made an attempt. `host` changes with every boot; `pid_started` tells apart processes of the same number.
 
-    `job` is the Slurm job that it is part of, if any.
+    `job` is the batch job that it is part of, if any.
     """
 
     attempt: int
@@ -75,6 +77,31 @@ class Claim:
 
 
 class Ownership:
+    """The right to work on a stage, as a process has it that has none: all but the first of those that train together.
+
+    Such a process writes nothing, and cannot lose the stage.
+    """
+
+    attempt = 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has taken the stage over."""
+        return False
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes what others read."""
+        return False
+
+    def require(self) -> None:
+        """Raise `StageLost` if another process has the stage. To be called just before what lasts is written."""
+
+    def release(self) -> None:
+        """Say that this attempt is over."""
+
+
+class Owner(Ownership):
     """The right to work on a stage, kept by signs of life from a thread until `release`."""
 
     def __init__(self, directory: Path, attempt: int, lease_s: float) -> None:
@@ -91,20 +118,26 @@ class Ownership:
         self._thread.start()
 
     @property
+    @override
     def is_lost(self) -> bool:
         """Whether a later attempt was seen. The file system is asked again where the last answer may be out of date."""
         if time.monotonic() - self._looked_at > self._lease_s / 2:
             self._look()
         return self._lost.is_set()
 
+    @property
+    @override
+    def writes(self) -> bool:
+        return not self.is_lost
+
+    @override
     def require(self) -> None:
-        """Raise `StageLost` if a later attempt exists. Asks the file system: for just before what lasts is written."""
-        self._look()
+        self._look()  # the file system, whose last answer may be out of date
         if self._lost.is_set():
             raise StageLost(f"attempt {self.attempt} was taken for dead, and another process has the stage now")
 
+    @override
     def release(self) -> None:
-        """Say that this attempt is over."""
         self._over.set()
         self._thread.join()
         os.close(self._alive)
@@ -135,35 +168,34 @@ class Ownership:
         return self._directory / f"{self.attempt:06}.{kind}"
 
 
-def acquire(work: Path, lease_s: float, interruption: threading.Event) -> Ownership:
+def acquire(work: Path, lease_s: float, interruption: threading.Event, job: JobStart | None = None) -> Owner:
     """Wait until nobody else works on the stage of that work directory, and own it.
 
     Raises:
         StageInterrupted: `interruption` was set while another process had it.
-        StageLost: a later start of this process's own Slurm job has it.
+        StageLost: a later start of `job`, which this process is part of, has it.
     """
     directory = work / ATTEMPTS
     directory.mkdir(parents=True, exist_ok=True)
-    job = job_start()
-    watch = _Watch()
+    vacancy = Vacancy(work, lease_s, job)
     while True:
         latest = latest_attempt(directory)
-        if latest == 0 or _is_free(directory, latest, watch, lease_s, job):
+        if vacancy.is_free_after(latest):
             if _claim(directory, latest + 1, lease_s, job):
-                return Ownership(directory, latest + 1, lease_s)
+                return Owner(directory, latest + 1, lease_s)
         elif interruption.wait(min(SECONDS_BETWEEN_LOOKS, lease_s / BEATS_PER_LEASE)):
             raise StageInterrupted("stopped while another process had this stage")
 
 
-def wait_for_first_process(work: Path, is_finished: Callable[[], bool], interruption: threading.Event) -> None:
-    """For the other processes of a Slurm job: wait until the first one owns the stage, or it is finished.
+def wait_for_first_process(
+    work: Path, is_finished: Callable[[], bool], interruption: threading.Event, job: JobStart
+) -> None:
+    """For the other processes of a batch job: wait until the first one owns the stage, or it is finished.
 
     Raises:
         StageInterrupted: `interruption` was set, or the job was started again meanwhile.
     """
     directory = work / ATTEMPTS
-    job = job_start()
-    assert job is not None, "only processes of one Slurm job wait for each other"
     while not is_finished():
         latest = latest_attempt(directory)
         claim = _read_claim(directory, latest) if latest else None
@@ -175,45 +207,50 @@ def wait_for_first_process(work: Path, is_finished: Callable[[], bool], interrup
             raise StageInterrupted("stopped while the first process waited for this stage")
 
 
-def job_start() -> JobStart | None:
-    """The Slurm job that this process is part of, or None."""
-    job_id = os.environ.get("SLURM_JOB_ID")
-    return JobStart(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0"))) if job_id else None
-
-
 def latest_attempt(directory: Path) -> int:
     """The highest number that was taken; 0 without one."""
     return max((int(path.stem) for path in directory.glob("*.json")), default=0)
 
 
-class _Watch:
-    """Notices an owner without a sign of life for a lease, by this host's clock alone."""
+class Vacancy:
+    """Whether a stage is free to be taken, to be asked again and again.
 
-    def __init__(self) -> None:
+    It notices an owner without a sign of life for a lease, by this host's clock alone.
+    """
+
+    def __init__(self, work: Path, lease_s: float, job: JobStart | None = None) -> None:
+        self._directory = work / ATTEMPTS
+        self._lease_s = lease_s
+        self._job = job
         self._seen: tuple[int, str] | None = None
         self._since = 0.0
 
-    def is_silent(self, directory: Path, attempt: int, lease_s: float) -> bool:
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody works on the stage now. Raises `StageLost` where a later start of `job` does."""
+        return self.is_free_after(latest_attempt(self._directory))
+
+    def is_free_after(self, attempt: int) -> bool:
+        """Whether that attempt, the latest one, leaves the stage to others."""
+        if attempt == 0 or _is_over(self._directory, attempt):
+            return True
+        claim = _read_claim(self._directory, attempt)
+        if claim is None:
+            return self._is_silent(attempt, self._lease_s)
+        if self._job is not None and self._job.is_before(claim.job):
+            raise StageLost("a later start of this job has the stage now")
+        if claim.job is not None and claim.job.is_before(self._job):
+            return True
+        return claim.is_dead or self._is_silent(attempt, max(self._lease_s, claim.lease_s))
+
+    def _is_silent(self, attempt: int, lease_s: float) -> bool:
         try:
-            beat = (directory / f"{attempt:06}.alive").read_text()
+            beat = (self._directory / f"{attempt:06}.alive").read_text()
         except FileNotFoundError:
             beat = ""
         if self._seen != (attempt, beat):
             self._seen, self._since = (attempt, beat), time.monotonic()
         return time.monotonic() - self._since > lease_s
-
-
-def _is_free(directory: Path, attempt: int, watch: _Watch, lease_s: float, job: JobStart | None) -> bool:
-    if _is_over(directory, attempt):
-        return True
-    claim = _read_claim(directory, attempt)
-    if claim is None:
-        return watch.is_silent(directory, attempt, lease_s)
-    if job is not None and job.is_before(claim.job):
-        raise StageLost("a later start of this job has the stage now")
-    if claim.job is not None and claim.job.is_before(job):
-        return True
-    return claim.is_dead or watch.is_silent(directory, attempt, max(lease_s, claim.lease_s))
 
 
 def _is_over(directory: Path, attempt: int) -> bool:

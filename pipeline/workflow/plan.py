@@ -6,7 +6,6 @@ from enum import StrEnum
 from typing import Any
 
 from pipeline.config import (
-    LocalLaunch,
     RunConfig,
     Settings,
     TrainerSettings,
@@ -124,11 +123,6 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
         message = str(error).removeprefix(f"{prefix}data: ")
         raise UserError(message.removeprefix(prefix) if message.startswith(f"{prefix}data.") else message) from error
     trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
-    if trainer.num_nodes > 1 and isinstance(config.launch, LocalLaunch):
-        raise UserError(
-            f"stage.{name} has trainer.num_nodes={trainer.num_nodes}, and `unclip run` works on one machine; "
-            "submit it to Slurm: unclip submit"
-        )
     if isinstance(settings, TrainingStageSettings):
         check_batch(settings.global_batch_size, trainer, f"stage.{name}")
     return _ValidStage(StageSettings(kind, settings), trainer)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import time
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.config import Settings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
 from pipeline.workflow.plan import Plan
+from pipeline.workflow.progress import LOG
 
 RECORD = "run.json"
 EARLIER = "earlier"
@@ -128,6 +130,20 @@ def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
     store = ArtifactStore(outputs)
     found = {stage.name: store.find(stage.name, stage.fingerprint) for stage in record.stages}
     return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def stage_log(outputs: Path, record: RunRecord, stage: str) -> Path:
+    """Where the log of a run's stage is. Raises `UserError` for an unknown stage, and where nothing is logged yet."""
+    fingerprint = record.fingerprint_of(stage)
+    if fingerprint is None:
+        names = [each.name for each in record.stages]
+        close = get_close_matches(stage, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"run {record.name} has no stage {stage!r}; {hint}its stages are {', '.join(names)}")
+    log = ArtifactStore(outputs).work(stage, fingerprint) / LOG
+    if not log.exists():
+        raise UserError(f"stage {stage} of run {record.name} has no log yet; it has not started: see `unclip status`")
+    return log
 
 
 def is_finished(outputs: Path, record: RunRecord) -> bool:

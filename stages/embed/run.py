@@ -44,7 +44,7 @@ def run(context: StageContext) -> StageResult:
         part = _read_part(path)
         if part is None:
             part = _embed_rows(context, fabric, clip, images, rows, settings.batch_size)
-            context.require_ownership()
+            context.ownership.require()
             _write_part(path, part)
         parts.append(part)
         tally.add(len(rows), part.faults)

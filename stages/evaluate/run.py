@@ -14,9 +14,9 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import rows_loader
 from pipeline.data.splits import Split
+from pipeline.picture_grid import save_grid
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
-from pipeline.workflow.picture_grid import save_grid
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
 from stages.clip.retrieval import retrieval_recall

@@ -14,8 +14,8 @@ from pipeline.cli import add_outputs_option
 from pipeline.config import SEED_LIMIT, TrainerSettings
 from pipeline.data.mixing import named_seed
 from pipeline.errors import UserError
+from pipeline.picture_grid import save_grid
 from pipeline.training.inference import inference_fabric
-from pipeline.workflow.picture_grid import save_grid
 from pipeline.workflow.runs import read_run, run_artifacts
 from stages.decoder.sample import DecoderOptions
 from stages.generation.grid import captioned_grid, to_pil

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pipeline.picture_grid import GridLayout
 from pipeline.training.module import SampleGrid
-from pipeline.workflow.picture_grid import GridLayout
 
 CELL = 128
 MARGIN = 8

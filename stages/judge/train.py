@@ -14,7 +14,6 @@ from pipeline.data.write import SourceSample
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
-from pipeline.training.processes import process_rank
 from stages.judge.labels import CLASSES, judge_samples, true_labels
 from stages.judge.network import Judge
 from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
@@ -25,7 +24,7 @@ def run(context: StageContext) -> StageResult:
     """Draw single objects of all pairs, train on them, and say how often the judge is right about held-out ones."""
     settings = context.settings_as(JudgeSettings)
     # Each process draws the same ones for itself: nothing tells the others when the first one's are complete.
-    data = context.work / f"data-of-process-{process_rank()}"
+    data = context.work / f"data-of-process-{context.process.rank}"
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
     judge = Judge(settings)

@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import StrategyName
+from pipeline.launch.local.worker import Worker
 from pipeline.training.stage import run_stage
-from pipeline.workflow.display import Display
 from pipeline.workflow.frozen import FrozenStage, write_frozen
-from pipeline.workflow.local import Worker
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
 from pipeline.workflow.record import without_measured
 from tests.support import ROOT, tiny
@@ -198,11 +197,18 @@ def test_a_process_that_loaded_deepspeed_ends_with_its_stage_and_another_one_run
     plain = tiny.frozen(tmp_path / "plain", strategy=StrategyName.DDP)
     for stage in (sharded, plain):
         run_stage(tiny.data_of(stage), Event())
-    worker = Worker()
+    worker = Worker(os.environ)
     pids = []
+
+    def run(stage: FrozenStage) -> Outcome:
+        worker.begin(write_frozen(stage))
+        while (outcome := worker.outcome()) is None:
+            time.sleep(0.05)
+        return outcome
+
     try:
         for stage in (tiny.data_of(sharded), sharded, plain, tiny.data_of(plain)):
-            assert worker.run(write_frozen(stage), Display()) in (Outcome.FINISHED, Outcome.REUSED), log_of(stage)
+            assert run(stage) in (Outcome.FINISHED, Outcome.REUSED), log_of(stage)
             assert worker._process is not None
             pids.append(worker._process.pid)
     finally:

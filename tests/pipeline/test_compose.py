@@ -114,7 +114,7 @@ def test_a_default_holds_where_its_key_is_not_given(tmp_path: Path):
     cpus = {}
     for typed in ([], ["launch=slurm_gpu"], ["--members", "members"]):
         members = compose_members("unclip submit", ["tracking=none", *typed], default="launch=slurm")
-        cpus[" ".join(typed)] = [each.config.launch.model_dump()["cpus_per_task"] for each in members]
+        cpus[" ".join(typed)] = [each.config.launch["cpus_per_task"] for each in members]
     assert cpus == {"": [2], "launch=slurm_gpu": [8], "--members members": [8, 2]}
 
 

@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 from pipeline.compose import CONFIG_DIRECTORY
 from pipeline.config import (
     RUNTIME,
-    LocalLaunch,
     PathSettings,
     Positive,
     RunConfig,
@@ -133,7 +132,7 @@ def run_config(outputs: Path, stages: dict[str, dict[str, Any]] | None = None, *
         data={},
         stage=WORKFLOW if stages is None else stages,
         trainer=TRAINER,
-        launch=LocalLaunch(kind="local"),
+        launch={"kind": "local", "max_parallel": None},
         tracking=TrackingSettings(
             mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
         ),

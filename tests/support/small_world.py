@@ -9,13 +9,13 @@ from PIL import Image
 
 from pipeline.config import RunSettings, Settings
 from pipeline.errors import StageInterrupted, UserError
+from pipeline.picture_grid import GridLayout, save_grid
 from pipeline.report.records import Comparison, read_comparison
 from pipeline.report.select import select_runs
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import Artifact, Numbers
 from pipeline.workflow.declaration import Better, Catalog, Input, StageDeclaration
-from pipeline.workflow.picture_grid import GridLayout, save_grid
 from pipeline.workflow.plan import Plan, plan_run
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.runs import record_run

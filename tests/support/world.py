@@ -13,26 +13,24 @@ from torch import Tensor
 from pipeline.compose import CONFIG_DIRECTORY
 from pipeline.config import (
     RUNTIME,
-    LocalLaunch,
     PathSettings,
     RunConfig,
     RunSettings,
     Settings,
-    SlurmLaunch,
     TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
 )
 from pipeline.errors import UserError
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
+from pipeline.launch.slurm.submit import slurm_launch as slurm_launch_of
 from pipeline.training.context import StageContext, StageResult
 from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.declaration import Arity, Catalog, Input, StageDeclaration
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.plan import Plan, plan_run
 from pipeline.workflow.runs import record_run
-from pipeline.workflow.slurm import commands
-from pipeline.workflow.slurm.submit import SubmittedStage, plan_jobs, submit_jobs
-from pipeline.workflow.slurm.submit import slurm_launch as slurm_launch_of
 from tests.support import tiny
 
 STEPS = 24
@@ -83,12 +81,12 @@ CATALOG = Catalog(
 )
 
 
-def slurm_launch(**changes: Any) -> SlurmLaunch:
+def slurm_launch(**changes: Any) -> dict[str, Any]:
     """The default profile at tiny sizes."""
     import yaml
 
     values = yaml.safe_load((CONFIG_DIRECTORY / "launch" / "slurm.yaml").read_text())
-    return SlurmLaunch.model_validate({**values, "mem_gib": 0.5, "cpus_per_task": 1, "time_limit_min": 20, **changes})
+    return {**values, "mem_gib": 0.5, "cpus_per_task": 1, "time_limit_min": 20, **changes}
 
 
 def plan(
@@ -123,7 +121,7 @@ def plan(
         data={},
         stage=stages,
         trainer=tiny.TRAINER.model_copy(update={"checkpoint_every_samples": 8, "lease_s": 20.0, **trainer}),
-        launch=LocalLaunch(kind="local") if is_local else slurm_launch(**(launch or {})),
+        launch={"kind": "local", "max_parallel": None} if is_local else slurm_launch(**(launch or {})),
         tracking=TrackingSettings(
             mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
         ),

@@ -11,8 +11,8 @@ from torch import nn
 
 from pipeline.config import Offload, Precision, StrategyName, TrainerSettings
 from pipeline.errors import UserError
+from pipeline.launch.identity import this_process
 from pipeline.training.hardware import accelerator_of
-from pipeline.training.processes import is_started_by_srun
 from pipeline.training.strategies.fragments import trained_parameters
 from pipeline.training.strategies.portable import PlainStrategy, PortableStrategy, ReplicatedStrategy
 
@@ -68,11 +68,11 @@ def find_device(settings: TrainerSettings) -> Device:
             f"trainer.devices={settings.devices} and this machine has {there} {kind}{'s' if there > 1 else ''}; "
             f"use at most {there}"
         )
-    started = int(os.environ.get("SLURM_NTASKS", "1"))
-    if is_started_by_srun() and started != settings.world_size:
+    started = this_process().world_size
+    if started is not None and started != settings.world_size:
         raise UserError(
             f"trainer.devices={settings.devices} x trainer.num_nodes={settings.num_nodes} is {settings.world_size} "
-            f"processes and Slurm started {started}; `unclip submit` asks for the right number"
+            f"processes and the launcher started {started}; `unclip submit` asks for the right number"
         )
     if is_cuda:
         properties = torch.cuda.get_device_properties(0)

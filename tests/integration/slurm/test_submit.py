@@ -12,9 +12,9 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import StrategyName
 from pipeline.errors import UserError
+from pipeline.launch.slurm.status import cancel_runs, job_statuses
+from pipeline.launch.slurm.submit import Submission, SubmittedStage
 from pipeline.workflow.runs import read_runs
-from pipeline.workflow.slurm.status import cancel_runs, job_statuses
-from pipeline.workflow.slurm.submit import Submission, SubmittedStage
 from tests.support import tiny, world
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.picture_grid import GridLayout, read_layout, save_grid
 from pipeline.report.pictures import Picture, picture_tables
-from pipeline.workflow.picture_grid import GridLayout, read_layout, save_grid
 from tests.support import small_world
 from tests.support.small_world import compared
 

@@ -238,6 +238,7 @@ def test_a_stopped_job_is_told_of_before_the_server_has_everything(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ):
     marker = tmp_path / "interrupted"
+    monkeypatch.setenv("UNCLIP_LAUNCHED_BY", "slurm")
     monkeypatch.setenv("UNCLIP_INTERRUPTED", str(marker))
     was_there: list[bool] = []
     finish = Sending.finish

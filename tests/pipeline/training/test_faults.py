@@ -228,7 +228,7 @@ def noticed_at_the_checkpoint(_context: tiny.StageContext) -> None:
 
 def noticed_before_it(context: tiny.StageContext) -> None:
     with pytest.raises(StageLost):
-        context.require_ownership()
+        context.ownership.require()
     assert context.is_lost
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +15,11 @@ from pipeline.errors import StageInterrupted
 from pipeline.workflow.ownership import (
     ATTEMPTS,
     Claim,
+    JobStart,
+    Owner,
+    Ownership,
     StageLost,
+    Vacancy,
     acquire,
     latest_attempt,
     process_started,
@@ -221,22 +224,17 @@ def test_of_many_that_come_at_once_one_alone_has_the_stage(tmp_path: Path, never
     assert latest_attempt(tmp_path / ATTEMPTS) == 8
 
 
-@pytest.fixture
-def start_of_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    def be(restarts: int) -> None:
-        monkeypatch.setenv("SLURM_JOB_ID", "17")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-
-    return be
+def start_of_job(restarts: int) -> JobStart:
+    return JobStart("17", restarts)
 
 
-def test_a_later_start_of_a_job_takes_over_at_once_and_the_earlier_one_loses(
-    tmp_path: Path, start_of_job: Callable[[int], None]
-):
-    start_of_job(0)
-    earlier = acquire(tmp_path, 1000.0, threading.Event())
-    start_of_job(1)
-    later = acquire(tmp_path, 1000.0, threading.Event())
+def acquire_in(job: JobStart, work: Path) -> Owner:
+    return acquire(work, 1000.0, threading.Event(), job)
+
+
+def test_a_later_start_of_a_job_takes_over_at_once_and_the_earlier_one_loses(tmp_path: Path):
+    earlier = acquire_in(start_of_job(0), tmp_path)
+    later = acquire_in(start_of_job(1), tmp_path)
     assert later.attempt == earlier.attempt + 1
     with pytest.raises(StageLost):
         earlier.require()
@@ -245,32 +243,42 @@ def test_a_later_start_of_a_job_takes_over_at_once_and_the_earlier_one_loses(
     later.release()
 
 
-def test_an_earlier_start_of_a_job_that_comes_late_gives_up(tmp_path: Path, start_of_job: Callable[[int], None]):
-    start_of_job(2)
-    later = acquire(tmp_path, 1000.0, threading.Event())
-    start_of_job(1)
+def test_an_earlier_start_of_a_job_that_comes_late_gives_up(tmp_path: Path):
+    later = acquire_in(start_of_job(2), tmp_path)
     with pytest.raises(StageLost, match="later start"):
-        acquire(tmp_path, 1000.0, threading.Event())
+        acquire_in(start_of_job(1), tmp_path)
     with pytest.raises(StageLost, match="later start"):
-        wait_for_first_process(tmp_path, lambda: False, threading.Event())
+        wait_for_first_process(tmp_path, lambda: False, threading.Event(), start_of_job(1))
     later.release()
 
 
-def test_the_processes_of_one_job_start_wait_for_its_first_one_and_no_other(
-    tmp_path: Path, start_of_job: Callable[[int], None]
-):
-    start_of_job(0)
-    earlier = acquire(tmp_path, 1000.0, threading.Event())
-    start_of_job(1)
+def test_the_processes_of_one_job_start_wait_for_its_first_one_and_no_other(tmp_path: Path):
+    earlier = acquire_in(start_of_job(0), tmp_path)
     asked = threading.Event()
     threading.Timer(0.3, asked.set).start()
     with pytest.raises(StageInterrupted):
-        wait_for_first_process(tmp_path, lambda: False, asked)
-    wait_for_first_process(tmp_path, lambda: True, threading.Event())
-    own = acquire(tmp_path, 1000.0, threading.Event())
-    wait_for_first_process(tmp_path, lambda: False, threading.Event())
+        wait_for_first_process(tmp_path, lambda: False, asked, start_of_job(1))
+    wait_for_first_process(tmp_path, lambda: True, threading.Event(), start_of_job(1))
+    own = acquire_in(start_of_job(1), tmp_path)
+    wait_for_first_process(tmp_path, lambda: False, threading.Event(), start_of_job(1))
     earlier.release()
     own.release()
+
+
+def test_a_stage_is_vacant_unless_a_live_process_has_it(tmp_path: Path):
+    vacancy = Vacancy(tmp_path, 1000.0)
+    assert vacancy.is_free
+    owner = acquire(tmp_path, 1000.0, threading.Event())
+    assert not vacancy.is_free
+    owner.release()
+    assert vacancy.is_free
+
+
+def test_a_process_that_owns_nothing_writes_nothing_and_loses_nothing():
+    bystander = Ownership()
+    bystander.require()
+    bystander.release()
+    assert (bystander.writes, bystander.is_lost, bystander.attempt) == (False, False, 0)
 
 
 def test_what_is_forgotten_of_earlier_attempts_leaves_the_numbers_to_go_on(tmp_path: Path):

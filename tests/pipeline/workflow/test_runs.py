@@ -6,11 +6,11 @@ import pytest
 
 from pipeline.config import RunSettings
 from pipeline.errors import UserError
+from pipeline.terminal.tables import stage_state
 from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.progress import Failure, Phase, Progress, write_failure, write_progress
 from pipeline.workflow.runs import config_with, gather_pictures, read_run, record_run, run_artifacts, run_names
-from pipeline.workflow.summary import stage_state
 from tests.support.fakes import plan, publish, run_config, with_settings
 
 

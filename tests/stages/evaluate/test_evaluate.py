@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.picture_grid import read_layout
 from pipeline.workflow.artifacts import Artifact
-from pipeline.workflow.picture_grid import read_layout
 from stages.evaluate.attributes import AttributeAccuracy
 from stages.judge.labels import CLASSES, judge_samples, labels
 from stages.judge.network import load_judge

@@ -1,4 +1,4 @@
-from pipeline.workflow.slurm.lanes import Lanes
+from pipeline.launch.slurm.lanes import Lanes
 
 
 def put(lanes: Lanes, job_id: int, *after: int, minutes: float = 10.0) -> int | None:

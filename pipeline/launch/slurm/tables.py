@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from pipeline.launch.slurm.commands import SUBMIT
+from pipeline.launch.slurm.status import JobStatus
+from pipeline.launch.slurm.submit import PlannedJob, SubmittedStage
+from pipeline.terminal.tables import new_table
 from pipeline.workflow.frozen import StageKey
-from pipeline.workflow.slurm.commands import SUBMIT
-from pipeline.workflow.slurm.submit import PlannedJob, SubmittedStage
-from pipeline.workflow.summary import new_table
 
 _LONGEST_LIST = 4
 
@@ -43,6 +44,24 @@ def submitted_table(stages: Sequence[SubmittedStage]) -> Table:
             _listed(list(map(str, each.after))),
         )
     return shown
+
+
+def jobs_table(title: str, statuses: Sequence[JobStatus]) -> Table:
+    """The statuses as a table; the column of members only for a sweep."""
+    is_sweep = len({member for status in statuses for member in status.members}) > 1
+    member = ["member"] if is_sweep else []
+    table = new_table(title, "stage", *member, "state", "job", "starts", "reason", "progress")
+    for status in statuses:
+        table.add_row(
+            status.stage,
+            *([members_shown(status.members)] if is_sweep else []),
+            status.state,
+            "" if status.job_id is None else str(status.job_id),
+            str(status.starts or ""),
+            status.reason,
+            " · ".join(filter(None, [status.detail, status.until_limit and f"limit in {status.until_limit}"])),
+        )
+    return table
 
 
 def scripts_text(jobs: Sequence[PlannedJob]) -> str:

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from pipeline.config import RunConfig, SlurmLaunch, SlurmResources
+from pipeline.config import RunConfig, validate
 from pipeline.errors import UserError
+from pipeline.launch.identity import this_process
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.batch import BatchJob, render
+from pipeline.launch.slurm.jobs import JobRecord as Record
+from pipeline.launch.slurm.jobs import KnownJob, look_up, new_token, write_record
+from pipeline.launch.slurm.lanes import Lanes
+from pipeline.launch.slurm.settings import SlurmLaunch, SlurmResources
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.frozen import FrozenStage, StageKey, write_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.plan import Action, Plan, PlannedStage
-from pipeline.workflow.slurm import commands
-from pipeline.workflow.slurm.batch import BatchJob, render
-from pipeline.workflow.slurm.jobs import JobRecord as Record
-from pipeline.workflow.slurm.jobs import KnownJob, look_up, new_token, write_record
-from pipeline.workflow.slurm.lanes import Lanes
 
 SUBMITTING = "submitting"
 _LEASE_S = 60.0
@@ -63,10 +65,8 @@ class SubmittedStage:
 
 
 def slurm_launch(config: RunConfig) -> SlurmLaunch:
-    """The config's cluster profile. Raises `UserError` where it has none."""
-    if not isinstance(config.launch, SlurmLaunch):
-        raise UserError(f"launch.kind={config.launch.kind!r} has no jobs; add launch=slurm, or a profile of your own")
-    return config.launch
+    """The config's cluster profile."""
+    return validate(SlurmLaunch, config.launch, "launch")
 
 
 def plan_jobs(plans: Sequence[Plan]) -> list[PlannedJob]:
@@ -190,7 +190,7 @@ def one_submission_at_a_time(outputs: Path) -> Iterator[None]:
     """Wait until no other process submits or cancels jobs of this `outputs`."""
     place = outputs / SUBMITTING
     place.mkdir(parents=True, exist_ok=True)
-    ownership = acquire(place, _LEASE_S, threading.Event())
+    ownership = acquire(place, _LEASE_S, threading.Event(), this_process().job)
     try:
         yield
     finally:

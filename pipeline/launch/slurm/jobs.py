@@ -7,9 +7,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from pipeline.config import Settings, validate
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.commands import QueuedJob
 from pipeline.workflow.artifacts import write_json_atomically
-from pipeline.workflow.slurm import commands
-from pipeline.workflow.slurm.commands import QueuedJob
 
 JOBS = "jobs"
 

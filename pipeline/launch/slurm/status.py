@@ -4,18 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.jobs import KnownJob, latest_record, look_up, write_record
+from pipeline.launch.slurm.submit import one_submission_at_a_time
+from pipeline.terminal.tables import stage_state
+from pipeline.terminal.words import progress_line
 from pipeline.workflow.artifacts import ArtifactStore
-from pipeline.workflow.display import progress_line
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.runs import RunRecord, RunStage
-from pipeline.workflow.slurm import commands
-from pipeline.workflow.slurm.jobs import KnownJob, latest_record, look_up, write_record
-from pipeline.workflow.slurm.submit import one_submission_at_a_time
-from pipeline.workflow.slurm.tables import members_shown
-from pipeline.workflow.summary import new_table, stage_state
 
 _RUNNING = "RUNNING"
 
@@ -46,7 +43,7 @@ def has_jobs(outputs: Path, records: Sequence[RunRecord]) -> bool:
 def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]:
     """Every stage of these runs, once. Asks `squeue`, and `sacct` for what the queue has forgotten.
 
-    Raises `SlurmUnavailableError` where there is no Slurm.
+    Raises `LauncherUnavailableError` where there is no Slurm.
     """
     store = ArtifactStore(outputs)
     stages = _stages_with_members(records)
@@ -60,24 +57,6 @@ def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]
         _status(store, stage, members, known.get(work), accounted)
         for (stage, members), work in zip(stages, works, strict=True)
     ]
-
-
-def jobs_table(title: str, statuses: Sequence[JobStatus]) -> Table:
-    """The statuses as a table; the column of members only for a sweep."""
-    is_sweep = len({member for status in statuses for member in status.members}) > 1
-    member = ["member"] if is_sweep else []
-    table = new_table(title, "stage", *member, "state", "job", "starts", "reason", "progress")
-    for status in statuses:
-        table.add_row(
-            status.stage,
-            *([members_shown(status.members)] if is_sweep else []),
-            status.state,
-            "" if status.job_id is None else str(status.job_id),
-            str(status.starts or ""),
-            status.reason,
-            " · ".join(filter(None, [status.detail, status.until_limit and f"limit in {status.until_limit}"])),
-        )
-    return table
 
 
 @dataclass(frozen=True)

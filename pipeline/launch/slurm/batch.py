@@ -5,7 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import GpuRequest, SlurmResources
+from pipeline.launch.identity import LAUNCHED_BY
+from pipeline.launch.slurm.settings import GpuRequest, SlurmResources
 from pipeline.workflow.artifacts import MANIFEST
 from pipeline.workflow.frozen import FrozenStage, frozen_path
 from pipeline.workflow.progress import FAILURE, LOG
@@ -52,7 +53,7 @@ def render_script(resources: SlurmResources) -> str:
     if resources.setup_script is not None:
         lines.append(_or_fail(f". {quote(str(resources.setup_script.absolute()))}", str(resources.setup_script)))
     lines += [f"export {name}={quote(value)}" for name, value in sorted(resources.environment.items())]
-    lines.append("export UNCLIP_LAUNCHED_BY=slurm")
+    lines.append(f"export {LAUNCHED_BY}=slurm")
     template = TEMPLATE.read_text(encoding="utf-8")
     assert template.count(_PLACE_OF_ENVIRONMENT) == 1, f"{TEMPLATE} has one place for the environment"
     return template.replace(_PLACE_OF_ENVIRONMENT, "\n".join(lines))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.launch.launcher import LauncherUnavailableError
 
 SUBMIT = "sbatch"
 _TIMEOUT_S = 120.0
@@ -55,10 +56,6 @@ class QueuedJob:
     def is_active(self) -> bool:
         """Whether it may still bring something about."""
         return self.state not in _OVER and self.reason != _NEVER
-
-
-class SlurmUnavailableError(UserError):
-    """There is no Slurm here, or it does not answer."""
 
 
 def submit(script: Path, arguments: Sequence[str], options: Sequence[str]) -> int:
@@ -128,12 +125,12 @@ def _output(program: str, *arguments: str) -> str:
             stdin=subprocess.DEVNULL, env=environment_of_jobs(os.environ),
         )  # fmt: skip
     except FileNotFoundError as error:
-        raise SlurmUnavailableError(
+        raise LauncherUnavailableError(
             f"{program} is not installed here; submit from a login node of the cluster, or try "
             "`python slurm/one_machine.py` (packages: slurmctld slurmd slurm-client munge)"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmUnavailableError(f"{program} gave no answer in {_TIMEOUT_S:.0f} s; try again") from error
+        raise LauncherUnavailableError(f"{program} gave no answer in {_TIMEOUT_S:.0f} s; try again") from error
     if done.returncode != 0:
         said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
         raise UserError(f"{said or f'{program} failed with status {done.returncode}'}")

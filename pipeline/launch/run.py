@@ -1,24 +1,52 @@
-"""A run as a function of its config, for Hydra's own sweepers and launchers: they call it and read its objective."""
+"""The one way to start runs, for `unclip run`, `unclip submit`, and Hydra's own sweepers."""
+
+from collections.abc import Sequence
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.workflow.display import Display
-from pipeline.workflow.local import run_plans
-from pipeline.workflow.plan import plan_run, require_unblocked
+from pipeline.launch.launcher import StageOutcome, launcher_of
+from pipeline.terminal.display import Display
+from pipeline.workflow.plan import Plan, require_unblocked
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.runs import read_run, record_run, run_artifacts
 
 
-def run_and_measure(config: RunConfig, overrides: tuple[str, ...]) -> float | None:
-    """Run what is not finished; the value of `run.objective` (`stage.metric`), or None without one.
+def start(plans: Sequence[Plan], display: Display, *, waits: bool) -> list[StageOutcome]:
+    """Start what is not finished of these runs, which have one launcher; the outcomes of what was waited for.
+
+    `waits` says whether it is to return only when all is over. Raises `UserError` before anything is written or
+    started, where a run cannot work.
+    """
+    if not plans:
+        return []
+    require_unblocked(plans)
+    launcher = launcher_of(plans[0].config)
+    if launcher.waits is not waits:
+        kind = plans[0].config.launch["kind"]
+        raise UserError(
+            f"launch.kind={kind!r} is for `unclip submit`; leave launch out to run here"
+            if waits
+            else f"launch.kind={kind!r} has no jobs; add launch=slurm, or a profile of your own"
+        )
+    for plan in plans:
+        _check_objective(plan.config)
+    launcher.check(plans)
+    for plan in plans:
+        record_run(plan)
+    outcomes = launcher.submit(plans, display)
+    if waits:
+        for plan in plans:
+            display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
+    return outcomes
+
+
+def objective_of(plan: Plan, outcomes: Sequence[StageOutcome]) -> float | None:
+    """The value of `run.objective` (`stage.metric`), or None without one.
 
     Raises `UserError` where a stage did not finish, and where there is no such metric.
     """
-    plan = plan_run(config, overrides)
-    require_unblocked([plan])
-    _check_objective(config)
-    record_run(plan)
-    for outcome in run_plans([plan], Display()):
+    config = plan.config
+    for outcome in outcomes:
         if outcome.outcome not in (Outcome.FINISHED, Outcome.REUSED):
             why = f": {outcome.failure.message}" if outcome.failure else ""
             raise UserError(f"stage {outcome.stage} of run {config.run.name} is {outcome.outcome.value}{why}")

@@ -5,13 +5,14 @@ import pytest
 import yaml
 
 from pipeline.compose import CONFIG_DIRECTORY, compose_members
-from pipeline.config import SlurmLaunch, TrainerSettings
+from pipeline.config import TrainerSettings
 from pipeline.errors import UserError
+from pipeline.launch.slurm.batch import render
+from pipeline.launch.slurm.commands import environment_of_jobs
+from pipeline.launch.slurm.settings import SlurmLaunch
+from pipeline.launch.slurm.submit import plan_jobs
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.plan import plan_run
-from pipeline.workflow.slurm.batch import render
-from pipeline.workflow.slurm.commands import environment_of_jobs
-from pipeline.workflow.slurm.submit import plan_jobs
 from tests.support import fakes
 
 NASTY = 'it\'s $(touch pwned) "x" `touch pwned`\n; touch pwned'

@@ -1,0 +1,48 @@
+"""Stages on this machine, side by side as far as its devices allow."""
+
+import os
+from collections.abc import Sequence
+
+from pipeline.config import Positive, validate
+from pipeline.errors import UserError
+from pipeline.launch.launcher import Launcher, LaunchSettings, StageOutcome
+from pipeline.launch.local.devices import Devices, cores_here, gpus_here, most_at_once
+from pipeline.launch.local.schedule import Schedule
+from pipeline.terminal.display import Display
+from pipeline.workflow.plan import Plan
+
+
+class LocalLaunch(LaunchSettings):
+    """`max_parallel` is how many stages run at a time.
+
+    Null stands for one per GPU. Without GPUs it stands for as many as the runs have side by side, one per core at most.
+    """
+
+    max_parallel: Positive | None
+
+
+class LocalLauncher(Launcher):
+    """Runs stages in processes of this machine, and waits for them."""
+
+    settings = LocalLaunch
+    waits = True
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Refuse what needs several machines."""
+        for plan in plans:
+            for stage in plan.stages:
+                if stage.frozen is not None and stage.frozen.trainer.num_nodes > 1:
+                    raise UserError(
+                        f"stage.{stage.name} has trainer.num_nodes={stage.frozen.trainer.num_nodes}, and `unclip run` "
+                        "works on one machine; submit it to Slurm: unclip submit"
+                    )
+
+    def submit(self, plans: Sequence[Plan], display: Display) -> list[StageOutcome]:
+        """Run all that is not finished, and wait for it."""
+        gpus, cores = gpus_here(os.environ), cores_here()
+        given = validate(LocalLaunch, plans[0].config.launch, "launch").max_parallel
+        places = given or len(gpus) or min(cores, most_at_once(plans))
+        return Schedule(plans, Devices(places, gpus, cores), display).run()
+
+
+LAUNCHER = LocalLauncher()

@@ -1,0 +1,203 @@
+"""Runs the stages of plans side by side: each once, after its inputs, as soon as there is room for it."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
+
+from pipeline.launch.identity import this_process
+from pipeline.launch.launcher import StageOutcome
+from pipeline.launch.local.devices import Devices, Share
+from pipeline.launch.local.worker import Worker
+from pipeline.terminal.display import Display
+from pipeline.workflow.frozen import FrozenFile, FrozenStage, StageKey, write_frozen
+from pipeline.workflow.ownership import StageLost, Vacancy
+from pipeline.workflow.plan import Action, Plan, PlannedStage
+from pipeline.workflow.progress import Failure, Outcome, read_failure, read_progress
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage that is to be settled, for the first run that needs it."""
+
+    run: str
+    title: str
+    stage: PlannedStage
+    frozen: FrozenStage
+    vacancy: Vacancy
+
+    @property
+    def key(self) -> StageKey:
+        """What it makes."""
+        return self.frozen.stage, self.frozen.fingerprint
+
+    @property
+    def needs(self) -> list[StageKey]:
+        """What has to be there before."""
+        return [(each.stage, each.fingerprint) for found in self.frozen.inputs.values() for each in found]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no other command works on the stage."""
+        with suppress(StageLost):  # the stage's own process finds that again, and says it
+            return self.vacancy.is_free
+        return True
+
+
+@dataclass(frozen=True)
+class Running:
+    """A stage that a worker is at."""
+
+    task: Task
+    frozen: FrozenFile
+    worker: Worker
+    share: Share
+    started: float
+
+
+class Schedule:
+    """Settles every stage of some plans. Descendants of a failure are skipped, and all else goes on.
+
+    Ctrl-C, SIGTERM and SIGUSR1 have the stages that run checkpoint and stop; a second Ctrl-C or SIGTERM kills them.
+    """
+
+    def __init__(self, plans: Sequence[Plan], devices: Devices, display: Display) -> None:
+        self._devices = devices
+        self._display = display
+        self._outcomes: dict[StageKey, StageOutcome] = {}
+        self._pending: list[Task] = []
+        self._running: list[Running] = []
+        self._idle: dict[tuple[str, ...], list[Worker]] = {}
+        self._waiting: set[StageKey] = set()
+        self._is_stopping = False
+        for plan in plans:
+            self._take_in(plan, is_sweep=len(plans) > 1)
+
+    def run(self) -> list[StageOutcome]:
+        """Settle all of them, or what can be until a signal asks to stop."""
+        try:
+            with self._signals():
+                while self._running or (self._pending and not self._is_stopping):
+                    self._start_what_can()
+                    self._collect()
+                    time.sleep(POLL_SECONDS)
+        finally:
+            self._close()
+        ended = list(self._outcomes.values())
+        if self._is_stopping and self._pending and all(each.outcome is not Outcome.INTERRUPTED for each in ended):
+            # The signal came while nothing ran; what would have been next tells of it.
+            first = self._pending[0]
+            ended.append(StageOutcome(first.run, *first.key, Outcome.INTERRUPTED))
+        return ended
+
+    def _take_in(self, plan: Plan, is_sweep: bool) -> None:
+        run = plan.config.run.name
+        self._display.start_run(plan)
+        known = {task.key: task for task in self._pending}
+        for number, stage in enumerate(plan.stages, 1):
+            frozen = stage.frozen
+            assert frozen is not None, "a plan with blocked stages is not run"
+            title = f"{f'{run} ' if is_sweep else ''}[{number}/{len(plan.stages)}] {stage.name}"
+            task = Task(run, title, stage, frozen, Vacancy(frozen.work, frozen.trainer.lease_s, this_process().job))
+            if task.key in known or task.key in self._outcomes:
+                first = known[task.key].run if task.key in known else self._outcomes[task.key].run
+                self._display.share(title, first)
+            elif stage.action is Action.REUSE:
+                self._display.reuse(title, stage)
+                self._settle(task, Outcome.REUSED)
+            else:
+                self._pending.append(task)
+
+    def _start_what_can(self) -> None:
+        for task in list(self._pending):
+            if self._is_stopping:
+                return
+            ended = [self._outcomes[key] for key in task.needs if key in self._outcomes]
+            lost = [each.stage for each in ended if each.outcome in (Outcome.FAILED, Outcome.SKIPPED)]
+            if lost:
+                self._pending.remove(task)
+                self._display.skip(task.title, lost)
+                self._settle(task, Outcome.SKIPPED)
+            elif len(ended) == len(task.needs) and self._is_free(task):
+                share = self._devices.take(task.frozen)
+                if share is not None:
+                    self._pending.remove(task)
+                    self._start(task, share)
+
+    def _is_free(self, task: Task) -> bool:
+        """Whether no other command has the stage. Where one has, this one waits, and keeps no place for it."""
+        is_free = task.is_free
+        if not is_free and task.key not in self._waiting:
+            self._waiting.add(task.key)
+            self._display.wait(task.title)
+        return is_free
+
+    def _start(self, task: Task, share: Share) -> None:
+        frozen = write_frozen(task.frozen)
+        self._close_others_on(share)
+        idle = self._idle.get(share.gpus)
+        worker = idle.pop() if idle else Worker(self._devices.environment(share, os.environ))
+        self._display.start(task.title, task.stage)
+        worker.begin(frozen)
+        self._running.append(Running(task, frozen, worker, share, time.monotonic()))
+
+    def _close_others_on(self, share: Share) -> None:
+        """End what is idle and holds memory of these GPUs."""
+        for gpus, workers in self._idle.items():
+            if gpus != share.gpus and set(gpus) & set(share.gpus):
+                while workers:
+                    workers.pop().close()
+
+    def _close(self) -> None:
+        for each in self._running:  # there is one only where something went wrong here
+            each.worker.interrupt()
+        for worker in chain((each.worker for each in self._running), *self._idle.values()):
+            worker.close()
+
+    def _collect(self) -> None:
+        for each in list(self._running):
+            outcome = each.worker.outcome()
+            if outcome is None:
+                self._display.update(each.task.title, read_progress(each.task.frozen.work))
+                continue
+            self._running.remove(each)
+            self._devices.give_back(each.share)
+            self._idle.setdefault(each.share.gpus, []).append(each.worker)
+            duration_s = time.monotonic() - each.started
+            failure = _failure(each.task.frozen) if outcome is Outcome.FAILED else None
+            self._is_stopping |= outcome is Outcome.INTERRUPTED
+            self._display.finish(each.task.title, each.task.stage, duration_s, outcome, failure)
+            self._settle(each.task, outcome, duration_s, failure)
+
+    def _settle(self, task: Task, outcome: Outcome, duration_s: float = 0.0, failure: Failure | None = None) -> None:
+        self._outcomes[task.key] = StageOutcome(task.run, *task.key, outcome, duration_s, failure)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, lambda number, _: self._stop(number)) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._display.note("stopping at the next step boundary, with a checkpoint; Ctrl-C again to stop at once")
+            for each in self._running:
+                each.worker.interrupt()
+        elif number != signal.SIGUSR1:
+            for each in self._running:
+                each.worker.kill()
+
+
+def _failure(frozen: FrozenStage) -> Failure:
+    unexplained = Failure("its process ended without a word (killed, or out of memory?)", is_user_error=False)
+    return read_failure(frozen.work) or unexplained

@@ -1,0 +1,88 @@
+"""Stages side by side, in real processes: what is shared, what is skipped, and how all of them are stopped."""
+
+import io
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from pipeline.launch.local import LAUNCHER
+from pipeline.terminal.display import Display
+from pipeline.workflow.progress import Outcome
+from tests.support import ROOT
+from tests.support.halves import plan_halves, starts
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from pipeline.launch.local import LAUNCHER
+from pipeline.terminal.display import Display
+from tests.support.halves import plan_halves
+never = {"left": {"meets": ["never"]}, "right": {"meets": ["never"]}}
+outcomes = LAUNCHER.submit([plan_halves(Path(sys.argv[1]), "trial", never)], Display())
+print(sorted(f"{each.stage} {each.outcome.value}" for each in outcomes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _workers_find_the_stages_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("pipeline.launch.local.cores_here", lambda: 6)
+
+
+def test_members_run_side_by_side_share_a_stage_and_a_failure_takes_its_own_descendants_alone(tmp_path: Path):
+    text = io.StringIO()
+    plans = [
+        plan_halves(tmp_path, "a", {"left": {"meets": ["right"], "fails": True}}),
+        plan_halves(tmp_path, "b", {"right": {"meets": ["left"]}}),
+    ]
+    outcomes = LAUNCHER.submit(plans, Display(Console(file=text, width=200)))
+    assert {(each.run, each.stage): each.outcome for each in outcomes} == {
+        ("a", "source"): Outcome.FINISHED,
+        ("a", "left"): Outcome.FAILED,
+        ("a", "end"): Outcome.SKIPPED,
+        ("b", "right"): Outcome.FINISHED,
+        ("b", "end"): Outcome.FINISHED,
+    }
+    # Each once, and each place with its share of the cores.
+    assert starts(tmp_path) == {"source": ["3"], "left": ["3"], "right": ["3"], "end-b": ["3"]}
+    lines = text.getvalue().splitlines()
+    assert "b [1/3] source  shared with run a" in lines
+    assert "a [2/3] left  FAILED: left was to fail" in lines
+    assert "a [3/3] end  skipped: left did not finish" in lines
+
+
+def running(outputs: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A command that is at two stages, which would never end, and their processes."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(outputs)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    until = time.monotonic() + 120
+    while not all((outputs / "starts" / name).exists() for name in ("left", "right")):
+        assert command.poll() is None, command.communicate()[0]
+        assert time.monotonic() < until, "the stages did not start in time"
+        time.sleep(0.05)
+    return command, psutil.Process(command.pid).children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_stops_all_that_run_and_nothing_more_is_started(tmp_path: Path, number: signal.Signals):
+    command, workers = running(tmp_path)
+    assert len(workers) == 2
+    command.send_signal(number)
+    text = command.communicate(timeout=60)[0]
+    assert text.splitlines()[-1] == "['left interrupted', 'right interrupted', 'source finished']", text
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_a_killed_command_leaves_no_stage_running(tmp_path: Path):
+    command, workers = running(tmp_path)
+    command.kill()
+    command.communicate()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
