@@ -217,7 +217,7 @@ def test_examples_are_found_where_they_are():
         ("slurm/README.md", "sudo"),
         ("conf/experiment/paper.yaml", "unclip"),
         ("conf/hydra/help/unclip.yaml", "unclip"),
-        ("stages/usage.py", "unclip"),
+        ("stages/decoder/settings.py", "unclip"),
         ("slurm/one_machine.py", "python"),
         ("benchmarks/report.py", "python"),
     } <= found

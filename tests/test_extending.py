@@ -217,17 +217,17 @@ import stages
 from tests.support.tiny_runs import TINY, run_until
 
 outputs, name = Path(sys.argv[1]), sys.argv[2]
-base = ["experiment=smoke", "tracking=none"]
 match name:
     case "palette":
-        artifact = run_until(outputs, "palette", "workflow=palette", base=["tracking=none", "data.samples=40"])
+        made = [run_until(outputs, "palette", "workflow=palette", base=["tracking=none", "data.samples=40"])]
     case "greys":
-        artifact = run_until(outputs, "prepare", "data=greys", base=["tracking=none"])
+        made = [run_until(outputs, "prepare", "data=greys", base=["tracking=none"])]
     case "plain":
         tiny = [each for each in TINY if not each.startswith(("stage.decoder.network", "experiment="))]
-        artifact = run_until(outputs, sys.argv[3], base=["experiment=plain", *tiny])
-found = {"where": stages.__path__[0], "path": str(artifact.path), **artifact.manifest.model_dump(mode="json")}
-Path(sys.argv[-1]).write_text(json.dumps(found))
+        base = ["experiment=plain", *tiny]
+        made = [run_until(outputs, stage, base=base) for stage in ("decoder", "evaluate", "export")]
+found = [{"path": str(each.path), **each.manifest.model_dump(mode="json")} for each in made]
+Path(sys.argv[-1]).write_text(json.dumps({"where": stages.__path__[0], "made": found}))
 """
 
 
@@ -236,7 +236,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This project with all four things added to it."""
     place = tmp_path_factory.mktemp("checkout")
     for folder in ("pipeline", "stages", "conf", "slurm"):
-        shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, place / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for addition in (STAGE, NETWORK, METRIC, SOURCE):
         for name, content in addition.items():
             file = place / name
@@ -251,51 +251,58 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def made_in(checkout: Path, *arguments: str) -> dict[str, Any]:
-    """The manifest of what the project makes that has the additions, and where it was imported from."""
+def made_in(checkout: Path, name: str) -> list[dict[str, Any]]:
+    """The manifests of what the project makes that has the additions, and where these artifacts are."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(ROOT)])}
-    report = checkout / f"{'-'.join(arguments)}.json"
-    command = [sys.executable, "-c", PROGRAM, str(checkout / "outputs"), *arguments, str(report)]
+    report = checkout / f"{name}.json"
+    command = [sys.executable, "-c", PROGRAM, str(checkout / "outputs"), name, str(report)]
     done = subprocess.run(command, env=environment, cwd=checkout, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    made = json.loads(report.read_text())
-    assert made["where"] == str(checkout / "stages")
-    return made
+    found = json.loads(report.read_text())
+    assert found["where"] == str(checkout / "stages")
+    return found["made"]
+
+
+@pytest.fixture(scope="module")
+def plain(checkout: Path) -> list[dict[str, Any]]:
+    """What decoder, evaluate and export made of the plain network."""
+    return made_in(checkout, "plain")
 
 
 def test_a_stage_is_five_files(checkout: Path):
     assert len(STAGE) <= 5
-    made = made_in(checkout, "palette")
-    assert made["kind"] == "palette"
-    assert len(made["numbers"]["mean"]) == 3
-    assert made["metrics"]["red"] == made["numbers"]["mean"][0]
+    (palette,) = made_in(checkout, "palette")
+    assert palette["kind"] == "palette"
+    assert len(palette["numbers"]["mean"]) == 3
+    assert palette["metrics"]["red"] == palette["numbers"]["mean"][0]
 
 
-def test_a_network_of_the_decoder_is_two_files(checkout: Path):
+def test_a_network_of_the_decoder_is_two_files(plain: list[dict[str, Any]]):
     assert len(NETWORK) <= 2
-    made = made_in(checkout, "plain", "decoder")
-    assert made["config"]["network"] == {"kind": "plain", "width": 8}
-    assert made["samples_seen"] == 16
-    assert made["metrics"]["diffusion"] > 0
+    decoder, _, _ = plain
+    assert decoder["config"]["network"] == {"kind": "plain", "width": 8}
+    assert decoder["samples_seen"] == 16
+    assert decoder["metrics"]["diffusion"] > 0
 
 
-def test_a_metric_is_two_files_and_is_measured_on_the_pictures_of_another_network_too(checkout: Path):
+def test_a_metric_is_two_files(plain: list[dict[str, Any]]):
     assert len(METRIC) <= 2
-    metrics = made_in(checkout, "plain", "evaluate")["metrics"]
+    _, evaluation, _ = plain
+    metrics = evaluation["metrics"]
     assert -1 <= metrics["brightness"] <= 1
     assert metrics["brightness_of_real"] != metrics["brightness"]
     assert "sample_to_caption" in metrics
 
 
-def test_a_network_that_the_stock_pipeline_cannot_hold_is_exported_as_its_weights(checkout: Path):
-    made = made_in(checkout, "plain", "export")
-    assert not made["numbers"]["stock_pipeline"]
-    assert "U-Net" in made["numbers"]["not_stock_because"]
-    assert (Path(made["path"]) / "decoder" / "weights.safetensors").is_file()
+def test_a_network_that_the_stock_pipeline_cannot_hold_is_exported_as_its_weights(plain: list[dict[str, Any]]):
+    _, _, export = plain
+    assert not export["numbers"]["stock_pipeline"]
+    assert "U-Net" in export["numbers"]["not_stock_because"]
+    assert (Path(export["path"]) / "decoder" / "weights.safetensors").is_file()
 
 
 def test_a_source_is_two_files(checkout: Path):
     assert len(SOURCE) <= 2
-    made = made_in(checkout, "greys")
-    assert made["numbers"]["samples"]["train"] + made["numbers"]["samples"]["validation"] == 40
-    assert made["numbers"]["licence_id"] == "cc0-1.0"
+    (data,) = made_in(checkout, "greys")
+    assert data["numbers"]["samples"]["train"] + data["numbers"]["samples"]["validation"] == 40
+    assert data["numbers"]["licence_id"] == "cc0-1.0"

@@ -23,8 +23,6 @@ from pipeline.data.summary import (
     SUMMARY_FILE,
     IndexSummary,
     ShardEntry,
-    SizeCheck,
-    check_shard_sizes,
     index_command,
     read_summary,
     summary_text,
@@ -187,22 +185,17 @@ def _arrays(index: ShardIndex) -> Iterator[tuple[str, NDArray[Any]]]:
             yield f"{field}_{number}", getattr(members, field)
 
 
-def read_index(
-    directory: Path, *, root: Path | None = None, size_check: SizeCheck = SizeCheck.COMPARE, remedy: str | None = None
-) -> ShardIndex:
-    """Open an index whose local shards lie under `root` (default: beside the index).
+def read_index(directory: Path, remedy: str | None = None) -> ShardIndex:
+    """Open an index.
 
     Its arrays are mapped from the file: they take no memory that another process could not share or the system take
     back. `remedy` is the command that makes the index anew.
 
     Raises:
-        UserError: there is no index, it is damaged, or a shard's size is not the one that was indexed.
+        UserError: there is no index, or it is damaged.
     """
-    root = directory if root is None else root
-    remedy = remedy or index_command(root)
+    remedy = remedy or index_command(directory)
     summary = read_summary(directory, remedy)
-    if size_check is SizeCheck.COMPARE:
-        check_shard_sizes(summary, root, remedy)
     path = directory / ARRAYS_FILE
     try:
         with path.open("rb") as file:

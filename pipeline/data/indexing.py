@@ -16,11 +16,11 @@ from pathlib import Path
 
 from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, concatenate, read_index, write_index
 from pipeline.data.location import ShardGroup, group_shards
-from pipeline.data.place import ShardPlace, place_of
+from pipeline.data.place import ShardPlace
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.remote import forget, local_shard
 from pipeline.data.shards import is_url
-from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, SizeCheck, read_summary
+from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, read_summary
 from pipeline.data.walk import walk_shard
 from pipeline.errors import UserError
 
@@ -51,25 +51,6 @@ class Indexed:
     directory: Path
     index: ShardIndex | None
     refused: tuple[str, ...]
-
-
-def update_index(shards: Sequence[str], cache_dir: Path, cache_bytes: int | None = None) -> tuple[Path, ShardIndex]:
-    """Index shards of one directory (as `expand_shards` lists them) in this process.
-
-    Returns:
-        The directory of the index, and the part of it that describes `shards`.
-
-    Raises:
-        UserError: a shard is no tar, or no sample is complete.
-    """
-    place = place_of(shards, cache_dir).model_copy(
-        update={"allow_shell_urls": True, "cache_gib": None if cache_bytes is None else cache_bytes / 2**30}
-    )
-    (indexed,) = index_place(place, workers=0)
-    if indexed.refused:
-        raise UserError(indexed.refused[0])
-    assert indexed.index is not None, "shards that are not refused are indexed"
-    return indexed.directory, indexed.index
 
 
 def index_place(
@@ -143,14 +124,15 @@ class _Work:
         self._is_saved = False
         if not again:
             places: Counter[Path] = Counter()
-            for directory, name, part in self._known():
+            known = list(self._known())
+            for directory, name, part in known:
                 if name in self._names and name not in self._parts:
                     self._parts[name] = part
                     places[directory] += 1
             if self._parts.keys() == self._names and len(places) == 1:
                 (self.directory,) = places
                 # One that describes shards which are gone is written again without them.
-                self._is_saved = len(read_summary(self.directory).shards) == sum(1 for _ in self._known())
+                self._is_saved = len(read_summary(self.directory).shards) == len(known)
 
     def run(self, workers: int) -> Iterator[IndexProgress]:
         """Walk what is not known, several shards at once."""
@@ -190,7 +172,7 @@ class _Work:
             with suppress(UserError):  # a damaged index is made anew
                 if not self._group.is_of_these(directory, read_summary(directory)):
                     continue
-                previous = read_index(directory, size_check=SizeCheck.SKIP)
+                previous = read_index(directory)
                 for number, shard in enumerate(previous.shards):
                     if _is_unchanged(shard, self._group.root):
                         yield directory, shard.name, previous.only(number)

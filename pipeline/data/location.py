@@ -97,7 +97,7 @@ def open_index(place: ShardPlace, size_check: SizeCheck = SizeCheck.COMPARE) -> 
     parts = []
     for group in group_shards(place):
         directory, _ = _fitting(group, place, size_check)
-        index = read_index(directory, size_check=SizeCheck.SKIP, remedy=place.index_command)
+        index = read_index(directory, place.index_command)
         parts.append(index.select(group.names, group.parent).renamed(group.shards))
     return (parts[0] if len(parts) == 1 else concatenate(parts)).select(place.expand(), "")
 

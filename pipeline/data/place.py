@@ -1,7 +1,6 @@
 """Where shards are, as a config or a command line says it. Imports neither numpy nor torch."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -65,8 +64,3 @@ def _with_a_beginning(part: str) -> list[str]:
         return list(braceexpand(part))
     except ValueError:
         return [part]  # `expand` says what is wrong
-
-
-def place_of(shards: str | Sequence[str], cache_dir: Path) -> ShardPlace:
-    """The place of these shards, with a cache."""
-    return ShardPlace(shards=(shards,) if isinstance(shards, str) else tuple(shards), cache_dir=cache_dir)

@@ -20,7 +20,7 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.place import ShardPlace
 from pipeline.data.reader import SampleReader
 from pipeline.data.splits import Split
-from pipeline.data.summary import IndexSummary, SizeCheck, check_shard_sizes
+from pipeline.data.summary import IndexSummary, check_shard_sizes
 from pipeline.errors import UserError
 
 SCHEMA_VERSION = 2
@@ -104,7 +104,7 @@ def read_prepared(directory: Path, place: ShardPlace | None = None) -> PreparedD
         splits = np.load(directory / _SPLITS_FILE, allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} is no data artifact ({error}); delete it and run `prepare` again") from error
-    index = read_index(directory, size_check=SizeCheck.SKIP)
+    index = read_index(directory)
     if splits.shape != (len(index),):
         raise UserError(
             f"{directory}: {len(splits)} splits for {len(index)} samples; delete it and run `prepare` again"

@@ -174,13 +174,12 @@ def index_identity(summary: IndexSummary, contents: Collection[str]) -> dict[str
     }
 
 
-def check_shard_sizes(summary: IndexSummary, root: Path, remedy: str | None = None) -> None:
+def check_shard_sizes(summary: IndexSummary, root: Path, remedy: str) -> None:
     """Compare the sizes of local shards with what was indexed.
 
     Raises:
         UserError: a shard is gone, or its size changed since.
     """
-    remedy = remedy or index_command(root)
     for shard in summary.shards:
         if is_url(shard.name):
             continue

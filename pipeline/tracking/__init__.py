@@ -1,6 +1,8 @@
 """What is made of a stage's record: Weights & Biases and TensorBoard."""
 
+import os
 import secrets
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -68,9 +70,14 @@ class Tracker(AbstractContextManager["Tracker"]):
         self._add({AXIS: samples_seen, **metrics})
 
     def log_picture(self, samples_seen: int, name: str, picture: Path, captions: Sequence[str]) -> None:
-        """Add a picture that is on disk, below the work directory, captioned."""
-        file = picture.relative_to(self._frozen.work).as_posix()
-        self._add({AXIS: samples_seen, PICTURE: name, "file": file, "captions": list(captions)})
+        """Add a picture that is on disk, captioned. One outside the work directory is copied into it."""
+        work = self._frozen.work
+        if self._is_owner and not picture.is_relative_to(work):
+            # An artifact's directory has another name once it is published, and may be removed.
+            kept = work / "pictures" / f"{name.replace('/', '-')}-{samples_seen:012}{picture.suffix}"
+            kept.parent.mkdir(exist_ok=True)
+            picture = shutil.copyfile(picture, kept)
+        self._add({AXIS: samples_seen, PICTURE: name, "file": os.path.relpath(picture, work), "captions": [*captions]})
 
     def _add(self, entry: dict[str, Any]) -> None:
         if not self._is_owner:

@@ -37,14 +37,7 @@ class Sending:
         else:
             self._process = start_sender(self._frozen, ending)
         is_stop = ending is Ending.INTERRUPTED  # under Slurm there is little time until the job is killed
-        try:
-            is_complete = not self._process.wait(
-                _SECONDS_TO_UPLOAD_AT_A_STOP if is_stop else _SECONDS_TO_UPLOAD_THE_REST
-            )
-        except subprocess.TimeoutExpired:
-            self.abandon()
-            is_complete = False
-        if not is_complete:
+        if not has_all(self._process, _SECONDS_TO_UPLOAD_AT_A_STOP if is_stop else _SECONDS_TO_UPLOAD_THE_REST):
             print(
                 "warning: W&B: not all of it was uploaded; "
                 f"it is kept in {self._frozen.work}, and `unclip sync` sends what is missing",
@@ -53,10 +46,7 @@ class Sending:
 
     def abandon(self) -> None:
         """End the process, and W&B's below it, at once and without a word to the server."""
-        if self._process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        has_all(self._process, 0.0)
 
 
 def start_sender(
@@ -76,6 +66,17 @@ def start_sender(
     )
     _tell(process, frozen.model_dump_json())
     return process
+
+
+def has_all(process: "subprocess.Popen[str]", seconds: float) -> bool:
+    """Whether the server has all of the record within that time; after it, the process and W&B's are ended."""
+    try:
+        return process.wait(seconds) == 0
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return False
 
 
 def _tell(process: "subprocess.Popen[str]", line: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import StageInterrupted, UserError
-from pipeline.tracking.sending import start_sender
+from pipeline.tracking.sending import has_all, start_sender
 from pipeline.tracking.wandb_record import WANDB, WandbRecord, read_record
 from pipeline.tracking.wandb_run import Ending
 from pipeline.workflow.artifacts import ArtifactStore
@@ -21,6 +21,7 @@ from pipeline.workflow.record import Replay
 from pipeline.workflow.runs import read_runs
 
 _SECONDS_TO_ANSWER = 10.0
+_SECONDS_TO_SEND_ONE = 3600.0
 _ENDINGS = {Phase.INTERRUPTED: Ending.INTERRUPTED, Phase.FAILED: Ending.FAILED}
 
 
@@ -126,9 +127,9 @@ def _sync_one(work: Path, record: WandbRecord) -> bool:
 def _send(work: Path, record: WandbRecord) -> None:
     print(f"uploading {record.name} ({work})", flush=True)
     with tempfile.TemporaryFile("w+") as said:
-        if start_sender(_last_frozen(work), _ending_of(work), said).wait():
+        if not has_all(start_sender(_last_frozen(work), _ending_of(work), said), _SECONDS_TO_SEND_ONE):
             said.seek(0)
-            last = next(iter(reversed(said.read().split("warning: W&B: "))), "").strip()
+            last = ["it took too long", *said.read().strip().splitlines()][-1]
             raise UserError(f"{record.name} was not uploaded: {last}; see `wandb login`, then run this again")
 
 

@@ -131,6 +131,10 @@ def _open(frozen: FrozenStage, record: WandbRecord, ending: Ending | None) -> An
     scratch = frozen.work / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(exist_ok=True)
+    # W&B's own measurements are of the process that trains, or of none: another machine may be sending.
+    measures: dict[str, Any] = (
+        {"x_stats_pid": os.getppid()} if ending is None else {"x_disable_stats": True, "x_disable_meta": True}
+    )
     tags = dict.fromkeys((frozen.run, record.group, frozen.stage, frozen.kind))
     return wandb.init(
         id=record.id,
@@ -151,8 +155,7 @@ def _open(frozen: FrozenStage, record: WandbRecord, ending: Ending | None) -> An
             silent=True,
             init_timeout=_SECONDS_TO_START,
             x_update_finish_state=ending is not Ending.OPEN,
-            # W&B's own measurements are of the process that trains, or of none: here another machine may be sending.
-            **({"x_stats_pid": os.getppid()} if ending is None else {"x_disable_stats": True, "x_disable_meta": True}),
+            **measures,
         ),
     )
 

@@ -197,7 +197,7 @@ def within(batches: Iterable[ImageBatch], samples: int) -> list[ImageBatch]:
     return found
 
 
-def _skeleton_of(network: nn.Module) -> nn.Module:
+def _skeleton_of(network: Network) -> Network:
     """A copy without weights: they come by `load_state_dict`, with `assign`."""
     bare = {
         id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=False)

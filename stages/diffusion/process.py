@@ -77,17 +77,6 @@ class DiffusionProcess(nn.Module):
             case PredictionType.V_PREDICTION:
                 return signal * noisy.x_t - noise_level * prediction
 
-    def predicted_noise(self, prediction: Tensor, noisy: Noisy) -> Tensor:
-        """The noise that `prediction` implies, float [B, ...]."""
-        match self.objective.prediction_type:
-            case PredictionType.EPSILON:
-                return prediction
-            case PredictionType.SAMPLE:
-                return self.noise_between(prediction, noisy)
-            case PredictionType.V_PREDICTION:
-                signal, noise_level = self.schedule.coefficients(noisy.timestep, noisy.x_t)
-                return signal * prediction + noise_level * noisy.x_t
-
     def noise_between(self, x_0: Tensor, noisy: Noisy) -> Tensor:
         """noise = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t), float [B, ...]."""
         signal, noise_level = self.schedule.coefficients(noisy.timestep, noisy.x_t)

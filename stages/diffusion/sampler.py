@@ -123,9 +123,9 @@ def invert(denoise: Denoise, x_0: Tensor, process: DiffusionProcess, steps: int)
     x_t = x_0
     for below, above in zip([upwards[0], *upwards], upwards, strict=False):
         noisy = Noisy(x_t, torch.full((len(x_t),), below, dtype=torch.int64, device=x_t.device))
-        prediction = denoise(x_t, noisy.timestep)
-        noise = process.predicted_noise(prediction, noisy)
-        x_0_hat = x_0 if x_t is x_0 else process.x_0(prediction, noisy)
+        x_0_hat = process.x_0(denoise(x_t, noisy.timestep), noisy)
+        noise = process.noise_between(x_0_hat, noisy)
+        x_0_hat = x_0 if x_t is x_0 else x_0_hat
         x_t = process.schedule.add_noise(x_0_hat, noise, torch.full_like(noisy.timestep, above))
     return x_t
 

@@ -1,5 +1,6 @@
 """The stage `evaluate`: how good a run is, on pictures and captions that it never trained on."""
 
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,7 +29,7 @@ from stages.judge.labels import true_labels
 from stages.judge.network import load_judge
 from stages.pictures import peak_signal_to_noise, resize
 
-GRID_COLUMNS = 4
+GRID, GRID_COLUMNS = "grid.png", 4
 
 
 @torch.no_grad()
@@ -160,9 +161,10 @@ class Evaluation:
         chosen = {name: [found[place] for place in shown] for name, found in pictures.items()}
         shown_captions = [captions[place] for place in shown]
         grid = captioned_grid(chosen, shown_captions, [seeds[place] for place in shown], columns=GRID_COLUMNS)
-        path = self._context.output / "grid.png"
+        path = self._context.work / GRID
         save_grid(grid.image, grid.layout, path)
         self._context.tracker.log_picture(self.made, "grid", path, shown_captions)
+        shutil.copy(path, self._context.output / GRID)
 
 
 class Embedded:
@@ -171,7 +173,7 @@ class Embedded:
     def __init__(self, clip: ClipModel) -> None:
         self._clip = clip
         self._captions = CaptionEncoder(clip)
-        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._found: list[tuple[Tensor, ...]] = []
 
     def add(self, made: Made) -> None:
         """Embed a batch."""

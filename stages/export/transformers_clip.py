@@ -82,11 +82,6 @@ def vision_to_transformers(model: ClipModel) -> CLIPVisionModelWithProjection:
     return tower.eval()
 
 
-def to_transformers(model: ClipModel) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
-    """Both towers of a model that holds both."""
-    return text_to_transformers(model), vision_to_transformers(model)
-
-
 def _activation(model: ClipModel) -> str:
     return "quick_gelu" if model.settings.quick_gelu else "gelu"
 

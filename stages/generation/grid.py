@@ -25,7 +25,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def captioned_grid(
-    pictures: Mapping[str, Sequence[Tensor | Image.Image]],
+    pictures: Mapping[str, Sequence[Image.Image] | Tensor],
     captions: Sequence[str],
     seeds: Sequence[int],
     *,

@@ -13,10 +13,10 @@ from stages.weights import CPU, load_weights
 class Judge(nn.Module):
     """One classification head per attribute of `CLASSES`, on a common convolutional body."""
 
-    def __init__(self, width: int, image_size: int) -> None:
+    def __init__(self, settings: JudgeSettings) -> None:
         super().__init__()
-        self.image_size = image_size
-        last_size = image_size // 8
+        self.image_size, width = settings.image_size, settings.width
+        last_size = self.image_size // 8
         self.body = nn.Sequential(
             _block(3, width, kernel=5, stride=2),
             _block(width, 2 * width, stride=2),
@@ -39,14 +39,9 @@ class Judge(nn.Module):
         return torch.stack([logits.argmax(1) for logits in self(image.clamp(-1, 1))], dim=1)
 
 
-def build_judge(settings: JudgeSettings) -> Judge:
-    """A judge with new weights."""
-    return Judge(settings.width, settings.image_size)
-
-
 def load_judge(artifact: Artifact, device: torch.device = CPU) -> Judge:
     """The judge of an artifact."""
-    return load_weights(build_judge(artifact.settings(JudgeSettings)), artifact, device)
+    return load_weights(Judge(artifact.settings(JudgeSettings)), artifact, device)
 
 
 def _block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -15,7 +15,7 @@ from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
 from stages.judge.labels import CLASSES, judge_samples, true_labels
-from stages.judge.network import Judge, build_judge
+from stages.judge.network import Judge
 from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
 from stages.pictures import resize
 
@@ -27,7 +27,7 @@ def run(context: StageContext) -> StageResult:
     data = context.work / f"data-of-process-{context.process.rank}"
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
-    judge = build_judge(settings)
+    judge = Judge(settings)
     result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
     context.save(judge)
     return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)

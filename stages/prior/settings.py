@@ -1,7 +1,7 @@
 """The stage `prior`: settings, what it needs and gives. Imports no torch."""
 
 from pipeline.config import Fraction, Positive, PositiveFloat, Settings
-from pipeline.workflow.declaration import Better, Input, StageDeclaration, Workflow
+from pipeline.workflow.declaration import Better, Input, StageDeclaration
 from stages.clip.settings import OnClipNumbers
 from stages.diffusion.settings import DiffusionStageSettings, SamplerSettings, check_diffusion
 
@@ -29,11 +29,6 @@ class PriorSettings(DiffusionStageSettings):
     sampler: PriorSamplerSettings
 
 
-def check(path: str, settings: PriorSettings, _workflow: Workflow) -> None:
-    """The diffusion can work."""
-    check_diffusion(path, settings, settings.sampler)
-
-
 PRIOR = StageDeclaration(
     version=1,
     settings=PriorSettings,
@@ -41,6 +36,6 @@ PRIOR = StageDeclaration(
     output="prior",
     inputs=(Input("data"), Input("clip"), Input("embeddings")),
     numbers=OnClipNumbers,
-    check=check,
+    check=lambda path, settings, _workflow: check_diffusion(path, settings, settings.sampler),
     better={"cosine_to_image": Better.HIGH},
 )

@@ -48,11 +48,11 @@ class UpsamplerModule(StageModule[UNet2DModel]):
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The diffusion loss on one random crop of each picture."""
-        settings, draws = self.settings, batch.draws()
-        x_0 = random_crop(batch.image_signed(), settings.crop_size, settings.high_size // settings.low_size, draws)
+        settings, on_cpu = self.settings, SampleDraws(batch.sample_seed)  # where crops and degradations are chosen
+        x_0 = random_crop(batch.image_signed(), settings.crop_size, settings.high_size // settings.low_size, on_cpu)
         low = resize(x_0, settings.crop_size * settings.low_size // settings.high_size)
-        condition = resize(degrade(settings.degradation, low, draws), settings.crop_size)
-        noised = self.process.noise(x_0, draws)
+        condition = resize(degrade(settings.degradation, low, on_cpu), settings.crop_size)
+        noised = self.process.noise(x_0, batch.draws())
         prediction = denoise_upsampler(self.network, noised.x_t, noised.timestep, condition)
         return {LOSS: self.process.loss(prediction, noised).mean()}
 

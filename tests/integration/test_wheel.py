@@ -16,8 +16,10 @@ from tests.support import ROOT
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def run(*command: str | Path, **options: Path | dict[str, str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+def run(
+    *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.cli import main
 from pipeline.compose import compose_members
 from pipeline.launch.run import objective_of
+from pipeline.tracking.wandb_record import read_record
 from pipeline.workflow.plan import plan_run
+from pipeline.workflow.record import read_standing
 from tests.support.tiny_runs import the_last_of_each_key
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
@@ -110,24 +111,6 @@ def file_digests(outputs: Path, stage: str, fingerprint: str) -> dict[str, str]:
     return {each["path"]: each["sha256"] for each in manifest["files"]}
 
 
-def wandb_records(file: Path) -> Iterator[Record]:
-    """The records of an offline run, which W&B keeps in LevelDB's log format: 32 KiB blocks of checksummed parts."""
-    content, place, parts = file.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        left_in_block = 32768 - place % 32768
-        if left_in_block < 7:
-            place += left_in_block
-            continue
-        size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts += content[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a first run of workflow=unclip, tracked offline, is finished; its name is `base`."""
@@ -162,16 +145,14 @@ def test_a_second_run_reuses_everything_and_takes_no_worker(outputs: Path):
     assert {path: path.stat().st_mtime_ns for path in outputs.glob("work/*/*/log.txt")} == logs
 
 
-def test_every_stage_has_an_offline_run_of_weights_and_biases_named_after_its_class(outputs: Path):
+def test_every_stage_has_a_run_of_weights_and_biases_and_a_record_that_can_be_sent(outputs: Path):
     for stage, fingerprint in run_fingerprints(outputs, "base").items():
-        (file,) = (outputs / "work" / stage / fingerprint / "wandb").glob("offline-run-*/run-*.wandb")
-        described, metrics = None, set()
-        for record in wandb_records(file):
-            if record.HasField("run"):
-                described = record.run
-            metrics |= {item.key or "/".join(item.nested_key) for item in record.history.item}
-        assert described is not None
-        assert (described.job_type, described.run_group, described.project) == (stage, "base", "unclip")
+        work = outputs / "work" / stage / fingerprint
+        record = read_record(work)
+        assert record is not None
+        assert (record.project, record.group, record.name) == ("unclip", "base", f"base/{stage}")
+        assert (record.sent, record.told) == (0, None)
+        metrics = {name for entry in read_standing(work) for name in entry}
         if stage in ("clip", "prior", "decoder", "upsampler"):
             assert {"samples_seen", "train/loss"} <= metrics
             assert any(name.startswith("validation/") for name in metrics)

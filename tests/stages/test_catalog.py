@@ -130,3 +130,30 @@ def test_the_catalog_imports_no_torch():
     program = "import sys, stages.catalog; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.decoder.network.kind=dit", r"stage\.decoder\.network: kind='dit' is no network .*; there are unet"),
+        (
+            "+stage.decoder.network.depth=3",
+            r"stage\.decoder\.network\.depth is an unknown key; valid .* channels, .*",
+        ),
+        ("stage.evaluate.metrics=[blur]", r"stage\.evaluate\.metrics: 'blur' is no metric; there are frechet, .*"),
+        ("+data.colours=3", r"^data\.colours is an unknown key; valid keys here: .*two_objects_share"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(override: str, message: str, tmp_path: Path):
+    (member,) = compose_members("unclip plan", [override, f"paths.outputs={tmp_path}"])
+    with pytest.raises(UserError, match=message) as error:
+        plan_run(member.config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_decoder_of_before_there_was_a_choice_of_networks_is_a_unet(composed: dict[str, Settings]):
+    values = composed["decoder"].model_dump(mode="json")
+    assert values["network"].pop("kind") == "unet"
+    before = validate(CATALOG.stages["decoder"].settings, values)
+    assert before == composed["decoder"]
+    assert "kind" not in counted_settings(before)["network"]

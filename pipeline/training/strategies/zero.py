@@ -198,7 +198,7 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """Autocast without its cache, which would add up in bf16 the gradients of a weight that is used several times."""
+        """Autocast without its cache, which would add up in bf16 the gradients of a weight that is used often."""
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False):
             yield
 

@@ -38,7 +38,7 @@ def frechet_distance(embed: "Tensor", reference_embed: "Tensor") -> float:
 
     # In the place of torchmetrics' network: what it is given are features already.
     features = nn.Identity()
-    features.num_features = embed.shape[1]  # pyright: ignore[reportAttributeAccessIssue]
+    features.num_features = embed.shape[1]  # pyright: ignore[reportArgumentType]
     distance = FrechetInceptionDistance(feature=features)
     distance.update(reference_embed.double().cpu(), real=True)
     distance.update(embed.double().cpu(), real=False)

@@ -143,11 +143,6 @@ def random_scene(rng: random.Random, objects: int, pairs: Collection[Pair]) -> S
     return Scene(chosen, rng.choice(list(Background)))
 
 
-def full_caption(scene: Scene) -> str:
-    """All that is true of a scene: "a {size} {colour} {shape} at the {position} of a {background} background"."""
-    return caption(scene, Phrasing.PLAIN, frozenset(Attribute))
-
-
 def caption(scene: Scene, phrasing: Phrasing, named: Collection[Attribute]) -> str:
     """Put what is `named` of a scene in words. A relation needs two objects."""
     nouns = [_noun(item, named) for item in scene.objects]

@@ -1,9 +1,7 @@
 """A training job that Slurm disturbs in every way it has goes on, and learns what an undisturbed one learns."""
 
-import os
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -108,14 +106,20 @@ def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
     # All of Slurm on that node dies, and the stage's process alone goes on, as where a node loses its network.
     (orphan,) = processes(f"^[^ ]*python -m pipeline.training.worker {tmp_path}/")
     own = [*processes(rf"slurmstepd: \[{job_id}\."), *processes(f"/job{job_id:05}/slurm_script"), *processes("^srun ")]
-    for pid in (*daemons, *own):
-        psutil.Process(pid).kill()
-    assert psutil.pid_exists(orphan)
+    killed = [psutil.Process(pid) for pid in (*daemons, *own)]
+    for process in killed:
+        process.kill()
+    # A process that is stopped when the last of its session's parents dies is hung up.
+    assert psutil.wait_procs(killed, timeout=60)[1] == []
+    # It sleeps until the next start has gone on from its checkpoint: on a busy machine it would be done before.
+    psutil.Process(orphan).suspend()
     world.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    world.wait("the next start", lambda: "resuming from samples-" in world.log_of(learner))
+    psutil.Process(orphan).resume()
     world.wait_for_end(learner, job_id)
     bring_back(node)
+    world.wait("the end of the orphan", lambda: not psutil.pid_exists(orphan))
     assert "another process has the stage now" in world.log_of(learner), world.log_of(learner)
-    assert not psutil.pid_exists(orphan)
     assert tiny.are_equal(world.weights_under(tmp_path), expected)
 
 
@@ -135,12 +139,7 @@ def bring_back(node: str) -> None:
 
 
 def processes(pattern: str) -> list[int]:
-    """Those of this cluster alone: others on the machine have nodes and jobs of the same names."""
+    """Those of this cluster alone, all of which descend from this process: others have nodes of the same names."""
     found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout
-    return [int(line) for line in found.split() if is_of_this_cluster(int(line))]
-
-
-def is_of_this_cluster(pid: int) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).environ().get("SLURM_CONF") == os.environ["SLURM_CONF"]
-    return False
+    own = {process.pid for process in psutil.Process().children(recursive=True)}
+    return [int(line) for line in found.split() if int(line) in own]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.indexing import index_shards, without_times
+from pipeline.data.place import ShardPlace
 from pipeline.data.prepared import write_prepared
 from pipeline.data.splits import split_of
 from pipeline.data.write import write_shards
@@ -19,3 +20,10 @@ def prepared(tmp_path: Path) -> Path:
     splits = np.array([split_of(index.key(i), 0.2).code for i in range(len(index))], np.uint8)
     write_prepared(directory, index=without_times(index), splits=splits)
     return directory
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> ShardPlace:
+    """Four shards of five samples in one directory."""
+    write_shards(tmp_path / "shards", map(source_sample, range(20)), 5)
+    return ShardPlace(shards=(str(tmp_path / "shards"),), cache_dir=tmp_path / "outputs" / "cache")

@@ -12,13 +12,14 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.data.index import ShardIndex, read_index, write_index
-from pipeline.data.indexing import index_shards, update_index
+from pipeline.data.indexing import index_shards
 from pipeline.data.reader import SampleReader
-from pipeline.data.summary import index_identity, read_summary
+from pipeline.data.summary import check_shard_sizes, index_command, index_identity, read_summary
 from pipeline.data.walk import walk_shard
 from pipeline.data.write import write_shards
 from pipeline.errors import UserError
 from tests.support.pictures import png, source_sample, tar
+from tests.support.shards import update_index
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 
@@ -150,7 +151,7 @@ def test_a_shard_that_changed_since_is_refused_with_the_command_that_mends_it(sh
     with (tmp_path / "a.tar").open("ab") as file:
         file.write(b"\0" * 512)
     with pytest.raises(UserError, match=r"a\.tar has \d+ bytes and had \d+ .*unclip shards index"):
-        read_index(tmp_path)
+        check_shard_sizes(read_summary(tmp_path), tmp_path, index_command(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["index.json", "index.npz"])

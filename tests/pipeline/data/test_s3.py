@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from pipeline.data.dataset import CaptionedImages
-from pipeline.data.indexing import update_index
 from pipeline.data.loader import training_loader
 from pipeline.data.place import ShardPlace
 from pipeline.data.prefetch import ShardPrefetch
@@ -26,6 +25,7 @@ from pipeline.data.write import write_shards
 from pipeline.errors import UserError
 from tests.support.pictures import source_sample
 from tests.support.s3_server import Fault, Front, front_of, request, s3_server
+from tests.support.shards import update_index
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline.report.records import RunReport, State
 from pipeline.report.rows import sampled_rows
 from pipeline.workflow.progress import read_progress
@@ -91,3 +93,22 @@ def test_of_a_long_record_rows_are_taken_evenly_with_its_ends_and_all_its_valida
     assert max(after - before for before, after in itertools.pairwise(places)) < 200
     assert sampled_rows(path, 20_001).is_whole
     assert len(sampled_rows(path, 20_001).rows) == 20_000
+
+
+@pytest.mark.parametrize("limit", [1000, 100])
+def test_of_a_stage_that_went_on_at_a_checkpoint_the_rows_that_stand_are_read_and_no_pictures(
+    tmp_path: Path, limit: int
+):
+    picture = {"samples_seen": 99, "picture": "samples", "file": "samples/1.png", "captions": ["red"]}
+    entries = [{"samples_seen": step, "train/loss": 1.0} for step in range(600)]
+    entries[100:100] = [picture]
+    again = [{"samples_seen": step, "train/loss": 2.0} for step in range(300, 400)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(entry)}\n" for entry in (*entries, {"resumes_at": 299}, *again))
+    )
+    found = sampled_rows(tmp_path / "metrics.jsonl", limit).rows
+    assert len(found) > 50
+    assert {row["train/loss"] for row in found if row["samples_seen"] < 300} == {1.0}
+    assert {row["train/loss"] for row in found if row["samples_seen"] >= 300} == {2.0}
+    assert found[-1]["samples_seen"] == 399
+    assert all(set(row) == {"samples_seen", "train/loss"} for row in found)

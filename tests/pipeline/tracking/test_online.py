@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 
@@ -33,8 +34,8 @@ def senders() -> list[psutil.Process]:
     return [process for each in own for process in (*each.children(recursive=True), each)]
 
 
-def require_every_row_once(server: WandbServer, every: list[int]) -> None:
-    assert server.only_run.axis("train/loss") == every
+def require_every_row_once(server: WandbServer, every: Sequence[float]) -> None:
+    assert server.only_run.axis("train/loss") == list(every)
     assert [row["_step"] for row in server.only_run.rows] == list(range(len(server.only_run.rows)))
 
 
@@ -194,7 +195,7 @@ def test_kills_and_outages_at_any_moment_leave_every_row_once_and_in_order(
     every = list(range(8, 8001, 8))
     stage = tracked(tmp_path, ONLINE, step_s=0.02, max_samples=8000, checkpoint_every_samples=160)
     run_stage(tiny.data_of(stage), Event())
-    for _ in range(4):
+    for _ in range(3):
         before = len(tiny.rows(stage))
         process = start(stage)
         wait_until(lambda before=before: len(tiny.rows(stage)) > before)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.config import TrackedArtifacts, TrackingMode
 from pipeline.tracking.sync import sync
 from pipeline.tracking.wandb_record import read_record
+from pipeline.training.context import StageContext
 from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import MANIFEST, file_sha256
 from pipeline.workflow.frozen import FrozenStage, write_frozen
@@ -124,6 +126,22 @@ def test_sample_grids_are_images_with_captions(sent: Sent):
     assert all(row["samples"]["caption"] == "a caption" for row in grids)
     with Image.open(io.BytesIO(sent.server.files[grids[0]["samples"]["path"]])) as image:
         assert image.size == (4, 4)
+
+
+def test_a_picture_that_is_part_of_the_artifact_is_sent_long_after_it_was_published(
+    tmp_path: Path, server: WandbServer
+):
+    def draw(context: StageContext) -> None:
+        Image.new("RGB", (6, 5)).save(context.output / "grid.png")
+        context.tracker.log_picture(40, "evaluate/grid", context.output / "grid.png", ["red"])
+
+    stage = tracked(tmp_path)
+    at_40(draw)
+    assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
+    sync([stage.work], server.address)
+    (grid,) = [row["evaluate/grid"] for row in server.only_run.rows if "evaluate/grid" in row]
+    with Image.open(io.BytesIO(server.files[grid["path"]])) as image:
+        assert image.size == (6, 5)
 
 
 def test_the_artifact_is_a_reference_and_nothing_is_copied(sent: Sent):
@@ -243,7 +261,7 @@ def test_tensorboard_has_the_same_rows_and_pictures_with_no_step_twice(tmp_path:
 
 
 def test_tensorboard_that_is_switched_on_later_has_the_rows_from_before(tmp_path: Path):
-    options = {"checkpoint_every_samples": 32, "sample_every_samples": 16}
+    options: dict[str, Any] = {"checkpoint_every_samples": 32, "sample_every_samples": 16}
     SCRIPT.at_samples, SCRIPT.happens = 56, crash
     assert run(tracked(tmp_path, TrackingMode.NONE, **options)) is Outcome.FAILED
     stage = tracked(tmp_path, TrackingMode.NONE, tensorboard=True, **options)

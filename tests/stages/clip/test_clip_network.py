@@ -15,7 +15,7 @@ from stages.clip.network import (
     load_open_clip_checkpoint,
 )
 from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
-from stages.export.transformers_clip import to_transformers
+from stages.export.transformers_clip import text_to_transformers, vision_to_transformers
 
 CAPTIONS = [
     "a small red circle",
@@ -106,7 +106,7 @@ def test_transformers_towers_give_the_same_embeddings_and_token_states(quick_gel
     tokens = ours.tokenize(CAPTIONS)
     image = torch.rand(3, 3, 16, 16) * 2 - 1
 
-    text, vision = to_transformers(ours)
+    text, vision = text_to_transformers(ours), vision_to_transformers(ours)
 
     with torch.no_grad():
         theirs, encoding = text(input_ids=tokens), ours.encode_text(tokens)
@@ -125,7 +125,7 @@ def test_transformers_tower_agrees_on_sequences_padded_as_its_own_tokenizer_does
     padded = torch.where(encoding.mask, tokens, 49407)
 
     with torch.no_grad():
-        theirs = to_transformers(model)[0](input_ids=padded)
+        theirs = text_to_transformers(model)(input_ids=padded)
 
     torch.testing.assert_close(theirs.text_embeds, encoding.embed, rtol=0, atol=1e-5)
     torch.testing.assert_close(

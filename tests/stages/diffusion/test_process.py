@@ -52,7 +52,8 @@ def test_a_perfect_prediction_gives_back_the_clean_data_and_the_noise(prediction
 
     # float32 loses digits where one of the two drowns in the other: epsilon's x_0 at t = 990, sample's noise at t = 0
     torch.testing.assert_close(process.x_0(prediction, noised), noised.x_0, rtol=0, atol=1e-4)
-    torch.testing.assert_close(process.predicted_noise(prediction, noised), noised.noise, rtol=0, atol=1e-4)
+    x_0 = process.x_0(prediction, noised)
+    torch.testing.assert_close(process.noise_between(x_0, noised), noised.noise, rtol=0, atol=1e-4)
     assert process.loss(prediction, noised).tolist() == [0.0] * 5
 
 

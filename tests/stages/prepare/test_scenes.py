@@ -156,7 +156,10 @@ def test_two_objects_are_both_named(phrasing: str, left_out: str, expected: str)
 
 def test_the_full_caption_is_the_readme_s_example():
     scene = Scene((SceneObject(Size.SMALL, Colour.RED, Shape.CIRCLE, Position.LEFT),), Background.GRAY)
-    assert scenes.full_caption(scene) == "a small red circle at the left of a gray background"
+    assert (
+        scenes.caption(scene, scenes.Phrasing.PLAIN, frozenset(scenes.Attribute))
+        == "a small red circle at the left of a gray background"
+    )
 
 
 def one(shape: Shape, size: Size = Size.BIG, position: Position = Position.CENTER) -> np.ndarray:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.indexing import update_index
 from pipeline.data.prepared import read_prepared, write_prepared
 from pipeline.data.shards import expand_shards
 from pipeline.data.splits import Split, split_of
 from pipeline.errors import UserError
 from stages.prepare.sources.webdataset import WebDatasetSettings, place_of, summary, take_in
+from tests.support.shards import update_index
 
 
 def settings(shards: Path | str, **changes: Any) -> WebDatasetSettings:
