@@ -44,6 +44,7 @@ def test_one_place_has_all_gpus_and_sets_no_threads(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(FrozenStage, "tasks", property(lambda self: Tasks(1, self.trainer.devices)))
     devices = Devices(1, EIGHT, cores=8)
     share = devices.take(stage(tmp_path, devices=8))
+    assert share is not None
     assert share == Share(1, EIGHT)
     assert devices.take(stage(tmp_path)) is None
     assert devices.environment(share, {}) == {"CUDA_VISIBLE_DEVICES": ",".join(EIGHT)}
