@@ -37,6 +37,9 @@ class Spent:
 
 
 UNKNOWN = "unknown"
+THREADS_AT_START = torch.get_num_threads()
+"""What the launcher gave to this process, for the stages that set no number: one process can run several."""
+
 _MIN_FREE_BYTES = 2**20
 _GIT_TIMEOUT_S = 30.0
 
@@ -176,8 +179,7 @@ def _run_and_publish(attempt: Attempt) -> None:
     inputs = frozen.find_inputs()
     checkpoint = latest_checkpoint(frozen.work)
     elapsed_before_s = checkpoint.elapsed_s if checkpoint else 0.0
-    if frozen.trainer.cpu_threads is not None:
-        torch.set_num_threads(frozen.trainer.cpu_threads)
+    torch.set_num_threads(frozen.trainer.cpu_threads or THREADS_AT_START)
     torch.manual_seed(named_seed(frozen.seed, frozen.stage))
     attempt.ownership.require()
     output = frozen.work

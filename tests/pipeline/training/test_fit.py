@@ -10,7 +10,7 @@ from pipeline.config import Precision, StrategyName
 from pipeline.training import context
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.optimizer import learning_rate_factor
-from pipeline.training.stage import run_stage
+from pipeline.training.stage import THREADS_AT_START, run_stage
 from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.progress import Outcome, Phase, read_failure, read_progress
@@ -40,6 +40,14 @@ def test_training_publishes_weights_metrics_and_the_counter(tmp_path: Path):
     assert (artifact.path / "samples.png").exists()
     published = (artifact.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in published] == rows(stage)
+
+
+def test_a_stage_that_sets_no_threads_has_those_of_its_process_whatever_ran_there_before(tmp_path: Path):
+    more = THREADS_AT_START + 1
+    for name, cpu_threads, expected in (("first", more, more), ("second", None, THREADS_AT_START)):
+        assert run(frozen(tmp_path / name, cpu_threads=cpu_threads)) is Outcome.FINISHED
+        # The data's stage of the test runs first, on one.
+        assert torch.get_num_threads() == expected
 
 
 def test_training_learns(tmp_path: Path):
