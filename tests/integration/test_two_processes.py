@@ -139,7 +139,8 @@ def test_a_process_that_dies_ends_the_other_one_soon(tmp_path: Path, rank: int):
         assert "stage learner: process 1 of 2 was ended by SIGKILL" in failure.message
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_a_process_that_no_longer_answers_ends_the_stage_after_the_time_out(tmp_path: Path, strategy: str):
     stage = learner(tmp_path, strategy=strategy, collective_timeout_s=40.0)  # to start in, too
     process = start(stage)

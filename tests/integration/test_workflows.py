@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.cli import main
 from pipeline.compose import compose_members
@@ -201,7 +202,13 @@ def test_two_upsamplers_stand_in_a_chain(outputs: Path):
 SAMPLE = ["base", "a red circle", "--count", "2", "--guidance", "2", "--clip-guidance", "1", "--steps", "2"]
 
 
-def test_sampling_gives_the_same_bytes_for_the_same_seed_and_others_for_another(outputs: Path, tmp_path: Path):
+def test_sampling_gives_the_same_bytes_for_the_same_seed_and_others_for_another(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Two processes; whatever ran in this one before, both have one thread.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
     def arguments(name: str, seed: int) -> list[str]:
         return [*SAMPLE, "--seed", str(seed), "--outputs", str(outputs), "--output", str(tmp_path / name)]
 
@@ -348,7 +355,7 @@ def test_a_sweep_that_hydra_runs_itself_shares_stages_and_gives_its_sweeper_the_
     shown = command("run", "-m", "hydra/launcher=basic", "run.objective=prepare.train_samples", *line, "seed=1,2")
     assert "run left.0: 1 of 1 stages to do" in shown.stdout
     assert "run left.1: 0 of 1 stages to do" in shown.stdout
-    (member,) = compose_members("unclip run", [*line, "run.objective=prepare.train_samples"])
+    (member,) = compose_members("unclip run", ["run.name=left.0", *line[1:], "run.objective=prepare.train_samples"])
     assert objective_of(plan_run(member.config), []) == 54
     refused = command("run", "-m", "hydra/launcher=basic", "run.objective=prepare.los", *line, check=2).stderr
     assert "run.objective='prepare.los' is no metric; there are prepare.train_samples" in refused

@@ -86,6 +86,7 @@ def test_a_job_that_its_user_cancels_stays_cancelled(tmp_path: Path):
     assert not world.is_finished(learner)
 
 
+@pytest.mark.slow
 def test_a_job_that_starts_more_often_than_allowed_fails_and_says_so(tmp_path: Path):
     learner, job_id = world.submitted_learner(tmp_path, step_s=0.5, launch={"max_requeues": 0})
     world.wait("a checkpoint", lambda: world.is_training(learner, 1))

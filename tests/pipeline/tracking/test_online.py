@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_at_the_server(tmp_path: Path, server: WandbServer
     assert server.only_run.ended_with == [75, 0]
 
 
-@pytest.mark.parametrize("health", [Health.BROKEN, Health.SILENT])
+@pytest.mark.parametrize("health", [Health.BROKEN, pytest.param(Health.SILENT, marks=pytest.mark.slow)])
 def test_rows_that_an_outage_kept_back_are_sent_by_the_next_start(
     tmp_path: Path,
     server: WandbServer,
@@ -131,6 +131,7 @@ def test_what_an_outage_kept_back_to_the_end_is_sent_by_sync_once(
     assert sync([stage.work], server.address) == Synced()
 
 
+@pytest.mark.slow
 def test_rows_that_arrived_are_not_sent_again_where_the_sender_was_killed(tmp_path: Path, server: WandbServer):
     stage = tracked(tmp_path, ONLINE)
 
@@ -217,6 +218,7 @@ def test_kills_and_outages_at_any_moment_leave_every_row_once_and_in_order(
     assert [row["samples_seen"] for row in tiny.rows(stage) if "train/loss" in row] == every
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_loses_neither_rows_nor_the_state(tmp_path: Path, server: WandbServer):
     """Slurm's way to stop a job. W&B's own process does not outlive the signal."""
     stage = tracked(tmp_path, ONLINE, step_s=0.1, max_samples=8000)
@@ -279,6 +281,7 @@ def test_an_online_start_after_an_offline_one_sends_the_rows_of_both_in_order(tm
     assert server.only_run.summary["samples_seen"] == 80
 
 
+@pytest.mark.slow
 def test_an_offline_start_after_an_outage_is_sent_after_what_the_outage_kept_back(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ):
@@ -318,6 +321,7 @@ def test_the_run_of_a_stage_that_was_killed_just_after_it_published_is_finished_
     assert sync([stage.work], server.address) == Synced()
 
 
+@pytest.mark.slow
 def test_rows_that_are_logged_more_rarely_after_a_kill_are_neither_lost_nor_there_twice(
     tmp_path: Path, server: WandbServer
 ):

@@ -310,6 +310,7 @@ def test_a_second_ctrl_c_ends_the_worker_at_once(tmp_path: Path):
     assert process.wait(timeout=60) == 130
 
 
+@pytest.mark.slow
 def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tmp_path: Path):
     stage = frozen(tmp_path, max_samples=8 * 60, step_s=0.05, lease_s=2.0)
     run_stage(tiny.data_of(stage), threading.Event())
