@@ -17,45 +17,29 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from stage_runs import TINY as OF_THE_TESTS
 
 from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.record import without_measured
+from tests.support.tiny_runs import the_last_of_each_key
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
-NARROW_UNET = (
-    "{channels: [8, 16], layers_per_block: 1, attention: [false, false], attention_head_dim: 8, norm_groups: 4}"
-)
 STEPS = 40
-TINY = (
-    "experiment=smoke",
+TINY = the_last_of_each_key(
+    *OF_THE_TESTS,
     "run.name=tiny",
-    "tracking=none",
-    "trainer.accelerator=cpu",
-    "trainer.cpu_threads=1",
     "trainer.checkpoint_every_samples=16",
-    "trainer.log_every_steps=1",
-    "data.samples=64",
-    "data.unseen_samples=4",
-    "data.validation_fraction=0.25",
-    "stage.clip.network="
-    "{vision_width: 24, vision_layers: 1, vision_heads: 2, embed_dim: 16, text_width: 16, text_layers: 1}",
-    "stage.prior.network={layers: 1, heads: 2, head_dim: 8}",
-    f"stage.decoder.network={NARROW_UNET}",
-    "stage.decoder.image_size=16",
     "stage.decoder.clip_loss.weight=0.1",
-    f"stage.upsampler.network={NARROW_UNET}",
-    "stage.upsampler.crop_size=16",
-    "stage.judge={data: {samples: 40, validation_samples: 8, shard_samples: 24}, width: 4, global_batch_size: 8}",
-    "stage.evaluate={samples: 6, judged_samples: 4, grid_captions: 4}",
-    *(f"stage.{name}.sampler.steps=2" for name in ("prior", "decoder", "upsampler")),
-    *(f"stage.{name}.global_batch_size=8" for name in ("clip", "prior", "decoder", "upsampler", "judge_clip")),
+    "stage.judge={data: {samples: 40, validation_samples: 8, shard_samples: 24}, width: 4}",
     *(
-        f"stage.{name}.max_samples={8 * STEPS}"
+        f"stage.{name}.{key}={value}"
         for name in ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
+        for key, value in (("global_batch_size", 8), ("max_samples", 8 * STEPS))
     ),
 )
 NOT_COMPARED = {"metrics.jsonl", "manifest.json"}
@@ -118,10 +102,8 @@ def _runs_until_killed(setting: Setting, outputs: Path, rng: random.Random, long
     victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     rng.shuffle(victims)
     for victim in victims:
-        try:
+        with suppress(psutil.NoSuchProcess):
             victim.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(victims)
     process.wait()
     return False

@@ -20,9 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -65,7 +65,7 @@ def jpegs(size: int, count: int) -> Iterator[bytes]:
         yield content.getvalue()
 
 
-def write_data(directory: Path, size: int, count: int) -> None:
+def write_data(directory: Path, pictures: Iterable[bytes], shard_samples: int) -> None:
     """Shards with an index and a split in which everything trains."""
     from pipeline.data.make import make_prepared
     from pipeline.data.splits import Split
@@ -73,9 +73,9 @@ def write_data(directory: Path, size: int, count: int) -> None:
 
     samples = (
         (SourceSample(f"{number:06d}", content, "jpg", "a photograph", {}), Split.TRAIN)
-        for number, content in enumerate(jpegs(size, count))
+        for number, content in enumerate(pictures)
     )
-    make_prepared(directory, samples, SHARD_SAMPLES)
+    make_prepared(directory, samples, shard_samples)
 
 
 def shards(directory: Path) -> str:
@@ -255,7 +255,7 @@ def _throughput(temporary: Path, options: argparse.Namespace) -> None:
     print(f"| JPEG, target | ceiling, images/CPU s | {' | '.join(options.peers)} | PSNR, dB (least) |")
     print(f"|---|---|{'---|' * len(options.peers)}---|", flush=True)
     for size in sorted({size for size, _ in SIZES}):
-        write_data(temporary / str(size), size, 2000)
+        write_data(temporary / str(size), jpegs(size, 2000), SHARD_SAMPLES)
     for size, target in SIZES:
         speeds: dict[str, list[float]] = {peer: [] for peer in ("ceiling", *options.peers)}
         for _ in range(options.passes):
@@ -275,16 +275,8 @@ def _run_peer(peer: str, directory: Path, target: int, images: int) -> float:
 
 
 def _resume(temporary: Path) -> None:
-    from pipeline.data.make import make_prepared
-    from pipeline.data.splits import Split
-    from pipeline.data.write import SourceSample
-
     (content,) = jpegs(64, 1)
-    samples = (
-        (SourceSample(f"{number:06d}", content, "jpg", "a photograph", {}), Split.TRAIN)
-        for number in range(RESUME_SAMPLES)
-    )
-    make_prepared(temporary / "resume", samples, 2000)
+    write_data(temporary / "resume", repeat(content, RESUME_SAMPLES), 2000)
     print(f"\nFirst batch after a resume, {RESUME_SAMPLES:,} samples in {RESUME_SAMPLES // 2000} shards:")
     for share in (0.01, 0.5, 0.99):
         seconds = median(first_batch_s(temporary / "resume", share) for _ in range(5))

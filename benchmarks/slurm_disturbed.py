@@ -98,10 +98,7 @@ def _submit_again_if_failed(outputs: Path) -> None:
 
 
 def _is_finished(outputs: Path) -> bool:
-    return (
-        len(list(outputs.glob("artifacts/export/*/manifest.json"))) == 2
-        and len(list(outputs.glob("artifacts/evaluate/*/manifest.json"))) == 2
-    )
+    return all(len(list(outputs.glob(f"artifacts/{last}/*/manifest.json"))) == 2 for last in ("export", "evaluate"))
 
 
 def _wait_until(is_so: Callable[[], bool], meanwhile: Callable[[], None]) -> None:

@@ -143,9 +143,8 @@ def _start(program: str, arguments: list[str], *, waits: bool, default: str | No
 
 
 def _status(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("unclip status", description="Where the stages of a run or sweep stand.")
+    parser = command_parser("status", "Where the stages of a run or sweep stand.")
     parser.add_argument("run", nargs="?", help="name of a run or sweep; without it, the latest run")
-    add_outputs_option(parser)
     options = parser.parse_args(arguments)
     from rich.console import Console
 
@@ -154,7 +153,7 @@ def _status(arguments: list[str]) -> int:
     from pipeline.terminal.tables import status_table, unfinished_logs
     from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
 
-    outputs = options.outputs.absolute()
+    outputs = options.outputs
     names = run_names(outputs)
     title = options.run or (names[0] if names else "demo")
     records = read_runs(outputs, title)
@@ -181,37 +180,31 @@ def _status(arguments: list[str]) -> int:
 
 
 def _logs(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("unclip logs", description="The log of a stage, on all its starts.")
+    parser = command_parser("logs", "The log of a stage, on all its starts.")
     parser.add_argument("run", help="name of a run")
     parser.add_argument("stage", help="name of a stage")
     parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
     parser.add_argument("-n", "--lines", type=int, default=0, help="only so many lines from the end; 0: all")
-    add_outputs_option(parser)
     options = parser.parse_args(arguments)
     from pipeline.launch.launcher import launcher_named
     from pipeline.terminal.logs import show_log
     from pipeline.workflow.runs import read_run
 
-    outputs = options.outputs.absolute()
-    record = read_run(outputs, options.run)
+    record = read_run(options.outputs, options.run)
     launcher = launcher_named(record.config["launch"]["kind"])
-    show_log(launcher.log(outputs, record, options.stage), options.lines, options.follow)
+    show_log(launcher.log(options.outputs, record, options.stage), options.lines, options.follow)
     return 0
 
 
 def _cancel(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "unclip cancel", description="Cancel the jobs of a run or sweep, but for those that other runs count on."
-    )
+    parser = command_parser("cancel", "Cancel the jobs of a run or sweep, but for those that other runs count on.")
     parser.add_argument("run", help="name of a run or sweep")
-    add_outputs_option(parser)
     options = parser.parse_args(arguments)
     from pipeline.launch.launcher import launchers
     from pipeline.workflow.runs import read_runs
 
-    outputs = options.outputs.absolute()
-    records = read_runs(outputs, options.run)
-    lines = [line for launcher in launchers().values() for line in launcher.cancel(outputs, records)]
+    records = read_runs(options.outputs, options.run)
+    lines = [line for launcher in launchers().values() for line in launcher.cancel(options.outputs, records)]
     print("\n".join(lines) or f"{options.run} has no job in the queue")
     return 0
 
@@ -225,18 +218,16 @@ def _sync(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     from pipeline.report.command import add_compare_options, compare
 
-    parser = argparse.ArgumentParser("unclip compare", description="Runs side by side, from their own records.")
+    parser = command_parser("compare", "Runs side by side, from their own records.")
     add_compare_options(parser)
-    add_outputs_option(parser)
     return compare(parser.parse_args(arguments))
 
 
 def _card(arguments: list[str]) -> int:
     from pipeline.report.command import add_card_options, card
 
-    parser = argparse.ArgumentParser("unclip card", description="A run's model card, in Markdown.")
+    parser = command_parser("card", "A run's model card, in Markdown.")
     add_card_options(parser)
-    add_outputs_option(parser)
     return card(parser.parse_args(arguments))
 
 
@@ -250,9 +241,13 @@ def _shards(arguments: list[str]) -> int:
     return shards_command(arguments)
 
 
-def add_outputs_option(parser: argparse.ArgumentParser) -> None:
-    """`--outputs`: where runs are, for the commands that compose no config."""
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="paths.outputs of the run")
+def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """For a command that composes no config: it has `--outputs`, an absolute path, which says where runs are."""
+    parser = argparse.ArgumentParser(f"unclip {command}", description=description)
+    parser.add_argument(
+        "--outputs", type=lambda text: Path(text).absolute(), default="outputs", help="paths.outputs of the run"
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -65,14 +65,13 @@ def compose_members(program: str, arguments: Sequence[str], *, default: str | No
         if file is not None:
             return _compose_points(program, arguments, _points_in(file, typed))
         if not set(_MULTIRUN) & set(arguments):
-            return [_member(config, tuple(map(_as_typed, task))) for config, task in _compose(program, arguments)]
+            return [_member(config, task) for config, task in _compose(program, arguments)]
         points = _points_of_sweep(arguments)
         if points is not None:
             fixed = [each for each in arguments if each not in _MULTIRUN and not _is_swept(each)]
             return _compose_points(program, fixed, points)
         # A sweep over config groups, or by another sweeper: Hydra composes each member from its files.
-        composed = _compose(program, arguments)
-        return _numbered([_member(config, tuple(map(_as_typed, task))) for config, task in composed])
+        return _numbered([_member(config, task) for config, task in _compose(program, arguments)])
 
 
 def is_left_to_hydra(arguments: Sequence[str]) -> bool:
@@ -95,7 +94,7 @@ def _run_job(config: DictConfig) -> float | None:
     from pipeline.workflow.plan import plan_run
 
     job = HydraConfig.get()
-    member = _member(config, tuple(map(_as_typed, job.overrides.task)))
+    member = _member(config, job.overrides.task)
     named = member.config.model_copy(update={"run": _run_of_member(member.config.run, int(job.job.num))})
     plan = plan_run(named, member.overrides)
     return objective_of(plan, start([plan], Display(), waits=True))
@@ -140,14 +139,12 @@ def _compose_points(program: str, fixed: list[str], points: list[list[str]]) -> 
     """The members of a sweep: what they have in common is composed once, unless they choose config groups."""
     if any(_chooses_a_group(each) for point in points for each in point):
         composed = [_compose(program, [*fixed, *point]) for point in points]
-        return _numbered([_member(config, tuple(map(_as_typed, task))) for [(config, task)] in composed])
+        return _numbered([_member(config, task) for [(config, task)] in composed])
     common = _compose(program, fixed)
     if not common:
         return []
     ((config, task),) = common
-    return _numbered(
-        [_member(_changed(config, point), tuple(map(_as_typed, [*task, *point]))) for point in points]
-    )  # fmt: skip
+    return _numbered([_member(_changed(config, point), [*task, *point]) for point in points])
 
 
 def _changed(config: DictConfig, point: list[str]) -> DictConfig:
@@ -240,7 +237,7 @@ def _is_override(argument: str) -> bool:
     return "=" in argument and not argument.startswith("-")
 
 
-def _member(config: DictConfig, overrides: tuple[str, ...]) -> Member:
+def _member(config: DictConfig, task: Sequence[str]) -> Member:
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict), "a composed config is a mapping"
     checked = validate(RunConfig, {str(key): value for key, value in values.items()})
@@ -248,7 +245,7 @@ def _member(config: DictConfig, overrides: tuple[str, ...]) -> Member:
     secret = find_secret(checked.model_dump(mode="json"))
     if secret is not None:
         raise UserError(secret)
-    return Member(checked, overrides)
+    return Member(checked, tuple(map(_as_typed, task)))
 
 
 def _numbered(members: list[Member]) -> list[Member]:

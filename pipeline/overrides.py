@@ -60,21 +60,17 @@ def with_plain_keys(override: str) -> str:
 def brace_pattern(values: Sequence[str]) -> str | None:
     """The shortest pattern of braces that a shell spells out as these values, in their order; None without one."""
     sizes = [size for size in range(2, len(values) // 2 + 1) if len(values) % size == 0]
-    candidates = [_one_brace(values), *(_one_brace(_brace_of_each(values, size)) for size in sizes)]
+    parts = ([_one_brace(values[at : at + size]) for at in range(0, len(values), size)] for size in sizes)
+    candidates = [_one_brace(values), *map(_one_brace, parts)]
     return next((each for each in sorted(candidates, key=len) if _expanded(each) == list(values)), None)
 
 
-def _by_key(arguments: Sequence[str]) -> dict[str, list[str]]:
-    given: dict[str, list[str]] = {}
-    for argument in arguments:
-        key = key_of(argument)
-        if key is not None:
-            given.setdefault(key, []).append(argument)
-    return given
-
-
 def _repeated(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    return ((key, given) for key, given in _by_key(arguments).items() if len(given) > 1)
+    by_key: dict[str, list[str]] = {}
+    for argument in arguments:
+        if (key := key_of(argument)) is not None:
+            by_key.setdefault(key, []).append(argument)
+    return ((key, given) for key, given in by_key.items() if len(given) > 1)
 
 
 def _given(key: str, repeated: Sequence[str], remedy: str) -> str:
@@ -121,10 +117,6 @@ def _shared_start(values: Sequence[str]) -> str:
     least, greatest = min(values), max(values)
     differ = (place for place, (one, other) in enumerate(zip(least, greatest, strict=False)) if one != other)
     return least[: next(differ, len(least))]
-
-
-def _brace_of_each(values: Sequence[str], size: int) -> list[str]:
-    return [_one_brace(values[first : first + size]) for first in range(0, len(values), size)]
 
 
 def _range(middles: Sequence[str]) -> str | None:

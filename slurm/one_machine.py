@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from string import Template
 from types import FrameType
 
 import psutil
@@ -39,6 +40,7 @@ import psutil
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 FOR_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 PACKAGES = "slurmctld slurmd slurm-client munge"
+CONFIGURATION = Path(__file__).with_suffix(".conf")
 SECONDS_TO_START = 180.0
 SECONDS_BEFORE_A_RESTART = 5.0
 PORTS = range(30000, 32768)
@@ -139,55 +141,12 @@ class Cluster:
             "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=16384 Gres=gpu:2 State=UNKNOWN"
             for node in self._nodes
         )
-        self.conf.write_text(f"""\
-ClusterName=one_machine
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={self._free_port()}
-SlurmUser={me}
-SlurmdUser={me}
-AuthType=auth/munge
-CredType=cred/munge
-AuthInfo=socket={here}/run/munge.sock,cred_expire=5
-StateSaveLocation={here}/state
-SlurmdSpoolDir={here}/spool/%n
-SlurmctldPidFile={here}/run/slurmctld.pid
-SlurmdPidFile={here}/run/%n.pid
-SlurmctldLogFile={here}/log/slurmctld
-SlurmdLogFile={here}/log/%n
-MailProg=/bin/true
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=task=5
-MpiDefault=none
-SwitchType=switch/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
-SlurmdParameters=config_overrides
-PropagateResourceLimits=NONE
-SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
-JobRequeue=1
-ReturnToService=2
-SlurmdTimeout=60
-SlurmctldTimeout=60
-MessageTimeout=20
-InactiveLimit=0
-KillWait=5
-CompleteWait=0
-MinJobAge=900
-MaxArraySize=1001
-FirstJobId={random.randrange(1, 60000)}
-GresTypes=gpu
-{loopback}
-{accounting}
-{nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=100 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
-PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=100 PriorityTier=10 PreemptMode=OFF State=UP
-""")  # noqa: E501
+        template = Template(CONFIGURATION.read_text(encoding="utf-8"))
+        configuration = template.substitute(
+            host=host, me=me, here=here, port=self._free_port(), first_job=random.randrange(1, 60000),
+            loopback=loopback, accounting=accounting, nodes=nodes,
+        )  # fmt: skip
+        self.conf.write_text(configuration)
         names = f"node[1-{len(self._nodes)}]"
         (here / "gres.conf").write_text(
             f"NodeName={names} Name=gpu File=/dev/null\nNodeName={names} Name=gpu File=/dev/zero\n"
@@ -267,7 +226,7 @@ def _serve(cluster: Cluster, command: list[str]) -> int:
     if command:
         return subprocess.run(command, check=False, env={**os.environ, "SLURM_CONF": str(cluster.conf)}).returncode
     print(f"export SLURM_CONF={cluster.conf}", flush=True)
-    if sys.stdin.isatty() or not _is_pipe(sys.stdin.fileno()):
+    if sys.stdin.isatty() or not stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
         signal.pause()
     select.select([sys.stdin], [], [])
     return 0
@@ -303,10 +262,8 @@ def _kill(processes: list[psutil.Process]) -> None:
     """Kill processes and whatever they leave behind, until nothing is left."""
     while processes:
         for process in processes:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(processes, timeout=5)
         processes = [each for each in psutil.Process().children(recursive=True) if not _is_dead(each)]
 
@@ -318,10 +275,6 @@ def _find(program: str) -> str | None:
 def _is_open(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _is_pipe(descriptor: int) -> bool:
-    return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
 
 
 def _host() -> str:

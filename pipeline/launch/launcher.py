@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from rich.console import RenderableType
 
@@ -90,7 +89,8 @@ class Launcher(ABC):
 
 def launchers() -> dict[str, Launcher]:
     """Every launcher by its kind."""
-    modules = {each.name: _module(each.name) for each in pkgutil.iter_modules(pipeline.launch.__path__)}
+    names = [each.name for each in pkgutil.iter_modules(pipeline.launch.__path__)]
+    modules = {name: importlib.import_module(f"{pipeline.launch.__name__}.{name}") for name in names}
     return {name: module.LAUNCHER for name, module in modules.items() if hasattr(module, "LAUNCHER")}
 
 
@@ -107,7 +107,3 @@ def launcher_of(config: RunConfig) -> Launcher:
     launcher = launcher_named(config.launch.get("kind"))
     validate(launcher.settings, config.launch, "launch")
     return launcher
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{pipeline.launch.__name__}.{name}")

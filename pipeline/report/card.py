@@ -75,7 +75,8 @@ def _summary(comparison: Comparison, run: RunReport) -> str:
     hours = (
         f"{format_duration(cost.duration_s)} of training and evaluation, {format_hours(cost.device_hours)} device-hours"
     )
-    return f"Run `{_code(run.name)}`, started {_escaped(run.record.started_at)}: {state}, made{made} in {hours}."
+    name = run.name.replace("`", "")
+    return f"Run `{name}`, started {_escaped(run.record.started_at)}: {state}, made{made} in {hours}."
 
 
 def _licence_id(run: RunReport) -> str:
@@ -207,7 +208,3 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\&", "&amp;")
-
-
-def _code(text: str) -> str:
-    return text.replace("`", "")

@@ -32,7 +32,7 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
 
 def compare(options: argparse.Namespace) -> int:
     """Print the table, CSV or JSON, and write the HTML file where one is asked for."""
-    outputs = options.outputs.absolute()
+    outputs = options.outputs
     selection = select_runs(outputs, options.runs)
     comparison = read_comparison(outputs, selection.records)
     sweep = comparison.only(selection.members)
@@ -80,10 +80,9 @@ def card(options: argparse.Namespace) -> int:
     """Write the card and say where."""
     from pipeline.report.card import write_card
 
-    outputs = options.outputs.absolute()
     if options.output is not None:
         _require_directory(options.output)
-    comparison = read_comparison(outputs, [read_run(outputs, options.run)])
+    comparison = read_comparison(options.outputs, [read_run(options.outputs, options.run)])
     try:
         written = write_card(comparison, options.output)
     except OSError as error:

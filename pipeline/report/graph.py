@@ -3,7 +3,7 @@
 A stage's inputs serve at least the runs that it serves itself, so boxes of runs form a graph without cycles.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.report.records import Comparison, StageReport
 
@@ -73,7 +73,8 @@ def sharing_graph(comparison: Comparison) -> Graph:
         bottoms[column] = top + boxes[users].height + ROW_GAP
     height = max(bottoms.values(), default=MARGIN) - ROW_GAP
     centred = {
-        users: _lowered(box, (height - (bottoms[columns[users]] - ROW_GAP)) // 2) for users, box in boxes.items()
+        users: replace(box, top=box.top + (height - (bottoms[columns[users]] - ROW_GAP)) // 2)
+        for users, box in boxes.items()
     }
     edges = [(centred[source], centred[users]) for users, sources in inputs.items() for source in sources]
     width = max((box.right for box in boxes.values()), default=0) + MARGIN
@@ -116,7 +117,3 @@ def _columns(inputs: dict[_Users, list[_Users]]) -> dict[_Users, int]:
     for users in inputs:
         column(users)
     return found
-
-
-def _lowered(box: Box, by: int) -> Box:
-    return Box(box.users, box.stages, box.left, box.top + by)

@@ -53,11 +53,15 @@ class PictureTable:
     whole: tuple[tuple[tuple[str, ...], Picture], ...]
 
 
+_Cells = dict[tuple[str, int], tuple[int | None, tuple[Picture, ...]]]
+"""(caption, its how-manieth) -> seed and pictures."""
+
+
 @dataclass(frozen=True)
 class _Grid:
     users: tuple[str, ...]
     note: str
-    cells: dict[tuple[str, int], tuple[int | None, tuple[Picture, ...]]]
+    cells: _Cells
 
 
 def picture_tables(comparison: Comparison) -> list[PictureTable]:
@@ -103,11 +107,9 @@ def _table(comparison: Comparison, name: str, sources: list[tuple[StageReport, P
     return PictureTable(name, heads, notes, tuple(rows), max(0, left_out), tuple(whole))
 
 
-def _cut(
-    image: Image.Image, layout: GridLayout, captions: int
-) -> dict[tuple[str, int], tuple[int | None, tuple[Picture, ...]]]:
-    """(caption, its how-manieth) -> seed and pictures, at their true size where the grid shows them enlarged."""
-    cells: dict[tuple[str, int], tuple[int | None, tuple[Picture, ...]]] = {}
+def _cut(image: Image.Image, layout: GridLayout, captions: int) -> _Cells:
+    """The cells of a grid, with pictures at their true size where the grid shows them enlarged."""
+    cells: _Cells = {}
     repeated: Counter[str] = Counter()
     for number, caption in enumerate(layout.captions[:captions]):
         pictures = []

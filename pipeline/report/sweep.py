@@ -96,7 +96,9 @@ def effects(comparison: Comparison, metric: str, varied: Mapping[str, list[str]]
 
 def settings(comparison: Comparison, metric: str, varied: Mapping[str, list[str]] | None = None) -> Effect | None:
     """The members by all their parameters but seeds, repetitions together; None where fewer than two are varied."""
-    varied = {key: labels for key, labels in (varied or parameters(comparison)).items() if not _is_seed(key)}
+    varied = {
+        key: labels for key, labels in (varied or parameters(comparison)).items() if key.rpartition(".")[2] != "seed"
+    }
     if len(varied) < 2:
         return None
     labels = [
@@ -176,11 +178,9 @@ def _measured(comparison: Comparison, metric: str) -> _Measured:
 
 
 def _value(stage: StageReport, name: str) -> float | None:
-    return stage.metrics[name] if name in stage.metrics else _MEASURES.get(name, _nothing)(stage)
-
-
-def _nothing(_stage: StageReport) -> None:
-    return None
+    if name in stage.metrics:
+        return stage.metrics[name]
+    return _MEASURES[name](stage) if name in _MEASURES else None
 
 
 _MEASURES: Mapping[str, Callable[[StageReport], float | None]] = {
@@ -200,10 +200,6 @@ def _levels(order: Sequence[str], labels: Sequence[str], measured: _Measured) ->
         points = [Point(tuple(runs), value) for runs in sharing.values() if (value := measured[runs[0]][1]) is not None]
         found.append(Level(label, tuple(points), len(numbers), len(sharing)))
     return tuple(found)
-
-
-def _is_seed(key: str) -> bool:
-    return key.rpartition(".")[2] == "seed"
 
 
 def _number(label: str) -> float | None:

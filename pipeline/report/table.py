@@ -3,10 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from pipeline.errors import UserError
 from pipeline.report.differences import differing_settings
@@ -151,19 +153,10 @@ def table_json(comparison: Comparison) -> str:
         })  # fmt: skip
     total = {"duration_s": everything.duration_s, "device_hours": everything.device_hours}
     content = {"runs": runs, "total_shared_once": total, "better": better}
-    return json.dumps(_json_value(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _json_value(value: Any) -> Any:
-    match value:
-        case Mapping():
-            return {key: _json_value(each) for key, each in value.items()}
-        case list() | tuple():
-            return [_json_value(each) for each in value]
-        case float():
-            return finite(value)
-        case _:
-            return value
+    return (
+        json.dumps(to_jsonable_python(content, inf_nan_mode="null"), indent=2, ensure_ascii=False, allow_nan=False)
+        + "\n"
+    )
 
 
 def _stage_json(comparison: Comparison, run: RunReport, stage: StageReport) -> dict[str, Any]:
@@ -183,86 +176,64 @@ def _stage_json(comparison: Comparison, run: RunReport, stage: StageReport) -> d
 
 
 def _stage_columns(comparison: Comparison, name: str, better: dict[str, Better]) -> list[Column]:
-    stages = [run.stage(name) for run in comparison.runs]
     metrics = dict.fromkeys(
-        metric for stage in stages if stage for metric in stage.metrics if not is_bound(metric, stage.metrics)
+        metric
+        for run in comparison.runs
+        if (stage := run.stage(name))
+        for metric in stage.metrics
+        if not is_bound(metric, stage.metrics)
     )
     found = []
     for quantity in (Quantity.STATE, Quantity.TIME, Quantity.COST, Quantity.SAMPLES):
-        cells = [_quantity_cell(comparison, run, quantity, name) for run in comparison.runs]
-        direction = Better.LOW if quantity in (Quantity.TIME, Quantity.COST) else None
-        title = quantity.value.replace("_s", "").replace("_", " ") if quantity is Quantity.TIME else quantity.value
-        is_headline = quantity in (Quantity.TIME, Quantity.COST)
-        key = f"{name}.{quantity.value}"
-        found.append(_column(key, name, title.replace("_", " "), quantity, direction, is_headline, cells, stages))
+        is_cost = quantity in (Quantity.TIME, Quantity.COST)
+        direction = Better.LOW if is_cost else None
+        found.append(_column(comparison, name, quantity, quantity.value, direction, is_headline=is_cost))
     for place, metric in enumerate(metrics):
-        cells = [_metric_cell(comparison, run, name, metric) for run in comparison.runs]
-        key = f"{name}.{metric}"
-        found.append(
-            _column(key, name, metric, Quantity.METRIC, better.get(key), place < HEADLINES, cells, stages)
-        )  # fmt: skip
+        direction = better.get(f"{name}.{metric}")
+        found.append(_column(comparison, name, Quantity.METRIC, metric, direction, is_headline=place < HEADLINES))
     return found
 
 
 def _column(
-    key: str,
-    stage: str,
-    title: str,
-    quantity: Quantity,
-    better: Better | None,
-    is_headline: bool,
-    cells: Sequence[Cell],
-    stages: Sequence[StageReport | None],
+    comparison: Comparison, name: str, quantity: Quantity, measure: str, better: Better | None, *, is_headline: bool
 ) -> Column:
-    """A column with its best marked: of finished stages with a finite number, and only where they are not all alike."""
-    ready = [
-        value
-        for cell, stage in zip(cells, stages, strict=True)
-        if stage is not None and stage.is_finished and (value := finite(cell.value)) is not None
-    ]
-    best = None
-    if better is not None and len(set(ready)) > 1:
-        best = min(ready) if better is Better.LOW else max(ready)
-    marked = [
-        Cell(
-            cell.value, cell.text, best is not None and cell.value == best and stage is not None and stage.is_finished,
-            cell.shared_with, cell.low, cell.high,
-        )
-        for cell, stage in zip(cells, stages, strict=True)
-    ]  # fmt: skip
-    return Column(key, stage, title, quantity, better, is_headline, tuple(marked))
+    """A column with its best marked: of finished stages with a finite number, and only where they are not all alike.
+
+    `measure` is the metric's name, or the quantity's.
+    """
+    cells = [_cell(comparison, run, name, quantity, measure) for run in comparison.runs]
+    finished = [stage is not None and stage.is_finished for stage in (run.stage(name) for run in comparison.runs)]
+    ready = {finite(cell.value) for cell, is_ready in zip(cells, finished, strict=True) if is_ready} - {None}
+    if better is not None and len(ready) > 1:
+        best = (min if better is Better.LOW else max)(value for value in ready if value is not None)
+        cells = [
+            replace(cell, is_best=is_ready and cell.value == best)
+            for cell, is_ready in zip(cells, finished, strict=True)
+        ]
+    title = measure if quantity is Quantity.METRIC else measure.removesuffix("_s").replace("_", " ")
+    return Column(f"{name}.{measure}", name, title, quantity, better, is_headline, tuple(cells))
 
 
-def _quantity_cell(comparison: Comparison, run: RunReport, quantity: Quantity, name: str) -> Cell:
+def _cell(comparison: Comparison, run: RunReport, name: str, quantity: Quantity, measure: str) -> Cell:
     stage = run.stage(name)
-    if stage is None:
+    if stage is None or (quantity is Quantity.METRIC and measure not in stage.metrics):
         return Cell(None, "")
     shared = tuple(comparison.shared_with(run, stage))
-    if quantity is Quantity.STATE:
-        return Cell(None, stage.state.value, shared_with=shared)
-    if quantity is Quantity.TIME:
-        text = "" if stage.duration_s is None else format_duration(stage.duration_s)
-        return Cell(stage.duration_s, text, shared_with=shared)
-    if quantity is Quantity.COST:
-        return Cell(stage.device_hours, format_hours(stage.device_hours), shared_with=shared)
-    return Cell(float(stage.samples_seen), f"{stage.samples_seen:,}", shared_with=shared)
-
-
-def _metric_cell(comparison: Comparison, run: RunReport, name: str, metric: str) -> Cell:
-    stage = run.stage(name)
-    value = stage.metrics.get(metric) if stage else None
-    if stage is None or value is None:
-        return Cell(None, "")
-    low, high = stage.metrics.get(f"{metric}_low"), stage.metrics.get(f"{metric}_high")
-    is_interval = is_bound(f"{metric}_low", stage.metrics)
-    shared = tuple(comparison.shared_with(run, stage))
-    return Cell(
-        value,
-        format_number(value),
-        shared_with=shared,
-        low=low if is_interval else None,
-        high=high if is_interval else None,
-    )
+    match quantity:
+        case Quantity.STATE:
+            return Cell(None, stage.state.value, shared_with=shared)
+        case Quantity.TIME:
+            text = "" if stage.duration_s is None else format_duration(stage.duration_s)
+            return Cell(stage.duration_s, text, shared_with=shared)
+        case Quantity.COST:
+            return Cell(stage.device_hours, format_hours(stage.device_hours), shared_with=shared)
+        case Quantity.SAMPLES:
+            return Cell(float(stage.samples_seen), f"{stage.samples_seen:,}", shared_with=shared)
+        case Quantity.METRIC:
+            value = stage.metrics[measure]
+            is_interval = is_bound(f"{measure}_low", stage.metrics)
+            low, high = (stage.metrics[f"{measure}_{end}"] if is_interval else None for end in ("low", "high"))
+            return Cell(value, format_number(value), shared_with=shared, low=low, high=high)
 
 
 def format_hours(hours: float | None) -> str:

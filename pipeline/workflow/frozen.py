@@ -55,6 +55,11 @@ class FrozenStage(Settings):
         return self.store.work(self.stage, self.fingerprint)
 
     @property
+    def needs(self) -> list[StageKey]:
+        """The stages whose artifacts are its inputs."""
+        return [(each.stage, each.fingerprint) for references in self.inputs.values() for each in references]
+
+    @property
     def declaration(self) -> StageDeclaration:
         """The declaration of this stage's class."""
         return resolve(self.catalog).stages[self.kind]

@@ -19,7 +19,7 @@ from pipeline.workflow.batch_shape import check_batch
 from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, resolve
 from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
-from pipeline.workflow.graph import Graph, Node, build_graph, declaration_of
+from pipeline.workflow.graph import Node, build_graph, declaration_of
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
 
 MAX_DIFFERENCES_SHOWN = 3
@@ -98,11 +98,7 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     planned: dict[str, PlannedStage] = {}
     for node in graph:
         planned[node.name] = _plan_stage(node, valid[node.name].trainer, planned, config, store, overrides)
-    return Plan(config, store, _in_workflow_order(graph, planned), overrides)
-
-
-def _in_workflow_order(graph: Graph, planned: Mapping[str, PlannedStage]) -> tuple[PlannedStage, ...]:
-    return tuple(planned[node.name] for node in graph)
+    return Plan(config, store, tuple(planned.values()), overrides)
 
 
 def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, catalog: Catalog) -> _ValidStage:

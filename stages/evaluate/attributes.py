@@ -90,7 +90,8 @@ class AttributeAccuracy:
             f"|---{'|---' * len(columns)}|",
         ]
         for group, estimates in self.estimates().items():
-            cells = [_in_per_cent(estimates[name]) for name in columns]
+            found = [estimates[name] for name in columns]
+            cells = [f"{100 * each.value:.1f} ({100 * each.low:.0f}-{100 * each.high:.0f})" for each in found]
             lines.append(f"| {group} ({len(torch.cat(self._right[group]))}) | {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
@@ -101,7 +102,3 @@ def _estimates(right: Tensor) -> dict[str, Estimate]:
         ALL_RIGHT: proportion(right.all(1)),
         **{attribute.value: proportion(right[:, place]) for place, attribute in enumerate(CLASSES)},
     }
-
-
-def _in_per_cent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.0f}-{100 * estimate.high:.0f})"

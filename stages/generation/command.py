@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pipeline.cli import add_outputs_option
+from pipeline.cli import command_parser
 from pipeline.config import SEED_LIMIT, TrainerSettings
 from pipeline.data.mixing import named_seed
 from pipeline.errors import UserError
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parse, load the run's networks, sample, write."""
     options = _parser().parse_args(arguments)
     _check(options)
-    outputs = options.outputs.absolute()
+    outputs = options.outputs
     record = read_run(outputs, options.run)
     artifacts = run_artifacts(outputs, record)
     unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("unclip sample", description="Pictures from captions by the networks of a run.")
+    parser = command_parser("sample", "Pictures from captions by the networks of a run.")
     parser.add_argument("run", help="name of a finished run")
     parser.add_argument("captions", nargs="+", metavar="caption")
     parser.add_argument("--count", type=int, default=1, help="pictures for each caption")
@@ -71,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-guidance", type=float, metavar="S", help="scale of the CLIP similarity's gradient")
     parser.add_argument("--steps", type=int, help="sampling steps of the decoder")
     parser.add_argument("--output", type=Path, help="directory for the PNGs (default: runs/RUN/samples)")
-    add_outputs_option(parser)
     return parser
 
 

@@ -32,9 +32,8 @@ def most_at_once(plans: Sequence[Plan]) -> int:
     for plan in plans:
         for stage in plan.stages:
             assert stage.frozen is not None, "a plan with blocked stages is not run"
-            inputs = [each for references in stage.frozen.inputs.values() for each in references]
-            before = (depths[each.stage, each.fingerprint] for each in inputs)
-            depths[stage.name, stage.frozen.fingerprint] = 1 + max(before, default=0)
+            before = max((depths[key] for key in stage.frozen.needs), default=0)
+            depths[stage.name, stage.frozen.fingerprint] = 1 + before
     found = list(depths.values())
     return max(map(found.count, set(found)), default=1)
 

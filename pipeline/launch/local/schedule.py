@@ -37,11 +37,6 @@ class Task:
         return self.frozen.stage, self.frozen.fingerprint
 
     @property
-    def needs(self) -> list[StageKey]:
-        """What has to be there before."""
-        return [(each.stage, each.fingerprint) for found in self.frozen.inputs.values() for each in found]
-
-    @property
     def is_free(self) -> bool:
         """Whether no other command works on the stage."""
         with suppress(StageLost):  # the stage's own process finds that again, and says it
@@ -117,13 +112,13 @@ class Schedule:
         for task in list(self._pending):
             if self._is_stopping:
                 return
-            ended = [self._outcomes[key] for key in task.needs if key in self._outcomes]
+            ended = [self._outcomes[key] for key in task.frozen.needs if key in self._outcomes]
             lost = [each.stage for each in ended if each.outcome in (Outcome.FAILED, Outcome.SKIPPED)]
             if lost:
                 self._pending.remove(task)
                 self._display.skip(task.title, lost)
                 self._settle(task, Outcome.SKIPPED)
-            elif len(ended) == len(task.needs) and self._is_free(task):
+            elif len(ended) == len(task.frozen.needs) and self._is_free(task):
                 share = self._devices.take(task.frozen)
                 if share is not None:
                     self._pending.remove(task)

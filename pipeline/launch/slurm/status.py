@@ -10,6 +10,7 @@ from pipeline.launch.slurm.submit import one_submission_at_a_time
 from pipeline.terminal.tables import stage_state
 from pipeline.terminal.words import progress_line
 from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.runs import RunRecord, RunStage
@@ -89,13 +90,11 @@ def cancel_runs(outputs: Path, records: Sequence[RunRecord]) -> Cancellation:
 
 
 def _stages_with_members(records: Sequence[RunRecord]) -> list[tuple[RunStage, tuple[str, ...]]]:
-    members: dict[tuple[str, str], list[str]] = {}
-    stages: dict[tuple[str, str], RunStage] = {}
+    found: dict[StageKey, tuple[RunStage, list[str]]] = {}
     for record in records:
         for stage in record.stages:
-            stages.setdefault((stage.name, stage.fingerprint), stage)
-            members.setdefault((stage.name, stage.fingerprint), []).append(record.name)
-    return [(stage, tuple(members[key])) for key, stage in stages.items()]
+            found.setdefault((stage.name, stage.fingerprint), (stage, []))[1].append(record.name)
+    return [(stage, tuple(members)) for stage, members in found.values()]
 
 
 def _status(

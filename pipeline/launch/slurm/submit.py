@@ -14,8 +14,7 @@ from pipeline.errors import UserError
 from pipeline.launch.identity import this_process
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.batch import BatchJob, render
-from pipeline.launch.slurm.jobs import JobRecord as Record
-from pipeline.launch.slurm.jobs import KnownJob, look_up, new_token, write_record
+from pipeline.launch.slurm.jobs import JobRecord, KnownJob, look_up, new_token, write_record
 from pipeline.launch.slurm.lanes import Lanes
 from pipeline.launch.slurm.settings import SlurmLaunch, SlurmResources
 from pipeline.workflow.declaration import resolve
@@ -88,15 +87,10 @@ def plan_jobs(plans: Sequence[Plan]) -> list[PlannedJob]:
             frozen = stage.frozen
             assert frozen is not None, "a plan with blocked stages has no jobs"
             resources = launch.resources_of(stage.name, stage.kind)
-            needs = tuple(
-                (each.stage, each.fingerprint)
-                for references in frozen.inputs.values()
-                for each in references
-                if (each.stage, each.fingerprint) in wanted_by
-            )
+            needs = dict.fromkeys(key for key in frozen.needs if key in wanted_by)
             jobs[_key(stage)] = PlannedJob(
                 frozen, frozen.group, tuple(wanted_by[_key(stage)]), resources,
-                tuple(dict.fromkeys(needs)), render(frozen, resources),
+                tuple(needs), render(frozen, resources),
             )  # fmt: skip
     return list(jobs.values())
 
@@ -142,7 +136,7 @@ def _submit(
     dependencies = [f"afterok:{_joined(after)}"] if after else []
     if lane is not None and (waits_for := lanes.jobs_of(lane)):
         dependencies.append(f"afterany:{_joined(waits_for)}")
-    record = Record(
+    record = JobRecord(
         number=1 if known is None else known.record.number + 1,
         token=new_token(),
         name=job.batch.name,
