@@ -84,6 +84,7 @@ def run_by_hydra(program: str, arguments: Sequence[str]) -> None:
     refuse_repeated_keys(arguments)
     line = with_override(list(map(_readable, arguments)), "hydra.sweep.dir=${paths.outputs}/hydra/${run.name}")
     with _errors_of_one_line(), _command_line(program, line):
+        _require_choices(line)
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(_run_job)()
 
 
@@ -115,6 +116,7 @@ def registered_commands() -> Mapping[str, str]:
 
 def _compose(program: str, arguments: list[str]) -> list[tuple[DictConfig, list[str]]]:
     """Let Hydra compose a command line: each config with its overrides."""
+    _require_choices(arguments)
     composed: list[tuple[DictConfig, list[str]]] = []
 
     def collect(config: DictConfig) -> None:
@@ -231,6 +233,16 @@ def _without_members_option(arguments: list[str]) -> tuple[Path | None, list[str
 def _chooses_a_group(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0]
     return "@" in key or "/" in key or (CONFIG_DIRECTORY / key).is_dir()
+
+
+def _require_choices(arguments: Sequence[str]) -> None:
+    """Refuse `data=null` and `data=3`, of which Hydra tells in a traceback."""
+    chosen = [each for each in arguments if _is_override(each) and _chooses_a_group(each)]
+    for override in OverridesParser.create().parse_overrides(chosen):
+        value = override.value()
+        if any(each is None or isinstance(each, int | float) for each in getattr(value, "list", [value])):
+            names = sorted(path.stem for path in (CONFIG_DIRECTORY / override.key_or_group).glob("*.yaml"))
+            raise UserError(f"{override.input_line!r} names no choice; there are {', '.join(names)}")
 
 
 def _is_override(argument: str) -> bool:

@@ -199,3 +199,12 @@ def test_every_registered_command_can_be_imported():
     commands = registered_commands()
     assert "sample" in commands
     assert all(callable(resolve(function)) for function in commands.values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["data=null"], ["+data=null"], ["data=3"], ["data=true"], ["-m", "data=null,scenes"], ["model/unet@stage.x=null"]],
+)
+def test_a_group_that_is_given_no_name_is_refused_with_its_choices(line: list[str]):
+    with pytest.raises(UserError, match=r"'[^']+' names no choice; there are .*(scenes|demo_decoder)"):
+        compose_members("unclip plan", line)
