@@ -56,6 +56,11 @@ class Devices:
     _taken: int = 0
     _load: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a place is left; the GPUs behind it may not be enough for a stage."""
+        return self._taken < self.places
+
     def take(self, stage: FrozenStage) -> Share | None:
         """A share for a stage: a place and a GPU for each of its devices. None where there is no room now."""
         wanted = stage.tasks.per_node

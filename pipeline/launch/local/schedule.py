@@ -118,7 +118,8 @@ class Schedule:
                 self._pending.remove(task)
                 self._display.skip(task.title, lost)
                 self._settle(task, Outcome.SKIPPED)
-            elif len(ended) == len(task.frozen.needs) and self._is_free(task):
+            # Room first: whether a stage is free is asked of the disk.
+            elif self._devices.has_room and len(ended) == len(task.frozen.needs) and self._is_free(task):
                 share = self._devices.take(task.frozen)
                 if share is not None:
                     self._pending.remove(task)

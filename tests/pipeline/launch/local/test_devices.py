@@ -56,6 +56,16 @@ def test_more_places_than_gpus_share_them_evenly(tmp_path: Path):
     assert gpus == [("0",), ("1",), ("0",), ("1",)]
 
 
+def test_there_is_room_until_every_place_is_taken_and_again_when_one_is_given_back(tmp_path: Path):
+    devices = Devices(2, (), cores=2)
+    first, second = devices.take(stage(tmp_path)), devices.take(stage(tmp_path))
+    assert first is not None
+    assert second is not None
+    assert not devices.has_room
+    devices.give_back(second)
+    assert devices.has_room
+
+
 def test_a_stage_on_the_cpu_takes_no_gpu(tmp_path: Path):
     devices = Devices(2, ("0",), cores=2)
     assert devices.take(stage(tmp_path, accelerator="cpu")) == Share(1, ())
