@@ -194,6 +194,11 @@ class ResumeAtSamples(pl.Callback):
             progress[part] |= dict.fromkeys(("ready", "started", "processed", "completed"), self._done)
 
 
+def is_row_due(trainer: pl.Trainer, settings: TrainerSettings) -> bool:
+    """Whether the step just taken is one after which a row is written."""
+    return trainer.global_step % settings.log_every_steps == 0 or trainer.global_step == trainer.max_steps
+
+
 def crosses(every: int | None, samples_seen: int, batch: int) -> bool:
     """Whether the step that ended at `samples_seen` reached a multiple of `every`."""
     return every is not None and samples_seen // every > (samples_seen - batch) // every

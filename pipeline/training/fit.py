@@ -3,9 +3,12 @@
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
+from typing_extensions import override
 
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
@@ -97,7 +100,7 @@ def _assemble(
     settings = context.frozen.trainer
     steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
     measurements = Measurements(clock, settings.precision)
-    trainer = pl.Trainer(
+    return _Trainer(
         accelerator=accelerator_of(settings),
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -112,7 +115,7 @@ def _assemble(
         callbacks=[
             SeedEveryStep(context.frozen.seed),
             ResumeAtSamples(steps_done, shape.accumulation),
-            NonFiniteGuard(context, images, module.stage_settings.optimizer.non_finite),
+            NonFiniteGuard(context, settings, images, module.stage_settings.optimizer.non_finite),
             measurements,
             Rows(context, settings, images, measurements),
             validation,
@@ -127,10 +130,22 @@ def _assemble(
         use_distributed_sampler=False,
         default_root_dir=context.work,
     )
-    # Its own handler of SIGTERM ends `fit` in mid-step as if it were finished, and broadcasts from inside the handler.
-    # Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    return trainer
+
+
+class _NoSignals(_SignalConnector):
+    @override
+    def register_signal_handlers(self) -> None:
+        """Leave signals alone. Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
+
+        Lightning's handler of SIGTERM ends `fit` in mid-step as if it were finished, and broadcasts from inside.
+        """
+
+
+class _Trainer(pl.Trainer):
+    @override
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._signal_connector = _NoSignals(self)
 
 
 def _keep_death(context: StageContext, died: str) -> None:
