@@ -10,12 +10,14 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
+from pipeline.config import ActivationCheckpointing
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
 from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
+from pipeline.training.compiling import COMPILER_CACHE, StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
 from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
@@ -47,8 +49,11 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
             f"the split {Split.VALIDATION} has no samples, and training ends with a validation; raise "
             "data.validation_fraction or add samples"
         )
-    strategy, choice = build_strategy(context.frozen.trainer, module.network, partial(_keep_death, context))
-    print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
+    settings = context.frozen.trainer
+    strategy, choice = build_strategy(settings, module.network, partial(_keep_death, context))
+    print(f"training by {choice.title} on {settings.world_size} devices ({choice.reason})", flush=True)
+    compile_choice = choose_compile(settings, choice.strategy, is_cuda=accelerator_of(settings) == "cuda")
+    print(f"compiling: {compile_choice.kind.value} ({compile_choice.reason})", flush=True)
     record_hardware(context, choice.title)
     checkpoint = latest_checkpoint(context.work)
     samples_seen = checkpoint.samples_seen if checkpoint else 0
@@ -58,7 +63,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         max_samples=stage_settings.max_steps * stage_settings.global_batch_size,
         samples_seen=samples_seen,
     )
-    shape = shape_of_batch(stage_settings.global_batch_size, context.frozen.trainer)
+    shape = shape_of_batch(stage_settings.global_batch_size, settings)
     module.hold_at_most(shape.micro_batch_size)
     if module.needs_whole_share:
         shape = BatchShape(shape.micro_batch_size * shape.accumulation, 1)
@@ -70,17 +75,20 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         global_batch_size=stage_settings.global_batch_size,
         micro_batch_size=shape.micro_batch_size,
         rank=context.process.rank,
-        world_size=context.frozen.trainer.world_size,
+        world_size=settings.world_size,
         first_batch=steps_done,
         batches=stage_settings.max_steps,
-        workers=context.frozen.trainer.loader_workers,
+        workers=settings.loader_workers,
     )
     clock = TrainingClock(checkpoint.elapsed_s if checkpoint else 0.0)
     validation = Validation(context, images, clock)
     trainer = _assemble(context, module, images, shape, validation, clock, checkpoint, strategy)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
-    trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
+    if settings.activation_checkpointing is ActivationCheckpointing.BLOCKS:
+        checkpoint_activations(module.network, module.block_classes)
+    with compiled(module, compile_choice.kind, context.frozen.outputs / COMPILER_CACHE):
+        trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     strategy.leave_averaged_weights()
     _keep_last_picture(context)
@@ -117,6 +125,7 @@ def _assemble(
             ResumeAtSamples(steps_done, shape.accumulation),
             NonFiniteGuard(context, settings, images, module.stage_settings.optimizer.non_finite),
             measurements,
+            StopCompiling(),
             Rows(context, settings, images, measurements),
             validation,
             Pictures(context, settings.sample_every_samples),

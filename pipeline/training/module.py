@@ -44,6 +44,8 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
     """
 
     needs_whole_share = False
+    block_classes: tuple[type[nn.Module], ...] = ()
+    """The classes of the repeated blocks that networks are made of, for `trainer.compile` and checkpointing."""
 
     def __init__(
         self, network: Network, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()

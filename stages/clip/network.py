@@ -14,7 +14,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,9 +24,13 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
 from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
 
+ClipBlock = ResidualAttentionBlock
+"""What both towers consist of."""
+
 _CPU = torch.device("cpu")
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
+_LENGTHS = 16
 _CACHED_CAPTIONS = 65536
 """Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
 
@@ -137,10 +141,8 @@ class ClipModel(nn.Module):
         return TextEncoding(embed=pooled @ cast(Tensor, network.text_projection), hidden=hidden, mask=mask)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and text embeddings, float [B, E] each: what the contrastive losses take."""
-        # In a causal transformer nothing depends on what follows the end-of-text token.
-        longest = int(tokens.argmax(dim=-1).max()) + 1
-        return self.encode_image(image), self.encode_text(tokens[:, :longest]).embed
+        """Image and text embeddings, float [B, E] each: what the contrastive losses take. `tokens` as `encode_text`."""
+        return self.encode_image(image), self.encode_text(tokens).embed
 
     def save(self, directory: Path) -> None:
         """Write `clip.safetensors`, in the layout of open_clip's `CLIP`, and `clip.json`."""
@@ -163,6 +165,16 @@ class ClipModel(nn.Module):
 def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = _CPU) -> ClipModel:
     """The CLIP of an artifact."""
     return ClipModel.load(artifact.path, towers).to(device).eval()
+
+
+def shortened(tokens: Tensor) -> Tensor:
+    """Token ids int64 [B, L] -> the same without what is padding in all of them, to a multiple of 16 columns.
+
+    In a causal transformer nothing depends on what follows the end-of-text token, which has the highest id of all. A
+    compiled network meets few lengths this way. Call this before the ids are on a GPU, which it would wait for.
+    """
+    longest = int(tokens.argmax(dim=-1).max()) + 1
+    return tokens[:, : -(-longest // _LENGTHS) * _LENGTHS]
 
 
 ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -14,7 +14,8 @@ from pipeline.data.splits import Split, check_batches_are_distinct
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
-from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_open_clip_checkpoint
+from stages.blocks import BLOCKS
+from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_open_clip_checkpoint, shortened
 from stages.clip.retrieval import retrieval_recall
 from stages.clip.settings import ClipNumbers, ClipSettings
 
@@ -65,6 +66,8 @@ class ClipModule(StageModule[ClipModel]):
 
     needs_whole_share = True
 
+    block_classes = BLOCKS
+
     def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
         super().__init__(clip, settings)
         self._kind = settings.loss
@@ -79,7 +82,7 @@ class ClipModule(StageModule[ClipModel]):
 
     def _embed(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Image and text embeddings, float [B, E] each."""
-        tokens = self.network.tokenize(list(batch.caption)).to(self.device)
+        tokens = shortened(self.network.tokenize(list(batch.caption))).to(self.device)
         if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
             return self._embed_piece(batch.image, tokens)
         pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)

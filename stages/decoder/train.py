@@ -13,6 +13,7 @@ from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule
+from stages.blocks import BLOCKS
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
 from stages.decoder.network import Condition, Decoder, build_decoder
@@ -67,6 +68,8 @@ def _fit_decorrelation(
 
 class DecoderModule(StageModule[Decoder]):
     """Trains the decoder; the CLIP and the embeddings are frozen."""
+
+    block_classes = BLOCKS
 
     def __init__(
         self,

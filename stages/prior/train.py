@@ -12,6 +12,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule, within
+from stages.blocks import BLOCKS
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, Towers, load_clip
 from stages.clip.settings import OnClipNumbers
@@ -40,6 +41,8 @@ def run(context: StageContext) -> StageResult:
 
 class PriorModule(StageModule[PriorTransformer]):
     """Trains the prior to predict the whitened image embedding from a noised one and the caption."""
+
+    block_classes = BLOCKS
 
     def __init__(
         self, prior: PriorTransformer, settings: PriorSettings, clip: ClipModel, embeddings: Embeddings

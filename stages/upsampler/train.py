@@ -13,6 +13,7 @@ from pipeline.data.splits import Split
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule, within
+from stages.blocks import BLOCKS
 from stages.diffusion.process import DiffusionProcess
 from stages.generation.grid import captioned_grid
 from stages.pictures import peak_signal_to_noise, resize
@@ -39,6 +40,8 @@ def run(context: StageContext) -> StageResult:
 
 class UpsamplerModule(StageModule[UNet2DModel]):
     """Trains the upsampler."""
+
+    block_classes = BLOCKS
 
     def __init__(self, upsampler: UNet2DModel, settings: UpsamplerSettings, shown: ImageBatch) -> None:
         super().__init__(upsampler, settings)
