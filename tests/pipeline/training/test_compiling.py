@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 
 from pipeline.config import ActivationCheckpointing, Compile, StrategyName
 from pipeline.errors import UserError
@@ -40,7 +41,9 @@ print(json.dumps([outcome.value, counters["stats"]["unique_graphs"], len(counter
 """
 
 
-def in_a_process_of_its_own(outputs: Path, samples: int, kind: Compile, stop_at: int | None = None) -> list[object]:
+def in_a_process_of_its_own(
+    outputs: Path, samples: int, kind: Compile, stop_at: int | None = None
+) -> tuple[str, int, int, int, int]:
     """Outcome, graphs, graph breaks, and hits and misses of the compiler's cache of a training."""
     arguments = [str(outputs), str(samples), kind.value, *([] if stop_at is None else [str(stop_at)])]
     environment = {name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR",)}
@@ -52,17 +55,18 @@ def in_a_process_of_its_own(outputs: Path, samples: int, kind: Compile, stop_at:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])
+    outcome, graphs, breaks, hits, misses = json.loads(ended.stdout.splitlines()[-1])
+    return outcome, graphs, breaks, hits, misses
 
 
 @pytest.mark.slow
 def test_a_compiled_training_is_the_eager_one_to_rounding_and_a_resume_compiles_nothing_anew(tmp_path: Path):
     first = in_a_process_of_its_own(tmp_path / "compiled", 80, Compile.NETWORK, stop_at=40)
-    assert first == [Outcome.INTERRUPTED.value, 1, 0, 0, first[4]]
+    assert first == (Outcome.INTERRUPTED.value, 1, 0, 0, first[4])
     assert first[4] > 0
     assert (tmp_path / "compiled" / COMPILER_CACHE).is_dir()
     second = in_a_process_of_its_own(tmp_path / "compiled", 80, Compile.NETWORK)
-    assert second == [Outcome.FINISHED.value, 1, 0, second[3], 0]
+    assert second == (Outcome.FINISHED.value, 1, 0, second[3], 0)
     assert second[3] > 0
     eager = frozen(tmp_path / "eager", validation_samples=9)
     assert run(eager) is Outcome.FINISHED
@@ -117,7 +121,7 @@ def test_auto_compiles_where_it_pays_and_what_cannot_be_compiled_is_refused_in_a
 
 def test_without_a_compiler_a_stage_that_is_to_be_compiled_says_so(tmp_path: Path):
     stage = frozen(tmp_path, compile=Compile.NETWORK)
-    with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "g++"),)}):
+    with inductor.patch({"cpp.cxx": (str(tmp_path / "g++"),)}):
         assert run(stage) is Outcome.FAILED
     failure = read_failure(stage.work)
     assert failure is not None
