@@ -15,7 +15,7 @@ from pipeline.picture_grid import read_layout
 from pipeline.report.metrics import format_number, is_bound
 from pipeline.report.pictures import latest_grid
 from pipeline.report.records import Comparison, RunReport, StageReport
-from pipeline.report.table import format_hours, run_cost
+from pipeline.report.table import format_hours, totals
 from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Catalog, resolve
 from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
@@ -66,7 +66,7 @@ def _front_matter(run: RunReport) -> str:
 
 def _summary(comparison: Comparison, run: RunReport) -> str:
     finished = sum(stage.is_finished for stage in run.stages)
-    cost = run_cost(comparison, run)
+    cost = totals(run.stages, comparison)
     state = (
         "finished" if finished == len(run.stages) else f"{run.state.value}, {finished} of {len(run.stages)} stages done"
     )
@@ -168,7 +168,7 @@ def _training(comparison: Comparison, run: RunReport) -> str:
         ]
         for stage in run.stages
     ]
-    cost = run_cost(comparison, run)
+    cost = totals(run.stages, comparison)
     rows.append(["all", "", format_duration(cost.duration_s), format_hours(cost.device_hours), "", "", ""])
     return _table(["stage", "state", "time", "device-hours", "samples seen", "hardware", "fingerprint"], rows)
 

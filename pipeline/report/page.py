@@ -28,7 +28,7 @@ from pipeline.report.sweep import (
     parameters,
     settings,
 )
-from pipeline.report.table import columns, format_hours, run_cost, totals
+from pipeline.report.table import columns, format_hours, totals
 from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Better
 
@@ -65,7 +65,7 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
         differences=differing_settings(records),
         absent=ABSENT,
         columns=found,
-        costs=[run_cost(comparison, run) for run in comparison.runs],
+        costs=[totals(run.stages, comparison) for run in comparison.runs],
         totals=totals(comparison.distinct_stages, comparison),
         stages=[(name, comparison.count_distinct(name) == most) for name in comparison.stage_names],
         pictures=picture_tables(comparison),

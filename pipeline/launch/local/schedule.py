@@ -13,7 +13,7 @@ from pipeline.launch.launcher import StageOutcome
 from pipeline.launch.local.devices import Devices, Share
 from pipeline.launch.local.worker import Worker
 from pipeline.terminal.display import Display
-from pipeline.workflow.frozen import FrozenFile, FrozenStage, StageKey, write_frozen
+from pipeline.workflow.frozen import FrozenStage, StageKey, write_frozen
 from pipeline.workflow.ownership import StageLost, Vacancy
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import Failure, Outcome, read_failure, read_progress
@@ -49,7 +49,6 @@ class Running:
     """A stage that a worker is at."""
 
     task: Task
-    frozen: FrozenFile
     worker: Worker
     share: Share
     started: float
@@ -134,13 +133,12 @@ class Schedule:
         return is_free
 
     def _start(self, task: Task, share: Share) -> None:
-        frozen = write_frozen(task.frozen)
         self._close_others_on(share)
         idle = self._idle.get(share.gpus)
         worker = idle.pop() if idle else Worker(self._devices.environment(share, os.environ))
         self._display.start(task.title, task.stage)
-        worker.begin(frozen)
-        self._running.append(Running(task, frozen, worker, share, time.monotonic()))
+        worker.begin(write_frozen(task.frozen))
+        self._running.append(Running(task, worker, share, time.monotonic()))
 
     def _close_others_on(self, share: Share) -> None:
         """End what is idle and holds memory of these GPUs."""
