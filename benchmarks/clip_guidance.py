@@ -25,8 +25,8 @@ from stages.evaluate.attributes import MEAN, AttributeAccuracy, Estimate, judged
 from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
 from stages.judge.labels import true_labels
 from stages.judge.network import load_judge
+from stages.weights import CPU
 
-CPU = torch.device("cpu")
 BATCH_SIZE = 64
 COLUMNS = ("S", "sim, own CLIP", "sim, other CLIP", "attributes, seen pairs", "attributes, unseen pairs")
 

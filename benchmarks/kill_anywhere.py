@@ -34,7 +34,6 @@ TINY = the_last_of_each_key(
     "run.name=tiny",
     "trainer.checkpoint_every_samples=16",
     "stage.decoder.clip_loss.weight=0.1",
-    "stage.judge={data: {samples: 40, validation_samples: 8, shard_samples: 24}, width: 4}",
     *(
         f"stage.{name}.{key}={value}"
         for name in ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,7 +41,7 @@ def main() -> None:
         whole = Path(directory) / "whole"
         started = time.monotonic()
         _submit(whole)
-        _wait_until(lambda: _is_finished(whole), lambda: _submit_again_if_failed(whole))
+        _finish(whole)
         print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
         counts: Counter[str] = Counter()
         sweeps, starts = 0, 0
@@ -53,7 +52,7 @@ def main() -> None:
                 time.sleep(rng.uniform(1, options.longest))
                 _disturb(disturbed, rng, counts)
                 _submit_again_if_failed(disturbed)
-            _wait_until(lambda: _is_finished(disturbed), lambda: _submit_again_if_failed(disturbed))  # noqa: B023
+            _finish(disturbed)
             compare(whole, disturbed)
             assert _artifacts(whole) == _artifacts(disturbed), "a stage was made under another fingerprint"
             sweeps += 1
@@ -97,13 +96,13 @@ def _is_finished(outputs: Path) -> bool:
     return all(len(list(outputs.glob(f"artifacts/{last}/*/manifest.json"))) == 2 for last in ("export", "evaluate"))
 
 
-def _wait_until(is_so: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
+def _finish(outputs: Path) -> None:
     deadline = time.monotonic() + SECONDS_TO_FINISH
-    while not is_so():
+    while not _is_finished(outputs):
         if time.monotonic() > deadline:
             raise SystemExit("the sweep did not finish")
         time.sleep(3)
-        meanwhile()
+        _submit_again_if_failed(outputs)
 
 
 def _said(*command: str) -> str:

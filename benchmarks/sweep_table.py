@@ -42,10 +42,8 @@ def main() -> None:
 
 def _settings(comparison: Comparison, metric: str) -> tuple[Level, ...]:
     """The members by all that was varied but the seed."""
-    varied = settings(comparison, metric) or next(
-        each for each in effects(comparison, metric) if each.parameter != "seed"
-    )
-    return varied.levels
+    alone = (each for each in effects(comparison, metric) if each.parameter != "seed")
+    return (settings(comparison, metric) or next(alone)).levels
 
 
 def _spread(level: Level) -> str:

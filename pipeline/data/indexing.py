@@ -1,6 +1,5 @@
 """Makes and keeps the indices of shards: all cores, and nothing that was walked is walked again. Imports no torch."""
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, concatenate, read_
 from pipeline.data.location import ShardGroup, group_shards
 from pipeline.data.place import ShardPlace
 from pipeline.data.reasons import EXPLANATIONS
-from pipeline.data.remote import forget, local_shard
+from pipeline.data.remote import forget, is_disk_full, local_shard
 from pipeline.data.shards import is_url
 from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, read_summary
 from pipeline.data.walk import walk_shard
@@ -28,8 +27,6 @@ SAVE_EVERY_S = 30.0
 """What was walked is written down so often, for an indexing that is killed."""
 
 _LAST_LOOK_S = 0.2
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class _Work:
         except UserError as error:
             self.refused.append(str(error))
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_disk_full(error):
                 self.refused.append(f"data.shards: {self._group.parent}/{name} cannot be read ({error.strerror})")
                 return
             raise UserError(
@@ -225,7 +222,7 @@ def _write(group: ShardGroup, index: ShardIndex) -> Path:
             write_index(directory, index, None if directory == group.root else group.parent)
             return directory
         except OSError as error:
-            if error.errno in _FULL:
+            if is_disk_full(error):
                 raise UserError(
                     f"no space is left for the index in {directory}; free some, or put it elsewhere with --index DIR "
                     "(and data.index_dir=DIR)"

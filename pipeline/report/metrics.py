@@ -16,17 +16,19 @@ def directions(comparison: Comparison) -> dict[str, Better]:
     """Which way `stage.metric` improves, for the metrics whose stage declares it."""
     catalogs = {run.catalog: _catalog(run.catalog) for run in comparison.runs}
     measured = dict.fromkeys(
-        (catalogs[run.catalog].get(stage.kind), stage.name, metric)
+        (run.catalog, stage.kind, stage.name, metric)
         for run in comparison.runs
         for stage in run.stages
         for metric in stage.metrics
     )
-    found = {
-        f"{stage}.{metric}": _direction(metric, declaration.better)
-        for declaration, stage, metric in measured
-        if declaration is not None
-    }
-    return {key: better for key, better in found.items() if better is not None}
+    found: dict[str, Better] = {}
+    for catalog, kind, stage, metric in measured:
+        declaration = catalogs[catalog].get(kind)
+        patterns = () if declaration is None else declaration.better.items()
+        better = next((direction for pattern, direction in patterns if fnmatchcase(metric, pattern)), None)
+        if better is not None:
+            found[f"{stage}.{metric}"] = better
+    return found
 
 
 def is_bound(metric: str, metrics: Mapping[str, float]) -> bool:
@@ -57,7 +59,3 @@ def _catalog(reference: str) -> Mapping[str, StageDeclaration]:
         return cast(Catalog, resolve(reference)).stages
     except UserError:
         return {}
-
-
-def _direction(metric: str, better: Mapping[str, Better]) -> Better | None:
-    return next((direction for pattern, direction in better.items() if fnmatchcase(metric, pattern)), None)

@@ -36,13 +36,6 @@ class Task:
         """What it makes."""
         return self.frozen.stage, self.frozen.fingerprint
 
-    @property
-    def is_free(self) -> bool:
-        """Whether no other command works on the stage."""
-        with suppress(StageLost):  # the stage's own process finds that again, and says it
-            return self.vacancy.is_free
-        return True
-
 
 @dataclass(frozen=True)
 class Running:
@@ -126,7 +119,9 @@ class Schedule:
 
     def _is_free(self, task: Task) -> bool:
         """Whether no other command has the stage. Where one has, this one waits, and keeps no place for it."""
-        is_free = task.is_free
+        is_free = True
+        with suppress(StageLost):  # the stage's own process finds that again, and says it
+            is_free = task.vacancy.is_free
         if not is_free and task.key not in self._waiting:
             self._waiting.add(task.key)
             self._display.wait(task.title)
