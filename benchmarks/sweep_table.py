@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.report.records import Comparison, read_comparison
-from pipeline.report.sweep import Level, effects, settings
+from pipeline.report.sweep import Effect, Level, effects, settings
 from pipeline.workflow.runs import read_runs
 
 METRICS = (
@@ -33,17 +33,18 @@ def main() -> None:
     names, headings = zip(*(each.split("=", 1) for each in options.metric or METRICS), strict=True)
     records = [record for sweep in options.sweeps for record in read_runs(options.outputs, sweep)]
     comparison = read_comparison(options.outputs, records)
-    figures = [_settings(comparison, f"evaluate.{name}") for name in names]
-    print(f"| setting | runs | {' | '.join(headings)} | decoder, s |")
+    costs = _settings(comparison, "decoder.time_s")
+    figures = [_settings(comparison, f"evaluate.{name}").levels for name in names]
+    print(f"| {costs.parameter} | runs | {' | '.join(headings)} | decoder, s |")
     print(f"|---|---|{'---|' * (len(headings) + 1)}")
-    for cost, *levels in zip(_settings(comparison, "decoder.time_s"), *figures, strict=True):
+    for cost, *levels in zip(costs.levels, *figures, strict=True):
         print(f"| {cost.label} | {levels[0].count} | {' | '.join(map(_spread, levels))} | {cost.mean or 0:.0f} |")
 
 
-def _settings(comparison: Comparison, metric: str) -> tuple[Level, ...]:
+def _settings(comparison: Comparison, metric: str) -> Effect:
     """The members by all that was varied but the seed."""
     alone = (each for each in effects(comparison, metric) if each.parameter != "seed")
-    return (settings(comparison, metric) or next(alone)).levels
+    return settings(comparison, metric) or next(alone)
 
 
 def _spread(level: Level) -> str:
