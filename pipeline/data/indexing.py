@@ -1,6 +1,5 @@
 """Makes and keeps the indices of shards: all cores, and nothing that was walked is walked again. Imports no torch."""
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, concatenate, read_
 from pipeline.data.location import ShardGroup, group_shards
 from pipeline.data.place import ShardPlace
 from pipeline.data.reasons import EXPLANATIONS
-from pipeline.data.remote import forget, local_shard
+from pipeline.data.remote import forget, is_disk_full, local_shard
 from pipeline.data.shards import is_url
 from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, read_summary
 from pipeline.data.walk import walk_shard
@@ -29,8 +28,6 @@ SAVE_EVERY_S = 30.0
 
 _HANDED_OVER_WITHIN_S = 5.0
 """The longest wait at a stop: a process that ends while it writes its result leaves the pool waiting for the rest."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ class _Work:
         except UserError as error:
             self.refused.append(str(error))
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_disk_full(error):
                 self.refused.append(f"data.shards: {self._group.parent}/{name} cannot be read ({error.strerror})")
                 return
             raise UserError(
@@ -228,7 +225,7 @@ def _write(group: ShardGroup, index: ShardIndex) -> Path:
             write_index(directory, index, None if directory == group.root else group.parent)
             return directory
         except OSError as error:
-            if error.errno in _FULL:
+            if is_disk_full(error):
                 raise UserError(
                     f"no space is left for the index in {directory}; free some, or put it elsewhere with --index DIR "
                     "(and data.index_dir=DIR)"
