@@ -23,7 +23,7 @@ from pipeline.workflow.ownership import Ownership, StageLost
 from pipeline.workflow.progress import Phase, Progress, read_progress, write_progress
 
 HEARTBEAT_SECONDS = 5.0
-SECONDS_BETWEEN_WRITES = 0.25
+SECONDS_BETWEEN_WRITES = 1.0
 
 S = TypeVar("S", bound=Settings)
 
@@ -64,7 +64,7 @@ class ProgressWriter:
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of `Progress`; written at most four times a second."""
+        """Change fields of `Progress`; written at most once a second."""
         with self._lock:
             is_due = time.time() - self._progress.updated_at >= SECONDS_BETWEEN_WRITES or "phase" in changes
             updated_at = time.time() if is_due else self._progress.updated_at

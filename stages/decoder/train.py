@@ -126,10 +126,7 @@ class DecoderModule(StageModule[Decoder]):
         if not is_logged:
             return {}
         diffusion_norm, clip_norm = output_gradient_norms(loss_diffusion, loss_clip, prediction)
-        return {
-            "gradient_norm_diffusion": torch.tensor(diffusion_norm, device=self.device),
-            "gradient_norm_clip": torch.tensor(clip_norm, device=self.device),
-        }
+        return {"gradient_norm_diffusion": diffusion_norm, "gradient_norm_clip": clip_norm}
 
     def sample_grid(self) -> SampleGrid:
         """Validation pictures, each beside a sample from its own embedding and caption."""
