@@ -48,8 +48,8 @@ def _measure(batch_size: int, piece: int) -> None:
     size = settings.network.image_size
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
     captions = tuple(f"a small red circle at the left of a gray background {number}" for number in range(batch_size))
-    batch = ImageBatch(images, captions, torch.arange(batch_size), torch.arange(batch_size))
-    module.network.tokenize(list(captions))
+    tokens = module.network.tokenize(captions)
+    batch = ImageBatch(images, captions, torch.arange(batch_size), torch.arange(batch_size), tokens=tokens)
     objective = contrastive_loss(settings.loss, 0, 1)
     before = _peak_kib()
     times = []

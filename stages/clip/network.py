@@ -34,6 +34,17 @@ MAX_LOGIT_SCALE = math.log(100.0)
 """The logarithm of the largest factor on the similarities (arXiv 2103.00020, section 2.5)."""
 
 
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """open_clip's tokenizer, which cleans captions: mended Unicode, entities resolved, spaces collapsed, lower case."""
+
+    context_length: int
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept."""
+        return torch.tensor([_token_ids(caption, self.context_length) for caption in captions], dtype=torch.int64)
+
+
 class Towers(StrEnum):
     """Which parts of a CLIP are in memory. TEXT has no image tower at all."""
 
@@ -78,6 +89,7 @@ class ClipModel(nn.Module):
         super().__init__()
         self.settings = settings
         self.loss = loss
+        self.tokenize = ClipTokenizer(settings.context_length)
         self.network = _build_text_only(settings, loss) if towers is Towers.TEXT else _build(settings, loss)
         mean = torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1)
         std = torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1)
@@ -100,14 +112,6 @@ class ClipModel(nn.Module):
     def logit_bias(self) -> Tensor | None:
         """SigLIP's bias on the logits, float [1]; None for the contrastive loss."""
         return self.network.logit_bias
-
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept.
-
-        Captions are cleaned as open_clip does: mended Unicode, HTML entities resolved, spaces collapsed, lower case.
-        """
-        length = self.settings.context_length
-        return torch.tensor([_token_ids(caption, length) for caption in captions], dtype=torch.int64)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Embeddings float [B, E] of square pictures float [B, 3, S, S] in [-1, 1]; any S; differentiable.
