@@ -10,7 +10,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
-from pipeline.data.write import SourceSample
+from pipeline.data.write import pack
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -36,10 +36,10 @@ def run(context: StageContext) -> StageResult:
     return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)
 
 
-def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[SourceSample, Split]]:
-    for number, made in enumerate(judge_samples(settings), 1):
+def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[bytes, Split]]:
+    for number, (sample, split) in enumerate(judge_samples(settings), 1):
         context.step(number, 0, f"{number:,} pictures made")
-        yield made
+        yield pack(sample), split
 
 
 class JudgeModule(StageModule[Judge]):
