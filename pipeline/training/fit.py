@@ -79,6 +79,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         first_batch=steps_done,
         batches=stage_settings.max_steps,
         workers=settings.loader_workers,
+        pin_memory=accelerator_of(settings) == "cuda",
     )
     clock = TrainingClock(checkpoint.elapsed_s if checkpoint else 0.0)
     validation = Validation(context, images, clock)

@@ -173,6 +173,11 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         """Clip by the norm that was measured already, in the optimiser's step."""
         self.strategy.prepare_step(self.gradient_norm, None if gradient_clip_val is None else float(gradient_clip_val))
 
+    @override
+    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int = 0) -> ImageBatch:
+        """Queue the copies behind the work of the device, and wait for none."""
+        return batch.to(device, non_blocking=True)
+
     def on_fit_start(self) -> None:
         """Bring the frozen networks to the device; Lightning does not know of them."""
         for frozen in self.frozen_networks:

@@ -38,6 +38,32 @@ MAX_LOGIT_SCALE = math.log(100.0)
 """The logarithm of the largest factor on the similarities (arXiv 2103.00020, section 2.5)."""
 
 
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """open_clip's tokenizer, which cleans captions: mended Unicode, entities resolved, spaces collapsed, lower case."""
+
+    context_length: int
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept."""
+        return torch.tensor([_token_ids(caption, self.context_length) for caption in captions], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class ShortTokenizer(ClipTokenizer):
+    """The same without what is padding in all captions of a batch, to a multiple of 16 columns.
+
+    In a causal transformer nothing depends on what follows the end-of-text token, which has the highest id of all. A
+    compiled network meets few lengths this way, and no GPU is asked for the longest.
+    """
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L], padded with 0."""
+        tokens = super().__call__(captions)
+        longest = int(tokens.argmax(dim=-1).max()) + 1
+        return tokens[:, : -(-longest // _LENGTHS) * _LENGTHS]
+
+
 class Towers(StrEnum):
     """Which parts of a CLIP are in memory. TEXT has no image tower at all."""
 
@@ -82,6 +108,7 @@ class ClipModel(nn.Module):
         super().__init__()
         self.settings = settings
         self.loss = loss
+        self.tokenize = ClipTokenizer(settings.context_length)
         self.network = _build_text_only(settings, loss) if towers is Towers.TEXT else _build(settings, loss)
         mean = torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1)
         std = torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1)
@@ -104,14 +131,6 @@ class ClipModel(nn.Module):
     def logit_bias(self) -> Tensor | None:
         """SigLIP's bias on the logits, float [1]; None for the contrastive loss."""
         return self.network.logit_bias
-
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept.
-
-        Captions are cleaned as open_clip does: mended Unicode, HTML entities resolved, spaces collapsed, lower case.
-        """
-        length = self.settings.context_length
-        return torch.tensor([_token_ids(caption, length) for caption in captions], dtype=torch.int64)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Embeddings float [B, E] of square pictures float [B, 3, S, S] in [-1, 1]; any S; differentiable.
@@ -165,16 +184,6 @@ class ClipModel(nn.Module):
 def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = _CPU) -> ClipModel:
     """The CLIP of an artifact."""
     return ClipModel.load(artifact.path, towers).to(device).eval()
-
-
-def shortened(tokens: Tensor) -> Tensor:
-    """Token ids int64 [B, L] -> the same without what is padding in all of them, to a multiple of 16 columns.
-
-    In a causal transformer nothing depends on what follows the end-of-text token, which has the highest id of all. A
-    compiled network meets few lengths this way. Call this before the ids are on a GPU, which it would wait for.
-    """
-    longest = int(tokens.argmax(dim=-1).max()) + 1
-    return tokens[:, : -(-longest // _LENGTHS) * _LENGTHS]
 
 
 ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

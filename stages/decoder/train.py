@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import MadeAhead
+from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
@@ -20,7 +22,7 @@ from stages.decoder.network import Condition, Decoder, build_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
-from stages.diffusion.process import DiffusionProcess
+from stages.diffusion.process import NOISE, DiffusionProcess
 from stages.embed.embeddings import Embeddings, load_clip_embeddings
 from stages.generation.grid import captioned_grid
 
@@ -37,7 +39,8 @@ def run(context: StageContext) -> StageResult:
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
-    images = context.images(settings.image_size)
+    ahead = MadeAhead(clip.tokenize, {NOISE: (3, settings.image_size, settings.image_size)})
+    images = context.images(settings.image_size, ahead=ahead)
     decoder = build_decoder(settings, clip.settings.embed_dim)
     _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
@@ -98,7 +101,7 @@ class DecoderModule(StageModule[Decoder]):
         settings, draws = self.settings, batch.draws()
         noised = self.process.noise(batch.image_signed(), draws)
         is_dropped = draws.uniform("caption") < settings.caption_dropout
-        whole_text, text = self._captions.encode_dropping(batch.caption, is_dropped)
+        whole_text, text = self._captions.encode_dropping(batch.token_ids(), is_dropped)
         drop_image_embed = draws.uniform("image_embed") < settings.image_embed_dropout
         condition = Condition(self._embed(batch, whole_text), text, drop_image_embed)
         prediction = self.network(noised.x_t, noised.timestep, condition)
@@ -110,7 +113,7 @@ class DecoderModule(StageModule[Decoder]):
             self.process.x_0(prediction, noised),
             whole_text.embed,
             self.process.schedule.sqrt_alpha_bar[noised.timestep] ** 2,
-            draws.uniform("clip_loss"),
+            SampleDraws(batch.sample_seed).uniform("clip_loss"),
             settings.clip_loss,
         ).mean()
         loss = loss_diffusion + settings.clip_loss.weight * loss_clip
@@ -119,7 +122,9 @@ class DecoderModule(StageModule[Decoder]):
 
     def _embed(self, batch: ImageBatch, text: TextEncoding) -> Tensor:
         """The CLIP embedding that stands for the picture: its own from the cache, or that of its caption."""
-        return text.embed if self._embeddings is None else self._embeddings.image_embed[batch.sample].to(self.device)
+        if self._embeddings is None:
+            return text.embed
+        return self._embeddings.image_embed[batch.sample].to(self.device, non_blocking=True)
 
     def _gradient_norms(self, loss_diffusion: Tensor, loss_clip: Tensor, prediction: Tensor) -> dict[str, Tensor]:
         is_logged = self.training and (self.global_step + 1) % self._log_every_steps == 0
@@ -134,7 +139,7 @@ class DecoderModule(StageModule[Decoder]):
         sampler = DecoderSampler(self.network, self.settings, self.clip)
         drawn = []
         for piece in batch.split(self.micro_batch_size):
-            text = self._captions.encode(piece.caption)
+            text = self._captions.encode_tokens(piece.token_ids())
             condition = Condition(self._embed(piece, text), text)
             drawn.append(sampler.sample(condition, piece.draws(), DecoderOptions()))
         pictures = {"real": batch.image_signed(), "sample": torch.cat(drawn)}

@@ -33,9 +33,9 @@ def clip_loss(
     """-w(t) sim(x0_hat, caption) of each sample, float32 [B], without lambda; w(t) = alpha_bar_t ** timestep_power.
 
     `x_0_hat` [B, 3, S, S], `text_embed` [B, E], `alpha_bar` [B]. A sample carries the loss where its `draw` [B],
-    uniform in [0, 1) and on the CPU, is below `sample_share`; it is then divided by the share and is 0 elsewhere, so that the mean
-    over any batch estimates the same expectation however the batch is split over devices. `clip` must be frozen and in
-    eval mode.
+    uniform in [0, 1) and on the CPU, is below `sample_share`; it is then divided by the share and is 0 elsewhere, so
+    that the mean over any batch estimates the same expectation however the batch is split over devices. `clip` must be
+    frozen and in eval mode.
     """
     weight = alpha_bar.float() ** settings.timestep_power / settings.sample_share
     if settings.sample_share >= 1.0:

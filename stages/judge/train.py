@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
+from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
-from pipeline.data.write import SourceSample
+from pipeline.data.write import pack
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -19,6 +19,8 @@ from stages.judge.network import Judge
 from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
 from stages.pictures import resize
 
+NOISE = "noise"
+
 
 def run(context: StageContext) -> StageResult:
     """Draw single objects of all pairs, train on them, and say how often the judge is right about held-out ones."""
@@ -26,17 +28,18 @@ def run(context: StageContext) -> StageResult:
     # Each process draws the same ones for itself: nothing tells the others when the first one's are complete.
     data = context.work / f"data-of-process-{context.process.rank}"
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
-    images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
+    ahead = MadeAhead(normals={NOISE: (3, settings.image_size, settings.image_size)})
+    images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib, ahead=ahead)
     judge = Judge(settings)
     result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
     context.save(judge)
     return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)
 
 
-def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[SourceSample, Split]]:
-    for number, made in enumerate(judge_samples(settings), 1):
+def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[bytes, Split]]:
+    for number, (sample, split) in enumerate(judge_samples(settings), 1):
         context.step(number, 0, f"{number:,} pictures made")
-        yield made
+        yield pack(sample), split
 
 
 class JudgeModule(StageModule[Judge]):
@@ -58,7 +61,7 @@ class JudgeModule(StageModule[Judge]):
             if chosen.any():
                 seen[chosen] = resize(resize(image[chosen], size), settings.image_size)
         strength = settings.max_noise * draws.uniform("noise strength")[:, None, None, None]
-        logits = self.network(seen + strength * draws.normal("noise", seen.shape[1:]))
+        logits = self.network(seen + strength * draws.normal(NOISE, seen.shape[1:]))
         truth = self._labels[batch.sample].to(self.device)
         return {LOSS: torch.stack([F.cross_entropy(each, truth[:, a]) for a, each in enumerate(logits)]).sum()}
 
