@@ -2,8 +2,8 @@
 
     python benchmarks/forecast.py run.name=forecast stage.clip.max_samples=16384 trainer.cpu_threads=1
 
-Each stage that is left to do is forecast and then run, in this process: seconds of its processors (others may use the machine too), the
-growth of its memory, and the bytes of its artifact and of a checkpoint, each as forecast, as measured, and their ratio.
+Each stage that is left to do is forecast and then run, in this process. Its seconds of the processors (others may use
+the machine too), its memory, and the bytes of its artifact and of a checkpoint: as forecast, as measured, their ratio.
 """
 
 import sys
@@ -21,7 +21,9 @@ from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.progress import CHECKPOINTS, Outcome
-from pipeline.workflow.record import MEASURED, read_rows
+from pipeline.workflow.record import MEASURED, read_standing
+
+MEMORY = f"{MEASURED}memory_mib"
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def compared(said: StageForecast, frozen: FrozenStage, processor_s: float) -> It
     if checkpoints and said.work_bytes:
         each = said.work_bytes / (frozen.trainer.keep_checkpoints + 1)
         yield "checkpoint MB", each / 1e6, _bytes_below(checkpoints[-1]) / 1e6
-    memory = [row[f"{MEASURED}memory_mib"] for row in read_rows(artifact.path) if f"{MEASURED}memory_mib" in row]
+    memory = [row[MEMORY] for row in read_standing(frozen.work) if MEMORY in row]
     if memory and said.memory_bytes:
         yield "memory MB", said.memory_bytes / 1e6, max(memory) * 2**20 / 1e6
 

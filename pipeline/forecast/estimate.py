@@ -1,8 +1,10 @@
 """From counts and rates to hours, memory, money and disk. What is not known is None, and a note says why."""
 
+import logging
 import math
 import shutil
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,6 +125,14 @@ class Forecast:
 
 def forecast(plan: Plan) -> Forecast:
     """Forecast the stages of a plan that are not finished. Raises `UserError` where the config says nothing of it."""
+    # Lightning tells of each Trainer, and torch of each tensor without weights.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _forecast(plan)
+
+
+def _forecast(plan: Plan) -> Forecast:
     settings = plan.config.forecast
     if settings is None:
         raise UserError("this config has no key forecast; add forecast: devices to its defaults")

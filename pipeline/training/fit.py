@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.context import StageContext
+from pipeline.training.disk import require_disk
 from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
@@ -44,6 +45,8 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
             f"the split {Split.VALIDATION} has no samples, and training ends with a validation; raise "
             "data.validation_fraction or add samples"
         )
+    if context.is_first_process:
+        require_disk(context.frozen.stage, module.network, module.stage_settings, context.frozen.trainer, context.work)
     strategy, choice = build_strategy(context.frozen.trainer, module.network, partial(_keep_death, context))
     print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
     record_hardware(context, choice.title)
