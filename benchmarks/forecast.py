@@ -19,7 +19,7 @@ from pipeline.forecast.estimate import StageForecast, forecast
 from pipeline.terminal.tables import new_table
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage
-from pipeline.workflow.plan import plan_run
+from pipeline.workflow.plan import Plan, plan_run
 from pipeline.workflow.progress import CHECKPOINTS, Outcome
 from pipeline.workflow.record import MEASURED, read_standing
 
@@ -29,18 +29,25 @@ MEMORY = f"{MEASURED}memory_mib"
 def main() -> None:
     """Forecast and run every stage, one after the other."""
     (member,) = compose_members("benchmarks/forecast.py", sys.argv[1:])
-    told = {each.name: each for each in forecast(plan_run(member.config, member.overrides)).stages}
+
+    def planned() -> Plan:
+        return plan_run(member.config, member.overrides)
+
     table = new_table("forecast / measured", "stage", "what", "forecast", "measured", "ratio")
-    for stage in plan_run(member.config, member.overrides).stages:
-        assert stage.frozen is not None, f"{stage.name} is blocked: {stage.reason}"
+    for name in [stage.name for stage in planned().stages]:
+        (said,) = forecast(planned(), only=[name]).stages
+        stage = next(each for each in planned().stages if each.name == name)
+        assert stage.frozen is not None, f"{name} is blocked: {stage.reason}"
         started = time.process_time()
         outcome = run_stage(stage.frozen, threading.Event())
         processor_s = time.process_time() - started
         if outcome is not Outcome.FINISHED:
-            print(f"{stage.name}: {outcome}", flush=True)
+            print(f"{name}: {outcome}", flush=True)
             continue
-        for what, said, found in compared(told[stage.name], stage.frozen, processor_s):
-            table.add_row(stage.name, what, f"{said:,.4g}", f"{found:,.4g}", f"{said / found:.2f}")
+        for what, expected, found in compared(said, stage.frozen, processor_s):
+            row = (name, what, f"{expected:,.4g}", f"{found:,.4g}", f"{expected / found:.2f}")
+            table.add_row(*row)
+            print(*row, flush=True)
     Console().print(table)
 
 

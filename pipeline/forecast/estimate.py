@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,16 +124,19 @@ class Forecast:
         ]
 
 
-def forecast(plan: Plan) -> Forecast:
-    """Forecast the stages of a plan that are not finished. Raises `UserError` where the config says nothing of it."""
+def forecast(plan: Plan, only: Collection[str] | None = None) -> Forecast:
+    """Forecast the stages of a plan that are not finished, `only` some where these are named.
+
+    Raises `UserError` where the config has no settings for it.
+    """
     # Lightning tells of each Trainer, and torch of each tensor without weights.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _forecast(plan)
+        return _forecast(plan, only)
 
 
-def _forecast(plan: Plan) -> Forecast:
+def _forecast(plan: Plan, only: Collection[str] | None) -> Forecast:
     settings = plan.config.forecast
     if settings is None:
         raise UserError("this config has no key forecast; add forecast: devices to its defaults")
@@ -142,6 +146,7 @@ def _forecast(plan: Plan) -> Forecast:
     aheads: dict[str, Ahead] = {}
     found: list[StageForecast] = []
     for stage in plan.stages:
+        is_asked = only is None or stage.name in only
         if stage.frozen is None:
             found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(f"blocked: {stage.reason}",)))
             continue
@@ -157,6 +162,8 @@ def _forecast(plan: Plan) -> Forecast:
             mode,
         )
         aheads[stage.name] = ahead
+        if not is_asked:
+            continue
         if stage.action is Action.REUSE:
             found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(stage.reason,)))
             continue
@@ -173,7 +180,7 @@ def _of_stage(
         case Training() as training:
             return _of_training(blank, stage, ahead, training, target, settings, catalog)
         case Passes() as passes:
-            return _of_passes(blank, ahead, passes, target)
+            return _of_passes(blank, ahead, passes, target, settings)
         case DataAhead() as data:
             return _of_data(blank, data)
         case None:
@@ -193,7 +200,9 @@ def _of_data(blank: StageForecast, data: DataAhead) -> StageForecast:
     )
 
 
-def _of_passes(blank: StageForecast, ahead: Ahead, passes: Passes, target: Target) -> StageForecast:
+def _of_passes(
+    blank: StageForecast, ahead: Ahead, passes: Passes, target: Target, settings: ForecastSettings
+) -> StageForecast:
     done = replace(blank, artifact_bytes=passes.artifact_bytes, work_bytes=passes.work_bytes)
     if not passes.passes:
         return done
@@ -212,7 +221,7 @@ def _of_passes(blank: StageForecast, ahead: Ahead, passes: Passes, target: Targe
     if not target.is_here:
         return replace(done, notes=("of what it reaches no share of a peak was measured",))
     here = replace(ahead, mode=None)
-    spent = [(try_pass(here, once), once.samples or 0) for once in _passes_of(here)]
+    spent = [(try_pass(here, once, settings.trial_s), once.samples or 0) for once in _passes_of(here)]
     duration_s = sum(each.clock_s * count for each, count in spent)
     processor_s = sum(each.processor_s * count for each, count in spent)
     note = "some pictures were tried here"
@@ -252,8 +261,11 @@ def _of_training(
     else:
         rate = _reckoned(blank.kind, parameters, flops_per_sample, trainer, target, settings, catalog)
     notes.append(rate.note)
-    aside_s = rate.aside_s + training.setup_s
     decode_s = ahead.data.decode_s
+    here_s = training.setup_s
+    if target.is_here and trainer.loader_workers == 0 and decode_s:
+        here_s += _pictures_read(ahead, training.image_size, samples) * decode_s(training.image_size)
+    aside_s = rate.aside_s + here_s
     if "data" in ahead.inputs and not ahead.data.captions:
         notes.append("captions are taken to fill the context, as the data is not prepared")
     return replace(
@@ -264,7 +276,7 @@ def _of_training(
         memory_bytes=memory_bytes,
         samples_per_s=rate.samples_per_s,
         duration_s=samples / rate.samples_per_s + aside_s if rate.samples_per_s else None,
-        processor_s=None if rate.processor_s is None else rate.processor_s + training.setup_s,
+        processor_s=None if rate.processor_s is None else rate.processor_s + here_s,
         devices=trainer.world_size,
         samples_per_shard=ahead.data.samples_per_shard,
         loader_per_s=max(1, trainer.loader_workers) * trainer.world_size / decode_s(training.image_size)
@@ -275,6 +287,13 @@ def _of_training(
         work_bytes=(trainer.keep_checkpoints + 1) * checkpoint_bytes(module.network, own),
         notes=tuple(notes),
     )
+
+
+def _pictures_read(ahead: Ahead, image_size: int, samples: int) -> int:
+    """How many pictures are decoded until `samples` were seen: each one once, where the cache holds all."""
+    known = ahead.data.samples
+    is_cached = known is not None and known * 3 * image_size**2 <= ahead.trainer.cache_mib * 2**20
+    return min(samples, known) if known is not None and is_cached else samples
 
 
 def _count_step(ahead: Ahead, training: Training, shape: BatchShape) -> Count:

@@ -15,7 +15,7 @@ from pipeline.training.optimizer import build_optimizer
 from pipeline.workflow.batch_shape import BatchShape, largest_piece
 
 _STEPS_AT_LEAST = 3
-_TRIED_SAMPLES = 16
+_WARM_UP_SAMPLES, _TRIED_SAMPLES = 2, 16
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,21 @@ def try_training(ahead: Ahead, training: Training, shape: BatchShape, trial_s: f
     )
 
 
-def try_pass(ahead: Ahead, once: Pass) -> Spent:
-    """What a sample takes in a pass without gradients."""
+def try_pass(ahead: Ahead, once: Pass, trial_s: float) -> Spent:
+    """What a sample takes in a pass without gradients: of a few, and of a whole batch where that is quick."""
     device = accelerator_of(ahead.trainer)
-    samples = min(_TRIED_SAMPLES, once.batch_size)
-    batch = ahead.batch(samples, once.image_size).to(device)
 
-    def step() -> None:
+    def spent_on(samples: int) -> Spent:
+        batch = ahead.batch(samples, once.image_size).to(device)
         with torch.no_grad(), lightning(ahead.trainer.precision, device).precision_plugin.forward_context():
-            once.forward(batch)
+            return _once(lambda: once.forward(batch))
 
-    spent = _once(step)
+    spent_on(_WARM_UP_SAMPLES)
+    samples = min(_TRIED_SAMPLES, once.batch_size)
+    spent = spent_on(samples)
+    if spent.clock_s / samples * once.batch_size < trial_s:
+        samples = once.batch_size
+        spent = spent_on(samples)
     return Spent(spent.clock_s / samples, spent.processor_s / samples)
 
 

@@ -60,6 +60,7 @@ def test_on_a_named_device_time_and_cost_follow_from_peak_share_and_price():
     assert clip.flops_per_sample
     assert clip.samples_per_s == pytest.approx(2 * 0.5 * 989e12 / clip.flops_per_sample)
     assert clip.samples_per_s
+    assert clip.duration_s
     assert clip.duration_s == pytest.approx(64 / clip.samples_per_s)
     assert clip.device_hours == pytest.approx(2 * clip.duration_s / 3600)
     assert "as set by forecast.mfu" in clip.notes[0]
