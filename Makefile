@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	@$(BIN)/unclip run
 
-# A file of tests goes to one process, which has its fixtures. Three keep two cores busy: tests of Slurm and of kills wait.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
+# tests/conftest.py says what shares a process and what comes first. Three keep two cores busy: tests of Slurm and kills wait.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY) lint
 	@$(PYTEST) -m "not slow"

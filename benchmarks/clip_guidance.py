@@ -24,9 +24,9 @@ from stages.decoder.sample import DecoderOptions
 from stages.evaluate.attributes import MEAN, AttributeAccuracy, Estimate, judged_rows
 from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
 from stages.judge.labels import true_labels
-from stages.judge.network import Judge, load_judge
+from stages.judge.network import load_judge
+from stages.weights import CPU
 
-CPU = torch.device("cpu")
 BATCH_SIZE = 64
 COLUMNS = ("S", "sim, own CLIP", "sim, other CLIP", "attributes, seen pairs", "attributes, unseen pairs")
 
@@ -42,16 +42,6 @@ class Row:
     unseen: Estimate
 
 
-@dataclass(frozen=True)
-class Instruments:
-    """The run's networks, and those that measure."""
-
-    chain: TextToImage
-    images: CaptionedImages
-    judge: Judge
-    judge_clip: ClipModel
-
-
 def main() -> None:
     """Sample at every scale, print the table, draw the figure."""
     parser = argparse.ArgumentParser()
@@ -62,11 +52,11 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     options = parser.parse_args()
     artifacts = run_artifacts(options.outputs, read_run(options.outputs, options.run))
-    instruments = _instruments(artifacts)
+    chain = chain_of_inputs(inputs_by_kind(artifacts.values()), CPU)
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     rows = []
     for scale in options.scales:
-        row = _measure(instruments, scale, options.samples)
+        row = _measure(chain, artifacts, scale, options.samples)
         rows.append(row)
         accuracies = " | ".join(f"{each.value:.3f} ({each.low:.2f}-{each.high:.2f})" for each in (row.seen, row.unseen))
         print(f"| {scale:g} | {row.own_similarity:.3f} | {row.other_similarity:.3f} | {accuracies} |", flush=True)
@@ -74,19 +64,11 @@ def main() -> None:
         _draw(rows, options.figure)
 
 
-def _instruments(artifacts: dict[str, Artifact]) -> Instruments:
-    return Instruments(
-        chain_of_inputs(inputs_by_kind(artifacts.values()), CPU),
-        CaptionedImages(artifacts["prepare"].path, 64),
-        load_judge(artifacts["judge"]),
-        load_clip(artifacts["judge_clip"]),
-    )
-
-
 @torch.no_grad()
-def _measure(instruments: Instruments, scale: float, samples: int) -> Row:
-    chain, images = instruments.chain, instruments.images
+def _measure(chain: TextToImage, artifacts: dict[str, Artifact], scale: float, samples: int) -> Row:
     assert chain.prior is not None, "the figure is of unCLIP"
+    images = CaptionedImages(artifacts["prepare"].path, 64)
+    judge, judge_clip = load_judge(artifacts["judge"]), load_clip(artifacts["judge_clip"])
     accuracy = AttributeAccuracy()
     own, other = [], []
     for group, rows in judged_rows(images, samples).items():
@@ -96,8 +78,8 @@ def _measure(instruments: Instruments, scale: float, samples: int) -> Row:
             options = DecoderOptions(clip_guidance_scale=scale)
             made = chain.decoder.sample(Condition(image_embed, text), draws, options)
             own.append(_similarity(chain.clip, made, batch.caption))
-            other.append(_similarity(instruments.judge_clip, made, batch.caption))
-            accuracy.add(group, instruments.judge.read(made) == true_labels(images, batch.sample.tolist()))
+            other.append(_similarity(judge_clip, made, batch.caption))
+            accuracy.add(group, judge.read(made) == true_labels(images, batch.sample.tolist()))
     estimates = accuracy.estimates()
     similarities = float(torch.cat(own).mean()), float(torch.cat(other).mean())
     return Row(scale, *similarities, estimates["seen"][MEAN], estimates["unseen"][MEAN])

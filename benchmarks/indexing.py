@@ -14,6 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -38,13 +39,9 @@ def write_shards(directory: Path, shards: int, samples: int, picture_bytes: int)
                 )
 
 
-def by_unclip(workers: int) -> Callable[[Path], None]:
+def by_unclip(workers: int, directory: Path) -> None:
     """The whole of `unclip shards index`, but for the start of the program."""
-
-    def index(directory: Path) -> None:
-        index_place(ShardPlace(shards=(str(directory),)), workers, again=True)
-
-    return index
+    index_place(ShardPlace(shards=(str(directory),)), workers, again=True)
 
 
 def by_tarfile(directory: Path) -> None:
@@ -78,7 +75,8 @@ def main() -> None:
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     ways: dict[str, Callable[[Path], None]] = {
-        "tarfile": by_tarfile, "unclip, 1 process": by_unclip(1), f"unclip, {cores} processes": by_unclip(cores),
+        "tarfile": by_tarfile, "unclip, 1 process": partial(by_unclip, 1),
+        f"unclip, {cores} processes": partial(by_unclip, cores),
         "reading alone": by_reading,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:

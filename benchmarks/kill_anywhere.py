@@ -9,8 +9,8 @@ first difference.
 """
 
 import argparse
-import json
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,15 +18,14 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from stage_runs import TINY as OF_THE_TESTS
 
-from pipeline.workflow.artifacts import file_sha256
-from pipeline.workflow.record import without_measured
-from tests.support.tiny_runs import the_last_of_each_key
+from pipeline.workflow.artifacts import Artifact, describe_files, read_artifact
+from pipeline.workflow.record import METRICS, without_measured
+from tests.support.tiny_runs import rows_of, the_last_of_each_key
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
 STEPS = 40
@@ -35,7 +34,6 @@ TINY = the_last_of_each_key(
     "run.name=tiny",
     "trainer.checkpoint_every_samples=16",
     "stage.decoder.clip_loss.weight=0.1",
-    "stage.judge={data: {samples: 40, validation_samples: 8, shard_samples: 24}, width: 4}",
     *(
         f"stage.{name}.{key}={value}"
         for name in ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
@@ -44,19 +42,6 @@ TINY = the_last_of_each_key(
 )
 NOT_COMPARED = {"metrics.jsonl", "manifest.json"}
 """Their rows hold speeds, times and the commit; of the one the rows, of the other the metrics are compared."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the workflow is run."""
-
-    devices: int
-    workers: int
-
-    def command(self, outputs: Path) -> list[str]:
-        """The command of one attempt."""
-        own = (f"trainer.devices={self.devices}", f"trainer.loader_workers={self.workers}", f"paths.outputs={outputs}")
-        return [UNCLIP, "run", *TINY, *own]
 
 
 def main() -> None:
@@ -68,20 +53,21 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=15.0, help="longest life of an attempt, in seconds")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    setting = Setting(options.devices, options.workers)
+    run = [UNCLIP, "run", *TINY, f"trainer.devices={options.devices}", f"trainer.loader_workers={options.workers}"]
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as directory:
         whole = Path(directory) / "whole"
         started = time.monotonic()
-        subprocess.run(setting.command(whole), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*run, f"paths.outputs={whole}"], check=True, stdout=subprocess.DEVNULL)
         print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
         kills, workflows, killed_in = 0, 0, Counter[str]()
         while kills < options.kills:
             disturbed = Path(directory) / f"disturbed-{workflows}"
-            while kills < options.kills and not _runs_until_killed(setting, disturbed, rng, options.longest):
+            command = [*run, f"paths.outputs={disturbed}"]
+            while kills < options.kills and not _runs_until_killed(command, rng.uniform(1, options.longest), rng):
                 kills += 1
                 killed_in[_stage_in_progress(disturbed)] += 1
-            subprocess.run(setting.command(disturbed), check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             workflows += 1
             compare(whole, disturbed)
             print(f"{kills} kills, {workflows} workflows: every artifact and row is the undisturbed one's", flush=True)
@@ -90,12 +76,12 @@ def main() -> None:
     print(f"killed in: {where}")
 
 
-def _runs_until_killed(setting: Setting, outputs: Path, rng: random.Random, longest_s: float) -> bool:
+def _runs_until_killed(command: list[str], life_s: float, rng: random.Random) -> bool:
     """Whether the workflow was finished within its life; if not, all its processes are dead now."""
-    process = subprocess.Popen(setting.command(outputs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        if process.wait(timeout=rng.uniform(1, longest_s)) != 0:
-            raise SystemExit(f"an attempt failed with exit status {process.returncode}; see the logs in {outputs}")
+        if process.wait(timeout=life_s) != 0:
+            raise SystemExit(f"`{shlex.join(command)}` failed with exit status {process.returncode}")
         return True
     except subprocess.TimeoutExpired:
         pass
@@ -119,28 +105,24 @@ def compare(whole: Path, disturbed: Path) -> None:
     """Exit at the first artifact that differs from the undisturbed one."""
     for manifest in sorted(whole.glob("artifacts/*/*/manifest.json")):
         place = manifest.parent.relative_to(whole)
-        expected, found = (_digests(outputs / place) for outputs in (whole, disturbed))
-        different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        expected, found = (read_artifact(outputs / place) for outputs in (whole, disturbed))
+        assert expected is not None
+        assert found is not None, f"{place} was not made again"
+        different = sorted({name for name, _ in _digests(expected.path).items() ^ _digests(found.path).items()})
         if different:
             raise SystemExit(f"{place}: {', '.join(different)} differ from the undisturbed ones")
-        if _metrics(whole / place) != _metrics(disturbed / place):
+        if expected.manifest.metrics != found.manifest.metrics:
             raise SystemExit(f"{place}: its metrics are not the undisturbed ones")
-        if (manifest.parent / "metrics.jsonl").exists() and _rows(whole / place) != _rows(disturbed / place):
+        if (expected.path / METRICS).exists() and _rows(expected) != _rows(found):
             raise SystemExit(f"{place}: its rows are not the undisturbed ones")
 
 
 def _digests(artifact: Path) -> dict[str, str]:
-    files = (path for path in artifact.rglob("*") if path.is_file() and path.name not in NOT_COMPARED)
-    return {str(path.relative_to(artifact)): file_sha256(path) for path in files}
+    return {each.path: each.sha256 for each in describe_files(artifact) if each.path not in NOT_COMPARED}
 
 
-def _metrics(artifact: Path) -> dict[str, float]:
-    return json.loads((artifact / "manifest.json").read_text())["metrics"]
-
-
-def _rows(artifact: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
-    return [without_measured(row) for row in rows]
+def _rows(artifact: Artifact) -> list[dict[str, float]]:
+    return [without_measured(row) for row in rows_of(artifact)]
 
 
 if __name__ == "__main__":

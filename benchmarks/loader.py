@@ -26,12 +26,15 @@ from itertools import islice, repeat
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    from pipeline.data.batch import ImageBatch
 
 BATCH_SIZE = 64
 WORKERS = 2
@@ -92,15 +95,20 @@ def unclip_batches(directory: Path, target: int) -> Iterator[Any]:
 
 def unclip_uint8_batches(directory: Path, target: int) -> Iterator[Any]:
     """This project's training loader as it is: uint8 batches, which become float32 on the training device."""
+    for batch in unclip_loader(directory, target, 0.0, WORKERS):
+        yield batch.image
+
+
+def unclip_loader(directory: Path, target: int, begins_at: float, workers: int) -> "Iterable[ImageBatch]":
+    """This project's training loader, from that share of an epoch on."""
     from pipeline.data.dataset import CaptionedImages
     from pipeline.data.loader import training_loader
 
-    loader = training_loader(
-        CaptionedImages(directory, target), seed=0, global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, rank=0,
-        world_size=1, first_batch=0, batches=10**9, workers=WORKERS,
+    images = CaptionedImages(directory, target)
+    return training_loader(
+        images, seed=0, global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, rank=0, world_size=1,
+        first_batch=int(begins_at * (len(images) // BATCH_SIZE)), batches=10**9, workers=workers,
     )  # fmt: skip
-    for batch in loader:
-        yield batch.image
 
 
 def plain_batches(directory: Path, target: int) -> Iterator[Any]:
@@ -220,17 +228,8 @@ def quality(size: int, target: int) -> str:
 
 def first_batch_s(directory: Path, share: float) -> float:
     """Seconds from nothing to the first batch of a resume at that share of an epoch."""
-    from pipeline.data.dataset import CaptionedImages
-    from pipeline.data.loader import training_loader
-
     started = time.perf_counter()
-    images = CaptionedImages(directory, 64)
-    batches = len(images) // BATCH_SIZE
-    loader = training_loader(
-        images, seed=0, global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, rank=0, world_size=1,
-        first_batch=int(share * batches), batches=batches, workers=0,
-    )  # fmt: skip
-    next(iter(loader))
+    next(iter(unclip_loader(directory, 64, share, workers=0)))
     return time.perf_counter() - started
 
 

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,7 +41,7 @@ def main() -> None:
         whole = Path(directory) / "whole"
         started = time.monotonic()
         _submit(whole)
-        _wait_until(lambda: _is_finished(whole), lambda: _submit_again_if_failed(whole))
+        _finish(whole)
         print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
         counts: Counter[str] = Counter()
         sweeps, starts = 0, 0
@@ -53,7 +52,7 @@ def main() -> None:
                 time.sleep(rng.uniform(1, options.longest))
                 _disturb(disturbed, rng, counts)
                 _submit_again_if_failed(disturbed)
-            _wait_until(lambda: _is_finished(disturbed), lambda: _submit_again_if_failed(disturbed))  # noqa: B023
+            _finish(disturbed)
             compare(whole, disturbed)
             assert _artifacts(whole) == _artifacts(disturbed), "a stage was made under another fingerprint"
             sweeps += 1
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def _disturb(outputs: Path, rng: random.Random, counts: Counter[str]) -> None:
-    jobs = _running_jobs()
+    jobs = _said("squeue", "-h", "-t", "R", "-o", "%A").split()
     if jobs:
         event = rng.choice([_kill, _requeue, _signal, _preempt, _set_down])
         event(rng.choice(jobs), outputs)
@@ -88,12 +87,8 @@ def _submit(outputs: Path) -> None:
 
 def _submit_again_if_failed(outputs: Path) -> None:
     """Where nothing is in the queue any more, or a job has failed, submit what is missing."""
-    queue = subprocess.run(["squeue", "-h", "-o", "%T"], capture_output=True, text=True, check=True).stdout.split()
-    shown = subprocess.run(
-        [UNCLIP, "status", SWEEP, "--outputs", str(outputs)], capture_output=True, text=True, check=True,
-        env={**os.environ, "COLUMNS": "200"},
-    ).stdout  # fmt: skip
-    if not queue or any(word in shown for word in ("FAILED", "CANCELLED", "held")):
+    shown = _said(UNCLIP, "status", SWEEP, "--outputs", str(outputs))
+    if not _said("squeue", "-h") or any(word in shown for word in ("FAILED", "CANCELLED", "held")):
         _submit(outputs)
 
 
@@ -101,18 +96,18 @@ def _is_finished(outputs: Path) -> bool:
     return all(len(list(outputs.glob(f"artifacts/{last}/*/manifest.json"))) == 2 for last in ("export", "evaluate"))
 
 
-def _wait_until(is_so: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
+def _finish(outputs: Path) -> None:
     deadline = time.monotonic() + SECONDS_TO_FINISH
-    while not is_so():
+    while not _is_finished(outputs):
         if time.monotonic() > deadline:
             raise SystemExit("the sweep did not finish")
         time.sleep(3)
-        meanwhile()
+        _submit_again_if_failed(outputs)
 
 
-def _running_jobs() -> list[str]:
-    done = subprocess.run(["squeue", "-h", "-t", "R", "-o", "%A"], capture_output=True, text=True, check=True)
-    return done.stdout.split()
+def _said(*command: str) -> str:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout
 
 
 def _kill(_job: str, outputs: Path) -> None:
@@ -124,26 +119,23 @@ def _kill(_job: str, outputs: Path) -> None:
 
 
 def _requeue(job: str, _outputs: Path) -> None:
-    subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True)
+    _said("scontrol", "requeue", job)
 
 
 def _signal(job: str, _outputs: Path) -> None:
-    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=False, capture_output=True)
+    _said("scancel", "--batch", "--signal=USR1", job)
 
 
 def _preempt(_job: str, _outputs: Path) -> None:
-    urgent = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
-    subprocess.run(urgent, check=True, capture_output=True)
+    _said("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
 
 
 def _set_down(job: str, _outputs: Path) -> None:
-    node = subprocess.run(["squeue", "-h", "-j", job, "-o", "%N"], capture_output=True, text=True, check=False).stdout
-    if not node.strip():
-        return
-    update = ["scontrol", "update", f"NodeName={node.strip()}"]
-    subprocess.run([*update, "State=DOWN", "Reason=benchmark"], check=False, capture_output=True)
-    time.sleep(8)
-    subprocess.run([*update, "State=RESUME"], check=False, capture_output=True)
+    node = _said("squeue", "-h", "-j", job, "-o", "%N").strip()
+    if node:
+        _said("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=benchmark")
+        time.sleep(8)
+        _said("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
 
 if __name__ == "__main__":

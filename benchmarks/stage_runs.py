@@ -7,15 +7,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.workflow.artifacts import Artifact  # noqa: E402
 from pipeline.workflow.frozen import FrozenStage  # noqa: E402
 from tests.support.ranks import log_of, run_on_ranks  # noqa: E402
+from tests.support.tiny import finished  # noqa: E402
 from tests.support.tiny_runs import TINY, plan_stages, run_until  # noqa: E402
 
 STAGES = ("clip", "prior", "decoder", "upsampler", "judge")
 """Every kind that trains a network."""
 
-__all__ = ["STAGES", "TINY", "Bench", "finished", "run_or_exit"]
+__all__ = ["ROOT", "STAGES", "TINY", "Bench", "finished", "run_or_exit"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,3 @@ def run_or_exit(stages: list[FrozenStage], processes: int) -> None:
     statuses = run_on_ranks(stages, processes=processes, timeout_s=900)
     if any(statuses):
         sys.exit("\n".join(map(log_of, stages)))
-
-
-def finished(stage: FrozenStage) -> Artifact:
-    """What a stage has made."""
-    artifact = stage.store.find(stage.stage, stage.fingerprint)
-    assert artifact is not None, log_of(stage)
-    return artifact

@@ -47,19 +47,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=4, help="processes that read pictures")
     options = parser.parse_args()
     if options.steps <= STEPS_PER_ROW * WARM_UP_ROWS:
         parser.error(f"--steps {options.steps} is a warm-up alone; use more than {STEPS_PER_ROW * WARM_UP_ROWS}")
     overrides = (
-        f"trainer.accelerator={options.accelerator}",
+        "trainer.accelerator=auto",
         f"trainer.precision={options.precision}",
-        f"trainer.loader_workers={options.workers}",
+        "trainer.loader_workers=4",
         f"trainer.log_every_steps={STEPS_PER_ROW}",
         "trainer.cpu_threads=null",
         "trainer.cache_mib=4096",
@@ -72,14 +69,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place), overrides, SIZES[options.size])
         bench.make_inputs()
-        is_on_gpu = options.accelerator != "cpu" and torch.cuda.is_available()
+        is_on_gpu = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if is_on_gpu else "CPU"
         memory = "peak device memory, MiB" if is_on_gpu else "resident memory, MiB"
         print(f"{device}, torch {torch.__version__}, deepspeed {version('deepspeed')}, {options.precision}, ", end="")
         print(f"batches of {options.batch_size}, {options.steps} steps, networks: {options.size}\n")
         print(f"| stage | strategy | {memory} | samples/s |\n|---|---|---|---|")
         for name in options.stages:
-            for strategy in options.strategies:
+            for strategy in STRATEGIES:
                 print(f"| {name} | {strategy} | {_measure(bench, name, strategy)} |", flush=True)
 
 

@@ -6,13 +6,11 @@ The figures are those of the artifacts of `evaluate`; the cost is the time of th
 """
 
 import argparse
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 
-from pipeline.workflow.artifacts import Artifact
-from pipeline.workflow.runs import read_run, run_artifacts, run_names
+from pipeline.report.records import Comparison, read_comparison
+from pipeline.report.sweep import Effect, Level, effects, settings
+from pipeline.workflow.runs import read_runs
 
 METRICS = (
     "seen/base/mean=seen pairs",
@@ -23,7 +21,6 @@ METRICS = (
     "sample_to_caption=the same, own CLIP",
     "judge_clip/frechet=Fréchet, other CLIP",
 )
-NOT_A_SETTING = ("seed=", "run.name=")
 
 
 def main() -> None:
@@ -33,36 +30,26 @@ def main() -> None:
     parser.add_argument("--metric", action="append", help="NAME=HEADING, once for each column")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     options = parser.parse_args()
-    columns = dict(each.split("=", 1) for each in options.metric or METRICS)
-    groups = _members(options.outputs, options.sweeps)
-    print(f"| setting | runs | {' | '.join(columns.values())} | decoder, s |")
-    print(f"|---|---|{'---|' * (len(columns) + 1)}")
-    for setting in sorted(groups):
-        members = groups[setting]
-        cells = [_spread([each["evaluate"].manifest.metrics[name] for each in members]) for name in columns]
-        seconds = mean(each["decoder"].manifest.duration_s for each in members)
-        print(f"| {setting} | {len(members)} | {' | '.join(cells)} | {seconds:.0f} |")
+    names, headings = zip(*(each.split("=", 1) for each in options.metric or METRICS), strict=True)
+    records = [record for sweep in options.sweeps for record in read_runs(options.outputs, sweep)]
+    comparison = read_comparison(options.outputs, records)
+    costs = _settings(comparison, "decoder.time_s")
+    figures = [_settings(comparison, f"evaluate.{name}").levels for name in names]
+    print(f"| {costs.parameter} | runs | {' | '.join(headings)} | decoder, s |")
+    print(f"|---|---|{'---|' * (len(headings) + 1)}")
+    for cost, *levels in zip(costs.levels, *figures, strict=True):
+        print(f"| {cost.label} | {levels[0].count} | {' | '.join(map(_spread, levels))} | {cost.mean or 0:.0f} |")
 
 
-def _members(outputs: Path, sweeps: Sequence[str]) -> dict[str, list[dict[str, Artifact]]]:
-    """The finished members' artifacts, by their overrides without the seed and without what all have in common."""
-    found: dict[str, tuple[list[str], dict[str, Artifact]]] = {}  # by fingerprint: two sweeps may share a member
-    for name in run_names(outputs):
-        record = read_run(outputs, name)
-        artifacts = run_artifacts(outputs, record)
-        if record.group in sweeps and "evaluate" in artifacts:
-            found[artifacts["evaluate"].manifest.fingerprint] = record.overrides, artifacts
-    common = set.intersection(*(set(overrides) for overrides, _ in found.values())) if found else set()
-    groups: dict[str, list[dict[str, Artifact]]] = defaultdict(list)
-    for overrides, artifacts in found.values():
-        own = [each for each in overrides if each not in common and not each.startswith(NOT_A_SETTING)]
-        groups[", ".join(own)].append(artifacts)
-    return groups
+def _settings(comparison: Comparison, metric: str) -> Effect:
+    """The members by all that was varied but the seed."""
+    alone = (each for each in effects(comparison, metric) if each.parameter != "seed")
+    return settings(comparison, metric) or next(alone)
 
 
-def _spread(values: list[float]) -> str:
-    around = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{around}"
+def _spread(level: Level) -> str:
+    around = "" if level.deviation is None else f" ± {level.deviation:.3f}"
+    return "" if level.mean is None else f"{level.mean:.3f}{around}"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import hydra
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.config import RunConfig, RunSettings, validate
@@ -117,6 +120,8 @@ def registered_commands() -> Mapping[str, str]:
 def _compose(program: str, arguments: list[str]) -> list[tuple[DictConfig, list[str]]]:
     """Let Hydra compose a command line: each config with its overrides."""
     _require_choices(arguments)
+    if all((key := key_of(each)) is not None and not key.startswith("hydra") for each in arguments):
+        return [_compose_once(arguments)]
     composed: list[tuple[DictConfig, list[str]]] = []
 
     def collect(config: DictConfig) -> None:
@@ -135,6 +140,19 @@ def _compose(program: str, arguments: list[str]) -> list[tuple[DictConfig, list[
                 if exit_.code not in (None, 0):
                     raise
     return composed
+
+
+def _compose_once(overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """Compose overrides alone: `hydra.main` would compose everything twice, first to learn whether they are a sweep."""
+    with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
+        engine = GlobalHydra.instance().hydra
+        assert engine is not None, "it was initialized in the line before"
+        config = engine.compose_config("config", overrides, run_mode=RunMode.RUN, with_log_configuration=False)
+    task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(task, list), "Hydra keeps overrides in a list"
+    with flag_override(config, ["struct", "readonly"], False):
+        del config["hydra"]
+    return config, list(map(str, task))
 
 
 def _compose_points(program: str, fixed: list[str], points: list[list[str]]) -> list[Member]:

@@ -36,11 +36,10 @@ def refuse_repeated_keys(arguments: Sequence[str]) -> None:
 
 def refuse_repeated_keys_of_member(fixed: Sequence[str], point: Sequence[str], place: str) -> None:
     """The same for the overrides of a sweep's member in a line of a file, alone and beside the command line's."""
-    for key, repeated in _repeated(point):
-        raise UserError(f"{place}: {_given(key, repeated, 'give it once')}")
-    for key, repeated in _repeated([*fixed, *point]):
-        remedy = "give it on the command line or in the file"
-        raise UserError(f"{place}: {_given(key, repeated, remedy)}")
+    both = [*fixed, *point]
+    for arguments, remedy in ((point, "give it once"), (both, "give it on the command line or in the file")):
+        for key, repeated in _repeated(arguments):
+            raise UserError(f"{place}: {_given(key, repeated, remedy)}")
 
 
 def with_quoted_braces(override: str) -> str:

@@ -1,7 +1,7 @@
 """Finds what looks like a secret in settings: a config is kept in records, batch scripts, W&B runs and model cards."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 SECRET_NAME = re.compile(
@@ -66,17 +66,13 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
                 below = f"{path}.{key}" if path else str(key)
                 is_variable = path.endswith(".environment") and isinstance(each, str)
                 yield from _texts(f"{key}={each}" if is_variable else each, below)
-        case list() | tuple() if all(isinstance(each, str) for each in value) and not _holds_pipe(value):
+        case list() | tuple() if all(isinstance(each, str) and not each.startswith(_PIPE) for each in value):
             yield path, " ".join(value)
         case list() | tuple():
             for each in value:
                 yield from _texts(each, path)
         case _:
             pass
-
-
-def _holds_pipe(values: Sequence[str]) -> bool:
-    return any(value.startswith(_PIPE) for value in values)
 
 
 def _in_command(text: str) -> str | None:
@@ -86,10 +82,9 @@ def _in_command(text: str) -> str | None:
 
 
 def _in_url(text: str) -> str | None:
-    for match in _USER.finditer(text):
-        if match["password"] or match["scheme"].lower() not in _LOGIN_SCHEMES:
-            return "the login of a URL"
-    if _OBJECT_LOGIN.search(text):
+    users = _USER.finditer(text)
+    has_login = any(each["password"] or each["scheme"].lower() not in _LOGIN_SCHEMES for each in users)
+    if has_login or _OBJECT_LOGIN.search(text):
         return "the login of a URL"
     if "://" in text:
         for match in _QUERY.finditer(text):

@@ -71,7 +71,7 @@ class Cluster:
         self._start("slurmctld", "-D")
         for node in self._nodes:
             threading.Thread(target=self._keep_node, args=(node,), daemon=True).start()
-        self._wait("the nodes", lambda: self._output("sinfo", "-h", "-o", "%T").split() == ["idle"])
+        self._wait("the nodes", lambda: self._done("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"])
 
     def _keep_node(self, node: str) -> None:
         """A node's daemon, started again when it dies, as an init system would."""
@@ -177,9 +177,6 @@ class Cluster:
         done = self._done(*command)
         if done.returncode != 0:
             raise SystemExit(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
-
-    def _output(self, *command: str) -> str:
-        return self._done(*command).stdout
 
     def _succeeds(self, *command: str) -> bool:
         done = self._done(*command)

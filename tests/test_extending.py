@@ -216,18 +216,14 @@ from pathlib import Path
 import stages
 from tests.support.tiny_runs import TINY, run_until
 
-outputs, name = Path(sys.argv[1]), sys.argv[2]
-match name:
-    case "palette":
-        made = [run_until(outputs, "palette", "workflow=palette", base=["tracking=none", "data.samples=40"])]
-    case "greys":
-        made = [run_until(outputs, "prepare", "data=greys", base=["tracking=none"])]
-    case "plain":
-        tiny = [each for each in TINY if not each.startswith(("stage.decoder.network", "experiment="))]
-        base = ["experiment=plain", *tiny]
-        made = [run_until(outputs, stage, base=base) for stage in ("decoder", "evaluate", "export")]
-found = [{"path": str(each.path), **each.manifest.model_dump(mode="json")} for each in made]
-Path(sys.argv[-1]).write_text(json.dumps({"where": stages.__path__[0], "made": found}))
+outputs = Path(sys.argv[1])
+palette = run_until(outputs, "palette", "workflow=palette", base=["tracking=none", "data.samples=40"])
+greys = run_until(outputs, "prepare", "data=greys", base=["tracking=none"])
+tiny = [each for each in TINY if not each.startswith(("stage.decoder.network", "experiment="))]
+plain = [run_until(outputs, stage, base=["experiment=plain", *tiny]) for stage in ("decoder", "evaluate", "export")]
+made = {"palette": palette, "greys": greys} | dict(zip(("decoder", "evaluate", "export"), plain))
+found = {name: {"path": str(each.path), **each.manifest.model_dump(mode="json")} for name, each in made.items()}
+Path(sys.argv[2]).write_text(json.dumps({"where": stages.__path__[0], "made": found}))
 """
 
 
@@ -251,11 +247,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def made_in(checkout: Path, name: str) -> list[dict[str, Any]]:
-    """The manifests of what the project makes that has the additions, and where these artifacts are."""
+@pytest.fixture(scope="module")
+def made(checkout: Path) -> dict[str, dict[str, Any]]:
+    """The manifests of what the project makes that has the additions, by name, and where these artifacts are."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(ROOT)])}
-    report = checkout / f"{name}.json"
-    command = [sys.executable, "-c", PROGRAM, str(checkout / "outputs"), name, str(report)]
+    report = checkout / "made.json"
+    command = [sys.executable, "-c", PROGRAM, str(checkout / "outputs"), str(report)]
     done = subprocess.run(command, env=environment, cwd=checkout, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
@@ -263,46 +260,39 @@ def made_in(checkout: Path, name: str) -> list[dict[str, Any]]:
     return found["made"]
 
 
-@pytest.fixture(scope="module")
-def plain(checkout: Path) -> list[dict[str, Any]]:
-    """What decoder, evaluate and export made of the plain network."""
-    return made_in(checkout, "plain")
-
-
-def test_a_stage_is_five_files(checkout: Path):
+def test_a_stage_is_five_files(made: dict[str, dict[str, Any]]):
     assert len(STAGE) <= 5
-    (palette,) = made_in(checkout, "palette")
+    palette = made["palette"]
     assert palette["kind"] == "palette"
     assert len(palette["numbers"]["mean"]) == 3
     assert palette["metrics"]["red"] == palette["numbers"]["mean"][0]
 
 
-def test_a_network_of_the_decoder_is_two_files(plain: list[dict[str, Any]]):
+def test_a_network_of_the_decoder_is_two_files(made: dict[str, dict[str, Any]]):
     assert len(NETWORK) <= 2
-    decoder, _, _ = plain
+    decoder = made["decoder"]
     assert decoder["config"]["network"] == {"kind": "plain", "width": 8}
     assert decoder["samples_seen"] == 16
     assert decoder["metrics"]["diffusion"] > 0
 
 
-def test_a_metric_is_two_files(plain: list[dict[str, Any]]):
+def test_a_metric_is_two_files(made: dict[str, dict[str, Any]]):
     assert len(METRIC) <= 2
-    _, evaluation, _ = plain
-    metrics = evaluation["metrics"]
+    metrics = made["evaluate"]["metrics"]
     assert -1 <= metrics["brightness"] <= 1
     assert metrics["brightness_of_real"] != metrics["brightness"]
     assert "sample_to_caption" in metrics
 
 
-def test_a_network_that_the_stock_pipeline_cannot_hold_is_exported_as_its_weights(plain: list[dict[str, Any]]):
-    _, _, export = plain
+def test_a_network_that_the_stock_pipeline_cannot_hold_is_exported_as_its_weights(made: dict[str, dict[str, Any]]):
+    export = made["export"]
     assert not export["numbers"]["stock_pipeline"]
     assert "U-Net" in export["numbers"]["not_stock_because"]
     assert (Path(export["path"]) / "decoder" / "weights.safetensors").is_file()
 
 
-def test_a_source_is_two_files(checkout: Path):
+def test_a_source_is_two_files(made: dict[str, dict[str, Any]]):
     assert len(SOURCE) <= 2
-    (data,) = made_in(checkout, "greys")
+    data = made["greys"]
     assert data["numbers"]["samples"]["train"] + data["numbers"]["samples"]["validation"] == 40
     assert data["numbers"]["licence_id"] == "cc0-1.0"

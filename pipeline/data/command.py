@@ -141,7 +141,7 @@ def _counts(faults: Mapping[str, int]) -> str:
 def _progress() -> Iterator[Report]:
     """Shows how far an indexing is: a bar in a terminal, else a line now and then."""
     if not sys.stderr.isatty():
-        yield _Lines().report
+        yield _lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -152,17 +152,18 @@ def _progress() -> Iterator[Report]:
         yield lambda done: bar.update(task, total=done.shards, completed=done.shards_done, samples=done.samples)
 
 
-class _Lines:
-    def __init__(self) -> None:
-        self._said_at = time.monotonic()
+def _lines() -> Report:
+    said_at = time.monotonic()
 
-    def report(self, done: IndexProgress) -> None:
-        now = time.monotonic()
-        if now - self._said_at >= _SECONDS_BETWEEN_LINES:
-            self._said_at = now
+    def report(done: IndexProgress) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= _SECONDS_BETWEEN_LINES:
+            said_at = time.monotonic()
             print(
                 f"{done.shards_done:,} of {done.shards:,} shards, {done.samples:,} samples", file=sys.stderr, flush=True
             )
+
+    return report
 
 
 @contextmanager

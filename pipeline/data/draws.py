@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.mixing import FIRST_MULTIPLIER, GOLDEN_GAMMA, SECOND_MULTIPLIER, purpose_key
+from pipeline.data.mixing import hashed, uniform
 
 
 class SampleDraws:
@@ -20,11 +20,12 @@ class SampleDraws:
 
     def uniform(self, purpose: str) -> Tensor:
         """Uniform in [0, 1), float32 [B], in steps of 2^-24."""
-        return (_shift_right(self._hash(purpose), 40).to(torch.float32) * 2.0**-24).to(self._device)
+        return torch.from_numpy(uniform(self.sample_seed.numpy(), purpose)).to(torch.float32).to(self._device)
 
     def integer(self, purpose: str, high: int) -> Tensor:
         """Uniform in {0, ..., high - 1}, int64 [B]; `high` is at most 2^31."""
-        return ((_shift_right(self._hash(purpose), 33) * high) >> 31).to(self._device)
+        drawn = (hashed(self.sample_seed.numpy(), purpose) >> np.uint64(33)).astype(np.int64) * high >> 31
+        return torch.from_numpy(drawn).to(self._device)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, float32 [B, *shape].
@@ -34,27 +35,6 @@ class SampleDraws:
         """
         is_cuda = self._device.type == "cuda"
         noise = torch.empty((len(self.sample_seed), *shape), dtype=torch.float32, pin_memory=is_cuda)
-        for row, seed in zip(noise.numpy(), self._hash(purpose).tolist(), strict=True):
-            np.random.Generator(np.random.Philox(key=seed % 2**64)).standard_normal(dtype=np.float32, out=row)
+        for row, key in zip(noise.numpy(), hashed(self.sample_seed.numpy(), purpose).tolist(), strict=True):
+            np.random.Generator(np.random.Philox(key=key)).standard_normal(dtype=np.float32, out=row)
         return noise.to(self._device, non_blocking=True)
-
-    def _hash(self, purpose: str) -> Tensor:
-        return _mix(_mix(self.sample_seed ^ _signed(purpose_key(purpose))))
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Shift as an unsigned number: torch's `>>` drags the sign along."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(value: Tensor) -> Tensor:
-    """`pipeline.data.mixing.mix` on int64 tensors, whose arithmetic wraps around."""
-    value = value + _signed(GOLDEN_GAMMA)
-    value = (value ^ _shift_right(value, 30)) * _signed(FIRST_MULTIPLIER)
-    value = (value ^ _shift_right(value, 27)) * _signed(SECOND_MULTIPLIER)
-    return value ^ _shift_right(value, 31)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pipeline.data.decode import DecodeFault
-from pipeline.data.summary import ShardEntry
+from pipeline.data.summary import IndexSummary, ShardEntry
 from pipeline.errors import UserError
 
 MIN_SAMPLES = 256
@@ -45,10 +45,8 @@ class FaultTally:
 
 def check_left_out(shards: Sequence[ShardEntry], max_share: float) -> None:
     """Raise `UserError` where more than that share of what the shards hold is no complete sample."""
-    left_out = FaultTally()
-    for shard in shards:
-        left_out.read += shard.samples + sum(shard.left_out.values())
-        left_out.by_reason.update(shard.left_out)
+    summary = IndexSummary(tuple(shards), "")
+    left_out = FaultTally(summary.samples + summary.left_out.total(), summary.left_out)
     if left_out.is_over(max_share):
         raise too_many_faults(left_out, max_share, {shard.name: sum(shard.left_out.values()) for shard in shards})
 

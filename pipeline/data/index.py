@@ -87,10 +87,6 @@ class ShardIndex:
         """The key of a row."""
         return self.key_bytes[self.key_offset[sample] : self.key_offset[sample + 1]].tobytes().decode()
 
-    def extension(self, sample: int) -> str:
-        """The extension of a row's image, such as jpg."""
-        return IMAGE_EXTENSIONS[self.image_extension[sample]]
-
     def only(self, number: int) -> "ShardIndex":
         """The part of the index that describes shard `number`."""
         first, last = self.first_rows[number : number + 2]

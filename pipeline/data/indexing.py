@@ -1,14 +1,13 @@
 """Makes and keeps the indices of shards: all cores, and nothing that was walked is walked again. Imports no torch."""
 
-import errno
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, concatenate, read_
 from pipeline.data.location import ShardGroup, group_shards
 from pipeline.data.place import ShardPlace
 from pipeline.data.reasons import EXPLANATIONS
-from pipeline.data.remote import forget, local_shard
+from pipeline.data.remote import forget, is_disk_full, local_shard
 from pipeline.data.shards import is_url
 from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, read_summary
 from pipeline.data.walk import walk_shard
@@ -27,9 +26,8 @@ from pipeline.errors import UserError
 SAVE_EVERY_S = 30.0
 """What was walked is written down so often, for an indexing that is killed."""
 
-_LAST_LOOK_S = 0.2
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HANDED_OVER_WITHIN_S = 5.0
+"""The longest wait at a stop: a process that ends while it writes its result leaves the pool waiting for the rest."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,7 @@ def _require_samples(indices: Sequence[ShardIndex]) -> None:
 def _index_group(group: ShardGroup, place: ShardPlace, workers: int, report: Report, again: bool) -> Indexed:
     work = _Work(group, place, again)
     try:
-        for done in work.run(workers):
-            report(done)
+        work.run(workers, report)
     finally:
         work.save()
     return Indexed(work.directory, work.index_of_group(), tuple(work.refused))
@@ -134,35 +131,38 @@ class _Work:
                 # One that describes shards which are gone is written again without them.
                 self._is_saved = len(read_summary(self.directory).shards) == len(known)
 
-    def run(self, workers: int) -> Iterator[IndexProgress]:
+    def run(self, workers: int, report: Report) -> None:
         """Walk what is not known, several shards at once."""
         todo = [
             (name, shard)
             for name, shard in zip(self._group.names, self._group.shards, strict=True)
             if name not in self._parts
         ]
-        yield self._progress()
+        report(self._progress())
         if workers == 0 or not todo:
             for name, shard in todo:
                 self._take(name, lambda name=name, shard=shard: _walk(shard, name, self._place, self._again))
-                yield self._progress()
+                report(self._progress())
             return
-        with _pool(min(workers, len(todo))) as pool:
-            futures = {pool.submit(_walk, shard, name, self._place, self._again): name for name, shard in todo}
-            pending: set[Future[ShardIndex]] = set(futures)
-            try:
-                while pending:
-                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        self._take(futures[future], future.result)
+        futures: dict[Future[ShardIndex], str] = {}
+        try:
+            with _pool(min(workers, len(todo))) as pool:
+                for name, shard in todo:
+                    futures[pool.submit(_walk, shard, name, self._place, self._again)] = name
+                for future in as_completed(futures):
+                    self._take(futures[future], future.result)
                     if time.monotonic() - self._saved_at > SAVE_EVERY_S:
                         self.save()
-                    yield self._progress()
-            except KeyboardInterrupt:
-                for future in wait(pending, timeout=_LAST_LOOK_S).done:
-                    if not future.cancelled() and future.exception() is None:
-                        self._take(futures[future], future.result)
-                raise
+                    report(self._progress())
+        except (KeyboardInterrupt, UserError):
+            self._take_what_was_walked(futures)
+            raise
+
+    def _take_what_was_walked(self, futures: Mapping[Future[ShardIndex], str]) -> None:
+        """Take the results that were on their way. The processes have ended: the pool reads all of them, then ends."""
+        for future in wait(futures, timeout=_HANDED_OVER_WITHIN_S).done:
+            if not future.cancelled() and future.exception() is None:
+                self._take(futures[future], future.result)
 
     def _known(self) -> Iterator[tuple[Path, str, ShardIndex]]:
         """Every shard that an index describes as it is now, with the directory of that index."""
@@ -184,7 +184,7 @@ class _Work:
         except UserError as error:
             self.refused.append(str(error))
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_disk_full(error):
                 self.refused.append(f"data.shards: {self._group.parent}/{name} cannot be read ({error.strerror})")
                 return
             raise UserError(
@@ -225,7 +225,7 @@ def _write(group: ShardGroup, index: ShardIndex) -> Path:
             write_index(directory, index, None if directory == group.root else group.parent)
             return directory
         except OSError as error:
-            if error.errno in _FULL:
+            if is_disk_full(error):
                 raise UserError(
                     f"no space is left for the index in {directory}; free some, or put it elsewhere with --index DIR "
                     "(and data.index_dir=DIR)"
@@ -250,7 +250,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # What waits is not cancelled: a future that was would never count as done, and those of a dead process fail.
+        pool.shutdown(wait=False)
         for process in multiprocessing.active_children():
             process.terminate()
         raise

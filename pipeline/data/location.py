@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.place import ShardPlace
-from pipeline.data.shards import index_directory, index_in_cache, is_url, shard_names, shard_parent
+from pipeline.data.shards import index_in_cache, is_url, shard_names, shard_parent
 from pipeline.data.summary import SUMMARY_FILE, IndexSummary, ShardEntry, SizeCheck, read_summary
 from pipeline.errors import UserError
 
@@ -59,18 +59,19 @@ def group_shards(place: ShardPlace) -> list[ShardGroup]:
         ShardGroup(
             parent,
             tuple(shards),
-            _candidates(parent, shards, place, number if len(by_parent) > 1 else None),
+            _candidates(parent, place, number if len(by_parent) > 1 else None),
             is_whole=parent in whole,
         )
         for number, (parent, shards) in enumerate(by_parent.items())
     ]
 
 
-def _candidates(parent: str, shards: Sequence[str], place: ShardPlace, number: int | None) -> tuple[Path, ...]:
+def _candidates(parent: str, place: ShardPlace, number: int | None) -> tuple[Path, ...]:
     """In the order in which writing is tried."""
     if place.index_dir is not None:
         return (place.index_dir if number is None else place.index_dir / f"{number:02d}",)
-    return tuple(dict.fromkeys([index_directory(shards, place.cache_dir), index_in_cache(parent, place.cache_dir)]))
+    beside = () if is_url(parent) else (Path(parent),)
+    return (*beside, index_in_cache(parent, place.cache_dir))
 
 
 def open_summary(place: ShardPlace) -> IndexSummary:

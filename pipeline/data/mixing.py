@@ -5,17 +5,17 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9
-SECOND_MULTIPLIER = 0x94D049BB133111EB
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9
+_SECOND_MULTIPLIER = 0x94D049BB133111EB
 
 
 def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Splitmix64's step and finaliser: a bijection in which each input bit flips about half of the 64 output bits."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is what the algorithm means
-        value = value + np.uint64(GOLDEN_GAMMA)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(FIRST_MULTIPLIER)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(SECOND_MULTIPLIER)
+        value = value + np.uint64(_GOLDEN_GAMMA)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(_FIRST_MULTIPLIER)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(_SECOND_MULTIPLIER)
     return value ^ (value >> np.uint64(31))
 
 
@@ -31,10 +31,14 @@ def purpose_key(purpose: str) -> int:
     return int.from_bytes(blake2b(purpose.encode(), digest_size=8, person=b"purpose").digest())
 
 
+def hashed(seeds: NDArray[np.int64], purpose: str) -> NDArray[np.uint64]:
+    """64 bits for the seed of each sample, from which it draws for a purpose."""
+    return mix(mix(seeds.view(np.uint64) ^ np.uint64(purpose_key(purpose))))
+
+
 def uniform(seeds: NDArray[np.int64], purpose: str) -> NDArray[np.float64]:
-    """Uniform in [0, 1), in steps of 2^-24, for the seeds of samples: what `SampleDraws.uniform` gives for them."""
-    state = mix(mix(seeds.view(np.uint64) ^ np.uint64(purpose_key(purpose))))
-    return (state >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    """Uniform in [0, 1), in steps of 2^-24, for the seeds of samples."""
+    return (hashed(seeds, purpose) >> np.uint64(40)).astype(np.float64) * 2.0**-24
 
 
 def named_seed(seed: int, name: str, number: int = 0) -> int:

@@ -4,8 +4,8 @@ Shards are shuffled and dealt into blocks; samples are shuffled inside their blo
 per epoch, one block after the other, and the order of two blocks is kept in memory, whatever the number of samples.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -104,10 +104,9 @@ class GlobalBatches:
             raise ValueError("an order needs at least one sample")
         self._samples = ShardedSamples(sample_ids, shard_of_sample, mixture, seed)
         self._global_batch_size = global_batch_size
-        self._shards_per_block = shards_per_block
-        self._epochs: OrderedDict[int, EpochBlocks] = OrderedDict()
-        self._orders: OrderedDict[tuple[int, int], Shown] = OrderedDict()
-        self._heads: OrderedDict[int, Shown] = OrderedDict()
+        self._blocks = lru_cache(_KEPT_EPOCHS)(partial(self._samples.blocks, shards_per_block=shards_per_block))
+        self._order = lru_cache(_KEPT_BLOCKS)(self._shuffled_block)
+        self._head = lru_cache(_KEPT_EPOCHS)(self._distinct_head)
 
     def batch(self, k: int) -> Shown:
         """The pass and the sample of each of the G places of global batch k."""
@@ -150,14 +149,8 @@ class GlobalBatches:
         begins = Shown(head.number_of_pass[first:last], head.sample[first:last])
         return begins if last <= in_head else _concatenated([begins, self._shuffled(epoch, max(first, in_head), last)])
 
-    def _head(self, epoch: int) -> Shown:
-        """How an epoch begins where its first batch is also the last one of the epoch before; else nothing."""
-        if epoch not in self._heads:
-            self._heads[epoch] = self._distinct_head(epoch)
-            _drop_oldest(self._heads, _KEPT_EPOCHS)
-        return self._heads[epoch]
-
     def _distinct_head(self, epoch: int) -> Shown:
+        """How an epoch begins where its first batch is also the last one of the epoch before; else nothing."""
         size = self._global_batch_size
         start = self._samples.start(epoch)
         before, length = start - self._samples.start(epoch - 1), self._samples.start(epoch + 1) - start
@@ -185,18 +178,8 @@ class GlobalBatches:
     def _numbers(self, block: Pieces) -> list[int]:
         return list(dict.fromkeys(self._samples.shards[block.shard].tolist()))
 
-    def _blocks(self, epoch: int) -> EpochBlocks:
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._samples.blocks(epoch, self._shards_per_block)
-            _drop_oldest(self._epochs, _KEPT_EPOCHS)
-        return self._epochs[epoch]
-
-    def _order(self, epoch: int, block: int) -> Shown:
-        key = (epoch, block)
-        if key not in self._orders:
-            self._orders[key] = self._samples.shuffled(self._blocks(epoch).pieces[block])
-            _drop_oldest(self._orders, _KEPT_BLOCKS)
-        return self._orders[key]
+    def _shuffled_block(self, epoch: int, block: int) -> Shown:
+        return self._samples.shuffled(self._blocks(epoch).pieces[block])
 
 
 def epoch_samples(
@@ -210,8 +193,3 @@ def _concatenated(parts: list[Shown]) -> Shown:
     if len(parts) == 1:
         return parts[0]
     return Shown(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-
-
-def _drop_oldest(kept: OrderedDict, count: int) -> None:
-    while len(kept) > count:
-        kept.popitem(last=False)

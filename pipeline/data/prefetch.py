@@ -32,18 +32,14 @@ class ShardPrefetch:
 
     def want(self, shards: Sequence[int]) -> None:
         """Fetch these shards (numbers in the index), unless they were wanted the last time."""
-        self._start()
+        if not self._is_running:  # late, since threads do not survive the fork of loader workers
+            self._is_running = True
+            for _ in range(_THREADS):
+                threading.Thread(target=self._fetch, daemon=True).start()
         for shard in shards:
             if shard in self._remote and shard not in self._wanted:
                 self._queue.put(shard)
         self._wanted = frozenset(shards)
-
-    def _start(self) -> None:
-        # Late, since threads do not survive the fork of loader workers.
-        if not self._is_running:
-            self._is_running = True
-            for _ in range(_THREADS):
-                threading.Thread(target=self._fetch, daemon=True).start()
 
     def _fetch(self) -> None:
         while (shard := self._queue.get()) is not None:

@@ -74,7 +74,8 @@ def write_prepared(
     """
     if len(splits) != len(index):
         raise ValueError(f"{len(splits)} splits for {len(index)} samples")
-    write_index(directory, index.renamed([_file_name(shard.name) for shard in index.shards]))
+    file_names = [PurePosixPath(shard.name.partition("?")[0]).name for shard in index.shards]
+    write_index(directory, index.renamed(file_names))
     np.save(directory / _SPLITS_FILE, splits.astype(np.uint8), allow_pickle=False)
     layout = {
         "schema_version": SCHEMA_VERSION,
@@ -83,10 +84,6 @@ def write_prepared(
         "mixture": (mixture or Mixture.even(len(index.shards))).as_json(),
     }
     (directory / _LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
-
-
-def _file_name(shard: str) -> str:
-    return PurePosixPath(shard.partition("?")[0]).name
 
 
 def read_prepared(directory: Path, place: ShardPlace | None = None) -> PreparedData:

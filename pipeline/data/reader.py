@@ -2,7 +2,6 @@
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,6 @@ from pipeline.errors import UserError
 _MAX_OPEN_SHARDS = 128
 _OPEN_ATTEMPTS = 3
 _NAME_BYTES = 80
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as its shard holds it: the encoded picture, the caption, and the JSON's fields where there is a JSON."""
-
-    key: str
-    image: bytes
-    caption: str
-    attributes: dict[str, Any] | None
 
 
 class SampleReader:
@@ -57,10 +46,6 @@ class SampleReader:
         self.remedy = remedy or f"{index_command(root)} --again"
         self._open: OrderedDict[int, int] = OrderedDict()
         self._fetched_anew: set[int] = set()
-
-    def read(self, sample: int) -> RawSample:
-        """Read all of a sample. Raises DecodeError where the bytes are not there or the caption is none."""
-        return RawSample(self.index.key(sample), self.image(sample), self.caption(sample), self.attributes(sample))
 
     def image(self, sample: int) -> bytes:
         """The encoded picture.

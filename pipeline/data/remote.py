@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shlex
 import shutil
 from contextlib import suppress
 from hashlib import blake2b
@@ -15,6 +14,7 @@ from filelock import FileLock
 
 from pipeline.data.s3 import fetch_object
 from pipeline.data.shards import is_s3, is_url
+from pipeline.data.summary import index_command
 from pipeline.errors import UserError
 
 READ_ATTEMPTS = 5
@@ -91,20 +91,21 @@ def _stream(url: str, target: Path, expected_bytes: int | None) -> None:
     retrying = Retrying(
         stop=stop_after_attempt(READ_ATTEMPTS),
         wait=wait_exponential(multiplier=FIRST_WAIT_S),
-        retry=retry_if_exception(lambda error: isinstance(error, OSError) and not _is_disk_full(error)),
+        retry=retry_if_exception(lambda error: isinstance(error, OSError) and not is_disk_full(error)),
         reraise=True,
     )
     try:
         retrying(_stream_once, url, target, expected_bytes)
     except (OSError, ValueError) as error:
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise
         raise UserError(
             f"data.shards: {url} cannot be read after {READ_ATTEMPTS} attempts ({error}); check the URL and the network"
         ) from error
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that no space is left, or no more is allowed."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -120,16 +121,12 @@ def _stream_once(url: str, target: Path, expected_bytes: int | None) -> None:
             if is_s3(url):  # which says how long an object is, so that a transfer that breaks off is seen before
                 raise UserError(
                     f"data.shards: {url} has {found} bytes, and {expected_bytes} when it was indexed; put it back, or "
-                    f"run `{_again(url)}`"
+                    f"run `{index_command(url)} --again`"
                 )
-            raise OSError(f"{found} bytes, and {expected_bytes} when it was indexed by `{_again(url)}`")
+            raise OSError(f"{found} bytes, and {expected_bytes} when it was indexed by `{index_command(url)} --again`")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _again(url: str) -> str:
-    return shlex.join(["unclip", "shards", "index", url, "--again"])
 
 
 def _copy_opened(url: str, target: Path) -> None:

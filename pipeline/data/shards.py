@@ -67,12 +67,6 @@ def shard_parent(shard: str) -> str:
     return f"{scheme}:" if scheme in SHELL_SCHEMES else shard.rpartition("/")[0]
 
 
-def index_directory(shards: Sequence[str], cache_dir: Path) -> Path:
-    """Where the index of shards with one parent belongs: beside them, or in the cache where they are remote."""
-    parent = shard_parent(shards[0])
-    return index_in_cache(parent, cache_dir) if is_url(parent) else Path(parent)
-
-
 def index_in_cache(parent: str, cache_dir: Path) -> Path:
     """The place in the cache for the index of what has this parent."""
     digest = blake2b(parent.encode(errors="surrogateescape"), digest_size=8).hexdigest()

@@ -47,15 +47,6 @@ def split_at(position: float, validation_fraction: float) -> Split:
     return Split.VALIDATION if position < validation_fraction else Split.TRAIN
 
 
-def split_of(split_key: str, validation_fraction: float) -> Split:
-    """Put a sample on a side by the hash of its split key.
-
-    Neither the other samples nor the number of ranks matter; a larger fraction only moves samples from train to
-    validation.
-    """
-    return split_at(split_position(split_key), validation_fraction)
-
-
 def check_split_sizes(positions: Sequence[float], validation_fraction: float) -> None:
     """Raise `UserError` unless there is something to train on and something to measure on.
 

@@ -83,10 +83,9 @@ class IndexSummary:
     @property
     def texts(self) -> Counter[str]:
         """How many samples have a text, by its extension."""
-        counts: Counter[str] = Counter()
-        for shard in self.shards:
-            counts.update({name: found.samples for name, found in shard.contents.items() if name != PICTURES})
-        return counts
+        return sum_of(
+            {name: found.samples for name, found in shard.contents.items() if name != PICTURES} for shard in self.shards
+        )
 
     def select(self, names: Sequence[str], where: str, remedy: str | None = None) -> "IndexSummary":
         """Keep the named shards, in the order named; raises UserError where one was not indexed."""

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from enum import StrEnum
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -206,7 +207,8 @@ def _headers_on_grid(archive: memoryview) -> list[int]:
 
 
 def _is_header(archive: memoryview, offset: int) -> bool:
-    return parse_header(bytes(archive[offset : offset + BLOCK])) is not None
+    block = bytes(archive[offset : offset + BLOCK])
+    return len(block) == BLOCK and block != _ZERO_BLOCK and parse_header(block) is not None
 
 
 def _holds_header(archive: memoryview, member: Member) -> bool:
@@ -251,17 +253,9 @@ def _next_header(archive: memoryview, start: int) -> int:
 
     It stands on no grid, as bytes may be missing, but for archives from before POSIX, whose headers have no magic.
     """
-    position = start + _MAGIC_AT
-    for found in re.compile(_MAGIC).finditer(archive, position):
-        offset = found.start() - _MAGIC_AT
-        block = bytes(archive[offset : offset + BLOCK])
-        if len(block) == BLOCK and parse_header(block) is not None:
-            return offset
-    for offset in range(_in_blocks(start), len(archive) - BLOCK + 1, BLOCK):
-        block = bytes(archive[offset : offset + BLOCK])
-        if block != _ZERO_BLOCK and parse_header(block) is not None:
-            return offset
-    return len(archive)
+    with_magic = (found.start() - _MAGIC_AT for found in re.compile(_MAGIC).finditer(archive, start + _MAGIC_AT))
+    on_grid = range(_in_blocks(start), len(archive), BLOCK)
+    return next((offset for offset in chain(with_magic, on_grid) if _is_header(archive, offset)), len(archive))
 
 
 def _is_followed_by_member(archive: memoryview, offset: int) -> bool:

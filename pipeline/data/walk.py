@@ -161,18 +161,14 @@ def _reason_to_skip(name: str) -> Skipped | None:
 def _reason_against(sample: _Sample, keys: set[str]) -> LeftOut | None:
     if sample.key in keys:
         return LeftOut.DUPLICATE_KEY
-    if not any(map(_is_picture, sample.files)):
+    if sample.files.keys().isdisjoint(IMAGE_EXTENSIONS):
         return LeftOut.DOTTED_KEY if _dotted_pictures(sample) else LeftOut.MISSING_IMAGE
     return None if any(map(_is_text, sample.files)) else LeftOut.MISSING_CAPTION
 
 
 def _dotted_pictures(sample: _Sample) -> int:
     """Split at its first dot, `photo.1.jpg` is the file `1.jpg` of the sample `photo`."""
-    return sum(not _is_picture(extension) and not _is_text(extension) for extension in sample.files)
-
-
-def _is_picture(extension: str) -> bool:
-    return extension in IMAGE_EXTENSIONS
+    return sum(extension not in IMAGE_EXTENSIONS and not _is_text(extension) for extension in sample.files)
 
 
 def _is_text(extension: str) -> bool:

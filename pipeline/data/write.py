@@ -31,15 +31,11 @@ def write_shards(directory: Path, samples: Iterable[SourceSample], shard_samples
         # A fixed time and no owner: the bytes depend on the samples alone.
         with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
             for sample in chunk:
-                writer.write(_files(sample))
+                writer.write({
+                    "__key__": sample.key,
+                    sample.extension: sample.image,
+                    "txt": sample.caption.encode(),
+                    "json": json.dumps(dict(sample.attributes), sort_keys=True).encode(),
+                })  # fmt: skip
         paths.append(path)
     return paths
-
-
-def _files(sample: SourceSample) -> dict[str, Any]:
-    return {
-        "__key__": sample.key,
-        sample.extension: sample.image,
-        "txt": sample.caption.encode(),
-        "json": json.dumps(dict(sample.attributes), sort_keys=True).encode(),
-    }

@@ -1,7 +1,5 @@
 """What a launcher is. `launch.kind` names its module in this package, which holds it as `LAUNCHER`."""
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +7,11 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-import pipeline.launch
 from pipeline.config import RunConfig, Settings, validate
 from pipeline.errors import UserError
 from pipeline.launch.identity import ProcessIdentity, identity_here
 from pipeline.terminal.display import Display
+from pipeline.workflow.declaration import modules_in
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import Failure, Outcome
 from pipeline.workflow.runs import RunRecord, stage_log
@@ -89,8 +87,7 @@ class Launcher(ABC):
 
 def launchers() -> dict[str, Launcher]:
     """Every launcher by its kind."""
-    names = [each.name for each in pkgutil.iter_modules(pipeline.launch.__path__)]
-    modules = {name: importlib.import_module(f"{pipeline.launch.__name__}.{name}") for name in names}
+    modules = modules_in("pipeline.launch")
     return {name: module.LAUNCHER for name, module in modules.items() if hasattr(module, "LAUNCHER")}
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +15,10 @@ from pipeline.picture_grid import read_layout
 from pipeline.report.metrics import format_number, is_bound
 from pipeline.report.pictures import latest_grid
 from pipeline.report.records import Comparison, RunReport, StageReport
-from pipeline.report.table import format_hours, run_cost
+from pipeline.report.table import format_hours, totals
 from pipeline.terminal.words import format_duration
-from pipeline.workflow.declaration import Catalog, resolve
+from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.declaration import Catalog, StageDeclaration, resolve
 from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
 
 CARD = "README.md"
@@ -66,7 +67,7 @@ def _front_matter(run: RunReport) -> str:
 
 def _summary(comparison: Comparison, run: RunReport) -> str:
     finished = sum(stage.is_finished for stage in run.stages)
-    cost = run_cost(comparison, run)
+    cost = totals(run.stages, comparison)
     state = (
         "finished" if finished == len(run.stages) else f"{run.state.value}, {finished} of {len(run.stages)} stages done"
     )
@@ -90,13 +91,16 @@ def _licence_id(run: RunReport) -> str:
 
 def _origins(run: RunReport) -> list[str]:
     """What the stages say of others' work that they were made from."""
-    catalog = cast(Catalog, resolve(run.catalog))
-    found = []
-    for stage in run.stages:
-        origin = catalog.stages[stage.kind].origin if stage.kind in catalog.stages else None
-        if origin is not None and stage.artifact is not None:
-            found.append(origin(stage.artifact))
+    found = [declared.origin(artifact) for declared, artifact in _finished(run) if declared.origin is not None]
     return [each for each in found if each]
+
+
+def _finished(run: RunReport) -> Iterator[tuple[StageDeclaration, Artifact]]:
+    """The artifacts of the run whose kind is known here."""
+    catalog = cast(Catalog, resolve(run.catalog))
+    for stage in run.stages:
+        if stage.artifact is not None and stage.kind in catalog.stages:
+            yield catalog.stages[stage.kind], stage.artifact
 
 
 def _caption(run: RunReport) -> str:
@@ -113,13 +117,8 @@ def _caption(run: RunReport) -> str:
 
 def _usage(run: RunReport) -> str:
     """What the stages say of their outputs' use."""
-    catalog = cast(Catalog, resolve(run.catalog))
     caption = _caption(run)
-    said = []
-    for stage in run.stages:
-        usage = catalog.stages[stage.kind].usage if stage.kind in catalog.stages else None
-        if usage is not None and stage.artifact is not None:
-            said.append(usage(run.name, stage.artifact, caption))
+    said = [declared.usage(run.name, artifact, caption) for declared, artifact in _finished(run) if declared.usage]
     return "\n\n".join(said) or "Nothing of this run can be used yet: no stage with an output for others has finished."
 
 
@@ -168,7 +167,7 @@ def _training(comparison: Comparison, run: RunReport) -> str:
         ]
         for stage in run.stages
     ]
-    cost = run_cost(comparison, run)
+    cost = totals(run.stages, comparison)
     rows.append(["all", "", format_duration(cost.duration_s), format_hours(cost.device_hours), "", "", ""])
     return _table(["stage", "state", "time", "device-hours", "samples seen", "hardware", "fingerprint"], rows)
 

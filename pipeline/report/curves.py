@@ -1,5 +1,6 @@
 """Loss and metric curves of compared stages, thinned to what a page can draw."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -57,7 +58,7 @@ def curves(comparison: Comparison) -> list[Curve]:
 
 def _stage_points(stage: StageReport, limit: int) -> tuple[dict[str, _Points], bool]:
     """The points of each metric, from so many rows, and whether these are all."""
-    found: dict[str, _Points] = {}
+    found: defaultdict[str, _Points] = defaultdict(_Points)
     elapsed_s: float | None = None
     rows = sampled_rows(stage.rows_path, limit)
     for row in rows.rows:
@@ -68,9 +69,7 @@ def _stage_points(stage: StageReport, limit: int) -> tuple[dict[str, _Points], b
             # As `is_finite_number`, without a call for each value: inf and nan minus themselves are nan.
             if name in _AXES or type(value) not in _NUMBERS or value - value != 0:
                 continue
-            points = found.get(name)
-            if points is None:
-                points = found[name] = _Points()
+            points = found[name]
             points.samples.append(samples)
             points.hours.append(hours)
             points.values.append(value)

@@ -4,6 +4,7 @@ A stage's inputs serve at least the runs that it serves itself, so boxes of runs
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from pipeline.report.records import Comparison, StageReport
 
@@ -107,13 +108,9 @@ def _without_shortcuts(inputs: dict[_Users, list[_Users]]) -> dict[_Users, list[
 
 def _columns(inputs: dict[_Users, list[_Users]]) -> dict[_Users, int]:
     """The longest way to each box."""
-    found: dict[_Users, int] = {}
 
+    @cache
     def column(users: _Users) -> int:
-        if users not in found:
-            found[users] = 1 + max((column(source) for source in inputs[users]), default=-1)
-        return found[users]
+        return 1 + max((column(source) for source in inputs[users]), default=-1)
 
-    for users in inputs:
-        column(users)
-    return found
+    return {users: column(users) for users in inputs}

@@ -7,7 +7,7 @@ from typing import cast
 
 from pipeline.errors import UserError
 from pipeline.report.records import Comparison
-from pipeline.workflow.declaration import Better, Catalog, resolve
+from pipeline.workflow.declaration import Better, Catalog, StageDeclaration, resolve
 
 _BOUNDS = ("_low", "_high")
 
@@ -15,19 +15,19 @@ _BOUNDS = ("_low", "_high")
 def directions(comparison: Comparison) -> dict[str, Better]:
     """Which way `stage.metric` improves, for the metrics whose stage declares it."""
     catalogs = {run.catalog: _catalog(run.catalog) for run in comparison.runs}
+    measured = dict.fromkeys(
+        (run.catalog, stage.kind, stage.name, metric)
+        for run in comparison.runs
+        for stage in run.stages
+        for metric in stage.metrics
+    )
     found: dict[str, Better] = {}
-    seen: dict[tuple[str, ...], Better | None] = {}
-    for run in comparison.runs:
-        catalog = catalogs[run.catalog]
-        for stage in run.stages:
-            declaration = catalog.stages.get(stage.kind) if catalog else None
-            for metric in stage.metrics if declaration else ():
-                assert declaration is not None
-                known = (stage.name, metric, stage.kind, run.catalog)
-                if known not in seen:
-                    seen[known] = _direction(metric, declaration.better)
-                if (better := seen[known]) is not None:
-                    found[f"{stage.name}.{metric}"] = better
+    for catalog, kind, stage, metric in measured:
+        declaration = catalogs[catalog].get(kind)
+        patterns = () if declaration is None else declaration.better.items()
+        better = next((direction for pattern, direction in patterns if fnmatchcase(metric, pattern)), None)
+        if better is not None:
+            found[f"{stage}.{metric}"] = better
     return found
 
 
@@ -53,13 +53,9 @@ def format_number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
-def _catalog(reference: str) -> Catalog | None:
-    """The run's catalog; None where this installation does not have it, and then nothing is marked."""
+def _catalog(reference: str) -> Mapping[str, StageDeclaration]:
+    """The run's classes of stages; none where this installation does not have them, and then nothing is marked."""
     try:
-        return cast(Catalog, resolve(reference))
+        return cast(Catalog, resolve(reference)).stages
     except UserError:
-        return None
-
-
-def _direction(metric: str, better: Mapping[str, Better]) -> Better | None:
-    return next((direction for pattern, direction in better.items() if fnmatchcase(metric, pattern)), None)
+        return {}

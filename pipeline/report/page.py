@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.errors import UserError
-from pipeline.report.curves import Curve, curves
+from pipeline.report.curves import curves
 from pipeline.report.differences import ABSENT, differing_settings
 from pipeline.report.graph import sharing_graph
 from pipeline.report.metrics import finite, format_number
@@ -28,7 +28,7 @@ from pipeline.report.sweep import (
     parameters,
     settings,
 )
-from pipeline.report.table import columns, format_hours, run_cost, totals
+from pipeline.report.table import columns, format_hours, totals
 from pipeline.terminal.words import format_duration
 from pipeline.workflow.declaration import Better
 
@@ -65,7 +65,7 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
         differences=differing_settings(records),
         absent=ABSENT,
         columns=found,
-        costs=[run_cost(comparison, run) for run in comparison.runs],
+        costs=[totals(run.stages, comparison) for run in comparison.runs],
         totals=totals(comparison.distinct_stages, comparison),
         stages=[(name, comparison.count_distinct(name) == most) for name in comparison.stage_names],
         pictures=picture_tables(comparison),
@@ -88,18 +88,15 @@ def _data(comparison: Comparison, sweep: SweepView | None) -> dict[str, Any]:
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for curve in curves(comparison):
         of_metric = by_stage.setdefault(curve.stage, {}).setdefault(curve.metric, [])
-        of_metric.append(_curve_data(curve, [numbers[name] for name in comparison.users[curve.fingerprint]]))
+        runs = [numbers[name] for name in comparison.users[curve.fingerprint]]
+        drawn = {"samples": curve.samples, "hours": curve.hours, "values": curve.values, "isWhole": curve.is_whole}
+        of_metric.append({"runs": runs, **drawn})
     return {
         "runs": [run.name for run in comparison.runs],
         "curves": by_stage,
         "common": [name for name in comparison.stage_names if comparison.is_common(name)],
         "sweep": None if sweep is None else _sweep_data(sweep, numbers),
     }
-
-
-def _curve_data(curve: Curve, runs: list[int]) -> dict[str, Any]:
-    of_curve = {"runs": runs, "samples": curve.samples, "hours": curve.hours, "values": curve.values}
-    return of_curve | {"isWhole": curve.is_whole}
 
 
 def _sweep_data(sweep: SweepView, numbers: Mapping[str, int]) -> dict[str, Any]:

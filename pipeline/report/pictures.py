@@ -81,8 +81,8 @@ def latest_grid(stage: StageReport) -> Path | None:
 
 
 def _grids_of(comparison: Comparison, name: str) -> list[tuple[StageReport, Path]]:
-    stages = {stage.fingerprint: stage for stage in comparison.distinct_stages if stage.name == name}
-    return [(stage, path) for stage in stages.values() if (path := latest_grid(stage)) is not None]
+    stages = (stage for stage in comparison.distinct_stages if stage.name == name)
+    return [(stage, path) for stage in stages if (path := latest_grid(stage)) is not None]
 
 
 def _table(comparison: Comparison, name: str, sources: list[tuple[StageReport, Path]], captions: int) -> PictureTable:

@@ -70,7 +70,7 @@ class Totals:
 
 
 def totals(stages: Sequence[StageReport], comparison: Comparison) -> Totals:
-    """Sums over distinct stages."""
+    """Sums over distinct stages, those included that other runs share."""
     distinct = {stage.fingerprint: stage for stage in stages}.values()
     return Totals(
         sum(stage.duration_s or 0.0 for stage in distinct),
@@ -95,11 +95,6 @@ def named_columns(found: Sequence[Column], keys: Sequence[str]) -> list[Column]:
     return [by_key[key] for key in keys]
 
 
-def run_cost(comparison: Comparison, run: RunReport) -> Totals:
-    """Time and cost of all stages of one run, those included that others share."""
-    return totals(run.stages, comparison)
-
-
 def table_csv(comparison: Comparison) -> str:
     """One row for each run: name, group, state, what differs, and all columns by their keys.
 
@@ -114,7 +109,7 @@ def table_csv(comparison: Comparison) -> str:
         ["run", "group", "state", *differences, *costs, *(key for column in found for key in _csv_keys(column))]
     )
     for number, run in enumerate(comparison.runs):
-        cost = run_cost(comparison, run)
+        cost = totals(run.stages, comparison)
         settings = [values[number] for values in differences.values()]
         values = [value for column in found for value in _csv_values(column, column.cells[number])]
         row = [run.name, run.record.group, run.state.value, *settings, cost.duration_s, cost.device_hours, *values]
@@ -139,7 +134,7 @@ def table_json(comparison: Comparison) -> str:
     better = directions(comparison)
     runs = []
     for number, run in enumerate(comparison.runs):
-        cost = run_cost(comparison, run)
+        cost = totals(run.stages, comparison)
         runs.append({
             "name": run.name,
             "group": run.record.group,
@@ -159,20 +154,15 @@ def table_json(comparison: Comparison) -> str:
     )
 
 
+_STAGE_IN_JSON = (
+    *("state", "detail", "fingerprint", "duration_s", "devices", "device_hours", "samples_seen", "hardware", "metrics"),
+)
+
+
 def _stage_json(comparison: Comparison, run: RunReport, stage: StageReport) -> dict[str, Any]:
-    return {
-        "state": stage.state.value,
-        "detail": stage.detail,
-        "fingerprint": stage.fingerprint,
-        "made_by_run": stage.artifact.manifest.made_by_run if stage.artifact else None,
-        "shared_with": comparison.shared_with(run, stage),
-        "duration_s": stage.duration_s,
-        "devices": stage.devices,
-        "device_hours": stage.device_hours,
-        "samples_seen": stage.samples_seen,
-        "hardware": dict(stage.hardware),
-        "metrics": dict(stage.metrics),
-    }
+    made_by_run = stage.artifact.manifest.made_by_run if stage.artifact else None
+    shared = {"made_by_run": made_by_run, "shared_with": comparison.shared_with(run, stage)}
+    return {name: getattr(stage, name) for name in _STAGE_IN_JSON} | shared
 
 
 def _stage_columns(comparison: Comparison, name: str, better: dict[str, Better]) -> list[Column]:

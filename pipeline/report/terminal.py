@@ -12,7 +12,7 @@ from pipeline.report.differences import differing_overrides, differing_settings
 from pipeline.report.metrics import format_number
 from pipeline.report.records import Comparison
 from pipeline.report.sweep import Effect, Level, best_levels, directions_of_effects, effects, settings, short_key
-from pipeline.report.table import Column, Quantity, columns, format_hours, named_columns, run_cost, totals
+from pipeline.report.table import Column, Quantity, columns, format_hours, named_columns, totals
 from pipeline.terminal.words import format_duration
 
 _BORDER = 3
@@ -99,7 +99,7 @@ def _effect_table(effect: Effect, best: Collection[Level]) -> Table:
 
 def _fixed(comparison: Comparison, varied: Mapping[str, Sequence[str]]) -> list[_Shown]:
     """The columns that are always there: names, what differs, state, time, cost."""
-    costs = [run_cost(comparison, run) for run in comparison.runs]
+    costs = [totals(run.stages, comparison) for run in comparison.runs]
     everything = totals(comparison.distinct_stages, comparison)
     return [
         _Shown("run", tuple(run.name for run in comparison.runs), "all"),

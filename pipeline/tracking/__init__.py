@@ -35,7 +35,7 @@ class Tracker(AbstractContextManager["Tracker"]):
         self._tensorboard: TensorBoard | None = None
 
     def __enter__(self) -> "Tracker":
-        if self._is_owner:
+        if self._ownership.writes:
             tracking, work = self._frozen.tracking, self._frozen.work
             resume(work, self._resumes_at)
             if tracking.tensorboard:
@@ -51,7 +51,7 @@ class Tracker(AbstractContextManager["Tracker"]):
             self._tensorboard.close()
         if self._sending is None:
             return
-        if kind is not None and (not self._is_owner or issubclass(kind, StageLost)):
+        if kind is not None and (not self._ownership.writes or issubclass(kind, StageLost)):
             self._sending.abandon()  # the run is another process's now
         else:
             self._sending.finish(_ending(kind))
@@ -61,10 +61,6 @@ class Tracker(AbstractContextManager["Tracker"]):
         """The W&B run of this stage, if it ever had one."""
         return read_record(self._frozen.work)
 
-    @property
-    def _is_owner(self) -> bool:
-        return self._ownership.writes
-
     def log(self, samples_seen: int, metrics: Mapping[str, float]) -> None:
         """Add one row."""
         self._add({AXIS: samples_seen, **metrics})
@@ -72,7 +68,7 @@ class Tracker(AbstractContextManager["Tracker"]):
     def log_picture(self, samples_seen: int, name: str, picture: Path, captions: Sequence[str]) -> None:
         """Add a picture that is on disk, captioned. One outside the work directory is copied into it."""
         work = self._frozen.work
-        if self._is_owner and not picture.is_relative_to(work):
+        if self._ownership.writes and not picture.is_relative_to(work):
             # An artifact's directory has another name once it is published, and may be removed.
             kept = work / "pictures" / f"{name.replace('/', '-')}-{samples_seen:012}{picture.suffix}"
             kept.parent.mkdir(exist_ok=True)
@@ -80,7 +76,7 @@ class Tracker(AbstractContextManager["Tracker"]):
         self._add({AXIS: samples_seen, PICTURE: name, "file": os.path.relpath(picture, work), "captions": [*captions]})
 
     def _add(self, entry: dict[str, Any]) -> None:
-        if not self._is_owner:
+        if not self._ownership.writes:
             return
         append(self._frozen.work, entry)
         if self._sending is not None:

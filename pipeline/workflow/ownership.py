@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import override
 
 from pipeline.errors import StageInterrupted
@@ -74,6 +75,9 @@ class Claim:
         except ProcessLookupError:
             pass
         return True
+
+
+_CLAIM = TypeAdapter(Claim)
 
 
 class Ownership:
@@ -260,10 +264,8 @@ def _is_over(directory: Path, attempt: int) -> bool:
 def _read_claim(directory: Path, attempt: int) -> Claim | None:
     """None where a power cut took its content."""
     try:
-        values = json.loads((directory / f"{attempt:06}.json").read_text())
-        job = values.pop("job", None)
-        return Claim(**values, job=None if job is None else JobStart(**job))
-    except (ValueError, TypeError, AttributeError):
+        return _CLAIM.validate_json((directory / f"{attempt:06}.json").read_bytes())
+    except ValidationError:
         return None
 
 

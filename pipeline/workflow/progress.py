@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -87,6 +87,8 @@ class Failure:
 
 _PROGRESS = TypeAdapter(Progress)
 _FAILURE = TypeAdapter(Failure)
+_HARDWARE = TypeAdapter(dict[str, Any])
+T = TypeVar("T")
 
 
 def write_progress(work: Path, progress: Progress) -> None:
@@ -98,10 +100,7 @@ def write_progress(work: Path, progress: Progress) -> None:
 
 def read_progress(work: Path) -> Progress | None:
     """The last published progress; None without one, or where the file holds something else."""
-    try:
-        return _PROGRESS.validate_python(_read_json(work / PROGRESS))
-    except ValidationError:
-        return None
+    return _read(_PROGRESS, work / PROGRESS)
 
 
 def write_failure(work: Path, failure: Failure) -> None:
@@ -111,16 +110,12 @@ def write_failure(work: Path, failure: Failure) -> None:
 
 def read_failure(work: Path) -> Failure | None:
     """Why the last attempt failed; None where it did not, or where the file holds something else."""
-    try:
-        return _FAILURE.validate_python(_read_json(work / FAILURE))
-    except ValidationError:
-        return None
+    return _read(_FAILURE, work / FAILURE)
 
 
 def read_hardware(work: Path) -> dict[str, Any]:
     """What the stage runs on, as its process found it; {} before it started."""
-    values = _read_json(work / HARDWARE)
-    return values if isinstance(values, dict) else {}
+    return _read(_HARDWARE, work / HARDWARE) or {}
 
 
 def latest_checkpoint_samples(work: Path) -> int | None:
@@ -129,10 +124,10 @@ def latest_checkpoint_samples(work: Path) -> int | None:
     return int(records[-1].stem.removeprefix("samples-")) if records else None
 
 
-def _read_json(path: Path) -> Any:
+def _read(schema: TypeAdapter[T], path: Path) -> T | None:
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return schema.validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
         return None
 
 

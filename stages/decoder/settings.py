@@ -75,9 +75,8 @@ class DecoderNumbers(OnClipNumbers):
 def check(path: str, settings: DecoderSettings, workflow: Workflow) -> None:
     """Diffusion and network can work, and the workflow has what the condition needs."""
     check_diffusion(path, settings, settings.sampler)
-    clips = (each.settings for each in workflow.stages.values() if each.kind == "clip")
-    clip = next((each for each in clips if isinstance(each, ClipSettings)), None)
-    context_length = clip.network.context_length if clip else None
+    clip = next((each.settings for each in workflow.stages.values() if each.kind == "clip"), None)
+    context_length = clip.network.context_length if isinstance(clip, ClipSettings) else None
     settings.network_choice.check(path, settings.network, settings.image_size, context_length)
     if settings.condition is DecoderCondition.IMAGE_EMBED and not {"embed", "prior"} <= workflow.kinds:
         raise UserError(

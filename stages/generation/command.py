@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     with fabric.autocast():
         chain = chain_of_inputs(inputs_by_kind(artifacts.values()), fabric.device)
         requests = list(_requests(options.captions, options.count, options.seed))
-        pictures = _sample(chain, requests, _generation_options(options))
+        decoder = DecoderOptions(options.guidance, options.clip_guidance, options.steps)
+        pictures = _sample(chain, requests, GenerationOptions(decoder, options.prior_guidance))
     output = options.output or outputs / "runs" / record.name / "samples"
     output.mkdir(parents=True, exist_ok=True)
     for request, picture in zip(requests, pictures, strict=True):
@@ -85,11 +86,6 @@ def _check(options: argparse.Namespace) -> None:
         scale = getattr(options, name)
         if scale is not None and not math.isfinite(scale):
             raise UserError(f"--{name.replace('_', '-')} {scale} is no scale; give a finite number")
-
-
-def _generation_options(options: argparse.Namespace) -> GenerationOptions:
-    decoder = DecoderOptions(options.guidance, options.clip_guidance, options.steps)
-    return GenerationOptions(decoder, options.prior_guidance)
 
 
 def _requests(captions: Sequence[str], count: int, seed: int) -> list[Request]:

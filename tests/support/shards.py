@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.data.index import ShardIndex
 from pipeline.data.indexing import index_place
 from pipeline.data.place import ShardPlace
+from pipeline.data.splits import Split, split_at, split_position
 from pipeline.errors import UserError
 
 
@@ -24,3 +25,8 @@ def the_index(place: ShardPlace, workers: int = 0, *, again: bool = False) -> Sh
     assert indexed.index is not None
     assert indexed.refused == ()
     return indexed.index
+
+
+def split_of(split_key: str, validation_fraction: float) -> Split:
+    """The side of a sample by the hash of its split key, as a source puts it there."""
+    return split_at(split_position(split_key), validation_fraction)

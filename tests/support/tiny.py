@@ -32,7 +32,6 @@ from pipeline.config import (
 from pipeline.data.batch import ImageBatch
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import write_prepared
-from pipeline.data.splits import split_of
 from pipeline.data.write import SourceSample, write_shards
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
@@ -43,6 +42,7 @@ from pipeline.workflow.declaration import Catalog, Input, StageDeclaration
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.record import read_standing
+from tests.support.shards import split_of
 
 SIZE = 8
 DATA, LEARNER = "0" * 64, "1" * 64

@@ -1,6 +1,7 @@
 """Real stages on tiny data, run in this process through the engine's entry point."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +64,12 @@ TINY = [
 def the_last_of_each_key(*overrides: str) -> list[str]:
     """What is left where later overrides take the place of earlier ones: a command line refuses a key given twice."""
     return list({key_of(each) or each: each for each in overrides}.values())
+
+
+def tiny_without(*stages: str) -> list[str]:
+    """The tiny workflow with these stages left out."""
+    rest = (each for each in TINY if re.split("[.=]", each)[1] not in stages)
+    return [*rest, *(f"~stage.{stage}" for stage in stages)]
 
 
 def plan_stages(outputs: Path, *overrides: str, base: Sequence[str] = TINY) -> dict[str, FrozenStage]:

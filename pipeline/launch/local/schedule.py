@@ -13,7 +13,7 @@ from pipeline.launch.launcher import StageOutcome
 from pipeline.launch.local.devices import Devices, Share
 from pipeline.launch.local.worker import Worker
 from pipeline.terminal.display import Display
-from pipeline.workflow.frozen import FrozenFile, FrozenStage, StageKey, write_frozen
+from pipeline.workflow.frozen import FrozenStage, StageKey, write_frozen
 from pipeline.workflow.ownership import StageLost, Vacancy
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import Failure, Outcome, read_failure, read_progress
@@ -36,20 +36,12 @@ class Task:
         """What it makes."""
         return self.frozen.stage, self.frozen.fingerprint
 
-    @property
-    def is_free(self) -> bool:
-        """Whether no other command works on the stage."""
-        with suppress(StageLost):  # the stage's own process finds that again, and says it
-            return self.vacancy.is_free
-        return True
-
 
 @dataclass(frozen=True)
 class Running:
     """A stage that a worker is at."""
 
     task: Task
-    frozen: FrozenFile
     worker: Worker
     share: Share
     started: float
@@ -127,20 +119,21 @@ class Schedule:
 
     def _is_free(self, task: Task) -> bool:
         """Whether no other command has the stage. Where one has, this one waits, and keeps no place for it."""
-        is_free = task.is_free
+        is_free = True
+        with suppress(StageLost):  # the stage's own process finds that again, and says it
+            is_free = task.vacancy.is_free
         if not is_free and task.key not in self._waiting:
             self._waiting.add(task.key)
             self._display.wait(task.title)
         return is_free
 
     def _start(self, task: Task, share: Share) -> None:
-        frozen = write_frozen(task.frozen)
         self._close_others_on(share)
         idle = self._idle.get(share.gpus)
         worker = idle.pop() if idle else Worker(self._devices.environment(share, os.environ))
         self._display.start(task.title, task.stage)
-        worker.begin(frozen)
-        self._running.append(Running(task, frozen, worker, share, time.monotonic()))
+        worker.begin(write_frozen(task.frozen))
+        self._running.append(Running(task, worker, share, time.monotonic()))
 
     def _close_others_on(self, share: Share) -> None:
         """End what is idle and holds memory of these GPUs."""

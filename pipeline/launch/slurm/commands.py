@@ -71,17 +71,12 @@ def queued(job_ids: Iterable[int]) -> dict[int, QueuedJob]:
         return {}
     # One unknown id alone is an error to squeue, among others it is passed over.
     try:
-        found = _squeue(f"--jobs={','.join(map(str, sorted(wanted)))}")
+        found = squeue(f"--jobs={','.join(map(str, sorted(wanted)))}")
     except UserError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
     return {job.job_id: job for job in found if job.job_id in wanted}
-
-
-def queued_of_this_user() -> list[QueuedJob]:
-    """Every job of this user that the queue still knows."""
-    return _squeue("--me")
 
 
 def accounted(job_ids: Iterable[int]) -> dict[int, str]:
@@ -109,7 +104,8 @@ def release(job_id: int) -> None:
     _output("scontrol", "release", str(job_id))
 
 
-def _squeue(*selection: str) -> list[QueuedJob]:
+def squeue(*selection: str) -> list[QueuedJob]:
+    """The jobs of a selection, such as `--me`, that the queue still knows."""
     text = _output("squeue", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%j|%k", *selection)
     jobs = []
     for line in text.splitlines():

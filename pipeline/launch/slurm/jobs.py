@@ -78,7 +78,7 @@ def look_up(works: Iterable[Path]) -> dict[Path, KnownJob]:
     queue = commands.queued(record.job_id for record in records.values() if record.job_id is not None)
     # A submission that was killed before it had Slurm's answer may have a job all the same.
     unanswered = {record.token for record in records.values() if record.job_id is None}
-    by_token = {job.comment: job for job in commands.queued_of_this_user()} if unanswered else {}
+    by_token = {job.comment: job for job in commands.squeue("--me")} if unanswered else {}
     return {work: _known(record, queue, by_token) for work, record in records.items()}
 
 

@@ -97,6 +97,7 @@ def test_a_job_that_starts_more_often_than_allowed_fails_and_says_so(tmp_path: P
     assert "2 times, more than launch.max_requeues=0 allows" in again.reason
 
 
+@pytest.mark.slow
 def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
     expected: dict[str, Tensor], tmp_path: Path
 ):

@@ -1,7 +1,6 @@
 """A sweep of the whole workflow, by the command that a user types, on the real cluster."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ import pytest
 
 from pipeline.workflow.runs import read_runs, run_artifacts
 from tests.support import world
-from tests.support.tiny_runs import TINY
+from tests.support.command import said
+from tests.support.tiny_runs import tiny_without
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -32,19 +32,18 @@ def test_a_submitted_sweep_trains_shared_stages_once_and_ends_without_a_driver(t
     left_out = () if is_whole else ("embed", "prior", "upsampler", "judge", "judge_clip", "evaluate", "export")
     shared, own = (set(stages).difference(left_out) for stages in (SHARED, OF_A_MEMBER))
     line = [
-        *(each for each in TINY if re.split("[.=]", each)[1] not in left_out),
-        *(f"~stage.{stage}" for stage in left_out),
+        *tiny_without(*left_out),
         f"stage.decoder.condition={'image_embed' if is_whole else 'text_embed'}",
         "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.1", f"paths.outputs={tmp_path}",
     ]  # fmt: skip
     profile = ["launch=slurm", "launch.mem_gib=2", "launch.stages.decoder.time_limit_min=30", "launch.max_parallel=3"]
-    dry = unclip("plan", "-m", *line, *profile)
+    dry = said("plan", "-m", *line, *profile)
     assert "--time=30" in dry
     assert "scontrol requeue" in dry
     assert not list(tmp_path.iterdir())
     shown = unclip("submit", "-m", *line, *profile)
     assert shown.count("submitted") == len(shared) + 2 * len(own)
-    assert "queued already" in unclip("submit", "-m", *line, *profile)
+    assert "queued already" in said("submit", "-m", *line, *profile)
 
     def is_finished() -> bool:
         states = world.slurm("squeue", "-h", "-o", "%T").split()
@@ -54,12 +53,12 @@ def test_a_submitted_sweep_trains_shared_stages_once_and_ends_without_a_driver(t
     members = read_runs(tmp_path, "sweep")
     assert [member.name for member in members] == ["sweep.0", "sweep.1"]
     of_members = [run_artifacts(tmp_path, member) for member in members]
-    assert all(set(artifacts) == shared | own for artifacts in of_members), unclip(
+    assert all(set(artifacts) == shared | own for artifacts in of_members), said(
         "status", "sweep", "--outputs", str(tmp_path)
     )
     first, second = of_members
     assert {name for name in first if first[name].path == second[name].path} == shared
-    status = unclip("status", "sweep", "--outputs", str(tmp_path))
+    status = said("status", "sweep", "--outputs", str(tmp_path))
     assert status.count("finished") == len(shared) + 2 * len(own)
     assert "0-1" in status
-    assert "every stage is finished" in unclip("submit", "-m", *line, *profile)
+    assert "every stage is finished" in said("submit", "-m", *line, *profile)

@@ -6,9 +6,9 @@ import pytest
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.place import ShardPlace
 from pipeline.data.prepared import write_prepared
-from pipeline.data.splits import split_of
 from pipeline.data.write import write_shards
 from tests.support.pictures import source_sample
+from tests.support.shards import split_of
 
 
 @pytest.fixture

@@ -20,10 +20,11 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.place import ShardPlace
 from pipeline.data.prefetch import ShardPrefetch
 from pipeline.data.prepared import read_prepared, write_prepared
-from pipeline.data.splits import Split, split_of
+from pipeline.data.splits import Split
 from pipeline.data.write import SourceSample, write_shards
 from pipeline.errors import UserError
 from tests.support.pictures import source_sample, tar
+from tests.support.shards import split_of
 
 OPTIONS: dict[str, Any] = {
     "seed": 5,

@@ -2,8 +2,9 @@ import re
 
 import pytest
 
-from pipeline.data.splits import Split, check_split_sizes, split_of, split_position
+from pipeline.data.splits import Split, check_split_sizes, split_position
 from pipeline.errors import UserError
+from tests.support.shards import split_of
 
 KEYS = [f"{number:06d}" for number in range(20_000)]
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.data.check import CHANGED, UNREADABLE
 from pipeline.data.decode import DecodeFault
-from pipeline.data.index import ShardIndex
+from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex
 from pipeline.data.reader import SampleReader
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.tar import Damage, NotAFile
@@ -90,7 +90,7 @@ def test_extensions_that_nobody_could_type_are_skipped(tmp_path: Path):
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "gif", "bmp", "JPG"])
 def test_pictures_are_known_by_their_extension(tmp_path: Path, extension: str):
     index = walked(tmp_path, {f"0.{extension}": RED, "0.txt": b"red"})
-    assert index.extension(0) == extension.lower()
+    assert IMAGE_EXTENSIONS[index.image_extension[0]] == extension.lower()
 
 
 def test_a_compressed_tar_is_refused_by_its_kind(tmp_path: Path):

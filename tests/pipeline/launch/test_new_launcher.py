@@ -45,7 +45,12 @@ class PlainLauncher(Launcher):
 
 LAUNCHER = PlainLauncher()
 '''
-NOT_NEEDED = ("embed", "prior", "decoder", "upsampler", "judge_clip", "judge", "evaluate", "export")
+NOT_NEEDED = ("clip", "embed", "prior", "decoder", "upsampler", "judge_clip", "judge", "evaluate", "export")
+PROGRAM = """
+import json, sys
+from pipeline.cli import main
+print([main(line) for line in json.loads(sys.argv[1])])
+"""
 
 
 def test_a_launcher_is_one_new_module_and_one_new_config(tmp_path: Path):
@@ -57,22 +62,25 @@ def test_a_launcher_is_one_new_module_and_one_new_config(tmp_path: Path):
     (house / "conf" / "launch" / "plain.yaml").write_text("kind: plain\nniceness: 1\n")
     assert len({path for path in house.rglob("*") if path.is_file()} - before) == 2
 
-    def unclip(command: str, *more: str, status: int = 0) -> str:
-        line = ["experiment=smoke", "tracking=none", *(f"~stage.{name}" for name in NOT_NEEDED), "launch=plain", *more]
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", command, *line],
-            cwd=house, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
-        )  # fmt: skip
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    assert "2 plain processes" in unclip("plan")
-    assert "launch.nicenes is an unknown key" in unclip("plan", "launch.nicenes=2", status=2)
-    assert "there are 'local', 'plain', 'slurm'" in unclip("plan", "launch.kind=moon", status=2)
-    assert "launch.kind='plain' has no jobs" in unclip("submit", status=2)
-    said = unclip("run", "trainer.accelerator=cpu", "stage.clip.max_samples=16")
+    line = ["experiment=smoke", "tracking=none", *(f"~stage.{name}" for name in NOT_NEEDED), "launch=plain"]
+    commands = [
+        ["plan", *line],
+        ["plan", *line, "launch.nicenes=2"],
+        ["plan", *line, "launch.kind=moon"],
+        ["submit", *line],
+        ["run", *line, "trainer.accelerator=cpu", "data.samples=64", "data.unseen_samples=4"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
+        cwd=house, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1:] == ["[0, 2, 2, 2, 0]"], said
+    assert "1 plain processes" in said
+    assert "launch.nicenes is an unknown key" in done.stderr
+    assert "there are 'local', 'plain', 'slurm'" in done.stderr
+    assert "launch.kind='plain' has no jobs" in done.stderr
     assert "prepare: finished" in said
-    assert "clip: finished" in said
     record = json.loads((house / "outputs" / "runs" / "smoke" / "run.json").read_text())
     for stage in record["stages"]:
         assert (house / "outputs" / "artifacts" / stage["name"] / stage["fingerprint"] / "manifest.json").exists()

@@ -8,7 +8,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.report.differences import differing_settings
 from pipeline.report.records import Comparison
-from pipeline.report.table import Column, columns, run_cost, table_csv, table_json, totals
+from pipeline.report.table import Column, columns, table_csv, table_json, totals
 from tests.support import small_world
 from tests.support.small_world import compared
 
@@ -51,7 +51,7 @@ def test_ends_of_an_interval_are_no_columns_of_their_own(trial: Comparison):
 def test_a_shared_stage_is_counted_once_in_the_total(outputs: Path):
     comparison = compared(outputs, "trial.1", "again")
     everything = totals(comparison.distinct_stages, comparison)
-    (first, second) = (run_cost(comparison, run) for run in comparison.runs)
+    (first, second) = (totals(run.stages, comparison) for run in comparison.runs)
     assert first.duration_s == second.duration_s == everything.duration_s > 0
     assert everything.device_hours == pytest.approx(everything.duration_s / 3600)
     assert everything.shared_stages == 3

@@ -146,6 +146,7 @@ def test_rows_that_arrived_are_not_sent_again_where_the_sender_was_killed(tmp_pa
     assert server.only_run.ended_with == [0]
 
 
+@pytest.mark.slow
 def test_a_sender_that_was_killed_is_started_again_while_the_stage_trains(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ):

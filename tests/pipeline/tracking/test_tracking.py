@@ -210,6 +210,7 @@ def test_rows_from_before_tracking_was_on_are_sent_as_well(tmp_path: Path, serve
     assert server.only_run.axis("train/loss") == ALL
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_under_its_id_with_every_row_once(tmp_path: Path, server: WandbServer):
     stage = tracked(tmp_path, step_s=0.04, max_samples=960, checkpoint_every_samples=240, sample_every_samples=160)
     run_stage(tiny.data_of(stage), Event())

@@ -258,7 +258,7 @@ def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_fin
     assert finished(stage).manifest.samples_seen == 80
 
 
-SIGNALS = (signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1)
+SIGNALS = (*(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGTERM)), signal.SIGUSR1)
 
 
 def worker(stage: FrozenStage) -> subprocess.Popen[str]:

@@ -54,7 +54,7 @@ def run_rank(rank: int, directory: str) -> None:
 def results_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     # Of a process that has imported what each of them would.
-    get_context("forkserver").set_forkserver_preload(["stages.models.clip"])
+    get_context("forkserver").set_forkserver_preload(["stages.clip.network"])
     multiprocessing.start_processes(
         run_rank, args=(str(directory),), nprocs=max(WORLD_SIZES), start_method="forkserver"
     )

@@ -10,10 +10,10 @@ from PIL import Image
 
 from pipeline.data.prepared import read_prepared, write_prepared
 from pipeline.data.shards import expand_shards
-from pipeline.data.splits import Split, split_of
+from pipeline.data.splits import Split
 from pipeline.errors import UserError
 from stages.prepare.sources.webdataset import WebDatasetSettings, place_of, summary, take_in
-from tests.support.shards import update_index
+from tests.support.shards import split_of, update_index
 
 
 def settings(shards: Path | str, **changes: Any) -> WebDatasetSettings:
