@@ -14,12 +14,15 @@ from pipeline.workflow.progress import EXIT_INTERRUPTED
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
+_FORECAST = "--forecast"
+
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
 
   unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2,
                                       --members FILE over the overrides in its lines
-  unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why
+  unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why; --forecast: FLOPs,
+                                      memory, time, cost and disk too, on forecast.device=here or a named one
   unclip submit [key=value ...] [-m]  give a queue (Slurm) a job for each stage that is not finished, and return
   unclip status [RUN]                 where the stages of a run or sweep stand
   unclip logs RUN STAGE               a stage's log; -f follows it
@@ -100,6 +103,8 @@ def _plan(arguments: list[str]) -> int:
     from pipeline.workflow.plan import plan_run
 
     console = Console(highlight=False)
+    asks_forecast = _FORECAST in arguments
+    arguments = [each for each in arguments if each != _FORECAST]
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip plan", arguments)]
     for plan in plans:
         console.print(plan_table(plan))
@@ -108,6 +113,13 @@ def _plan(arguments: list[str]) -> int:
         launcher.check(plans)
         for each in launcher.preview(plans):
             console.print(each, soft_wrap=isinstance(each, str), markup=False)
+    if asks_forecast:
+        from pipeline.forecast.estimate import forecast
+        from pipeline.forecast.table import forecast_lines
+
+        for plan in plans:
+            for each in forecast_lines(plan.config.run.name, forecast(plan)):
+                console.print(each, soft_wrap=isinstance(each, str), markup=False)
     return 0
 
 

@@ -37,6 +37,9 @@ INTEGER_LIMIT = 2**63
 SEED_LIMIT = 2**64
 """Seeds are below this: what is drawn depends on 64 bits, so that a greater one would repeat another one's draws."""
 
+HERE = "here"
+"""The machine on which a forecast is asked for."""
+
 # Strict: `true` is not 1, "1" is not 1, and nothing is rounded. A whole number does for a float.
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True, allow_inf_nan=False)]
 Positive = Annotated[int, Field(gt=0, lt=INTEGER_LIMIT, strict=True)]
@@ -226,6 +229,45 @@ class TrackingSettings(Settings):
     tensorboard: bool
 
 
+class MeasuredUse(Settings):
+    """What share of a device's peak a stage of that kind, training so many parameters, was seen to use."""
+
+    kind: str
+    million_parameters: PositiveFloat
+    mfu: Fraction
+
+
+class ForecastDevice(Settings):
+    """A device that one can rent. `peak_tflops` are dense, by precision; a precision without one has no single peak."""
+
+    memory_gib: PositiveFloat
+    peak_tflops: dict[Precision, PositiveFloat]
+    price_per_hour: PositiveFloat | None
+
+
+class ForecastSettings(Settings):
+    """What `unclip plan --forecast` reckons with. `device` is `here`, which is tried, or one of `devices`.
+
+    `mfu`, of all stages or by kind, replaces what was `measured`, on the device `measured_on`. `price_per_hour`
+    replaces the device's own.
+    """
+
+    device: str
+    mfu: Fraction | dict[str, Fraction] | None
+    price_per_hour: PositiveFloat | None
+    trial_s: PositiveFloat
+    devices: dict[str, ForecastDevice]
+    measured_on: str
+    measured: tuple[MeasuredUse, ...]
+
+    @model_validator(mode="after")
+    def _device_is_known(self) -> Self:
+        choices = [HERE, *self.devices]
+        if self.device not in choices:
+            raise ValueError(f"device={self.device} is no choice; there are {', '.join(choices)}")
+        return self
+
+
 class RunSettings(Settings):
     """Which run this is. A sweep's members are named `<sweep>.<n>`, and `group` is the sweep.
 
@@ -249,6 +291,7 @@ class RunConfig(Settings):
     `launch` has a `kind`, which names the launcher, and that one's own settings.
 
     `data` stands beside the stages so that `data=emoji` reads well; `prepare` takes it in by interpolation.
+    `forecast` is read by `unclip plan --forecast` alone.
     """
 
     run: RunSettings
@@ -260,6 +303,7 @@ class RunConfig(Settings):
     trainer: TrainerSettings
     launch: dict[str, Any]
     tracking: TrackingSettings
+    forecast: ForecastSettings | None = None
 
 
 S = TypeVar("S", bound=Settings)

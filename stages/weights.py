@@ -17,3 +17,8 @@ def load_weights(network: Network, artifact: Artifact, device: torch.device = CP
     """The network with the weights that an artifact holds, ready to be used on `device`."""
     network.load_state_dict(load_file(artifact.path / WEIGHTS_FILE))
     return network.to(device=device).eval()
+
+
+def bytes_of(*networks: nn.Module) -> int:
+    """What the weights of networks take, in memory and in a file."""
+    return sum(each.nbytes for network in networks for each in network.state_dict().values())

@@ -108,6 +108,21 @@ def test_training_imports_data_and_workflow_and_no_command_line():
     assert offenders(sources("pipeline/training/**/*.py"), "pipeline", but=own) == []
 
 
+def test_the_forecast_imports_training_and_the_terminal_and_is_loaded_when_asked_for():
+    own = (
+        *("pipeline.forecast", "pipeline.training", "pipeline.data", "pipeline.workflow", "pipeline.terminal"),
+        *("pipeline.config", "pipeline.errors"),
+    )
+    assert offenders(sources("pipeline/forecast/**/*.py"), "pipeline", but=own) == []
+    others = sources("pipeline/**/*.py")
+    eager = [
+        str(path.relative_to(ROOT))
+        for path in others
+        if any(is_within(module, "pipeline.forecast") for module in imports_when_loaded(path))
+    ]
+    assert {path for path in eager if not path.startswith("pipeline/forecast/")} == set()
+
+
 def test_launchers_import_the_terminal_and_the_workflow_and_no_training():
     own = (
         "pipeline.launch",

@@ -19,6 +19,7 @@ from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAt
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.compiling import COMPILER_CACHE, StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
+from pipeline.training.disk import require_disk
 from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
@@ -50,6 +51,8 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
             "data.validation_fraction or add samples"
         )
     settings = context.frozen.trainer
+    if context.is_first_process:
+        require_disk(context.frozen.stage, module.network, module.stage_settings, settings, context.work)
     strategy, choice = build_strategy(settings, module.network, partial(_keep_death, context))
     print(f"training by {choice.title} on {settings.world_size} devices ({choice.reason})", flush=True)
     compile_choice = choose_compile(settings, choice.strategy, is_cuda=accelerator_of(settings) == "cuda")

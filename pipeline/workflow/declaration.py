@@ -81,6 +81,8 @@ class StageDeclaration:
     not hold, such as the user's own shards; it is no part of what the output is.
     `usage` is a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
     the output, `origin` one (artifact) -> Markdown that says what of others' work it was made from, "" for none.
+    `rehearse` names a function ("module:function") that gives a forecast what the stage would work with; it is imported
+    when a forecast is asked for. Of a stage without one a forecast knows nothing.
     """
 
     version: int
@@ -97,6 +99,7 @@ class StageDeclaration:
     place: Callable[[Any], Settings | None] | None = None
     usage: Callable[[str, Artifact, str], str] | None = None
     origin: Callable[[Artifact], str] | None = None
+    rehearse: str | None = None
 
 
 @dataclass(frozen=True)

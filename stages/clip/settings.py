@@ -146,6 +146,7 @@ CLIP = StageDeclaration(
     version=2,
     settings=ClipSettings,
     run="stages.clip.train:run",
+    rehearse="stages.clip.train:rehearse",
     output="clip",
     inputs=(Input("data"),),
     numbers=ClipNumbers,

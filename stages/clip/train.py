@@ -11,6 +11,7 @@ from pipeline.data.batch import ImageBatch, signed
 from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.order import epoch_samples
 from pipeline.data.splits import Split, check_batches_are_distinct
+from pipeline.forecast.ahead import Ahead, Passes, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -50,6 +51,17 @@ def run(context: StageContext) -> StageResult:
         checkpoint=settings.checkpoint.name if settings.checkpoint else None,
     )
     return StageResult(numbers, metrics, samples_seen)
+
+
+def rehearse(ahead: Ahead) -> Training | Passes:
+    """The towers, for a forecast. A checkpoint that replaces the training is copied."""
+    settings = ahead.settings_as(ClipSettings)
+    if settings.max_samples == 0 and settings.checkpoint is not None:
+        return Passes((), settings.checkpoint.stat().st_size)
+    with ahead.building():
+        clip = ClipModel(settings.network, settings.loss)
+    tokenizer = ShortTokenizer(settings.network.context_length)
+    return Training(ClipModule(clip, settings), settings.network.image_size, tokenizer)
 
 
 def _check_batches(images: CaptionedImages, global_batch_size: int, key: str) -> None:

@@ -103,6 +103,7 @@ DECODER = StageDeclaration(
     version=3,
     settings=DecoderSettings,
     run="stages.decoder.train:run",
+    rehearse="stages.decoder.train:rehearse",
     output="decoder",
     inputs=(Input("data"), Input("clip"), Input("embeddings", Arity.OPTIONAL)),
     numbers=DecoderNumbers,

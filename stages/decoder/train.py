@@ -12,18 +12,20 @@ from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
+from pipeline.forecast.ahead import ROWS, Ahead, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule
 from stages.blocks import BLOCKS
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
+from stages.clip.settings import ClipSettings
 from stages.decoder.network import Condition, Decoder, build_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
 from stages.diffusion.process import NOISE, DiffusionProcess
-from stages.embed.embeddings import Embeddings, load_clip_embeddings
+from stages.embed.embeddings import Embeddings, blank_embeddings, load_clip_embeddings
 from stages.generation.grid import captioned_grid
 
 GRID_PICTURES = 16
@@ -34,8 +36,7 @@ def run(context: StageContext) -> StageResult:
     """Train the decoder on pictures, their CLIP embeddings and captions. With lambda = 0 no image tower is loaded."""
     settings = context.settings_as(DecoderSettings)
     clip_artifact = context.input("clip")
-    needs_image_tower = settings.clip_loss.weight > 0 or settings.sampler.clip_guidance_scale > 0
-    clip = load_clip(clip_artifact, Towers.BOTH if needs_image_tower else Towers.TEXT)
+    clip = load_clip(clip_artifact, _towers(settings))
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
@@ -53,6 +54,26 @@ def run(context: StageContext) -> StageResult:
         clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim, image_size=settings.image_size
     )
     return StageResult(numbers, result.metrics, result.samples_seen)
+
+
+def rehearse(ahead: Ahead) -> Training:
+    """The decoder and what it needs of CLIP, for a forecast."""
+    settings, towers = ahead.settings_as(DecoderSettings), ahead.input("clip").settings_as(ClipSettings).network
+    with ahead.building():
+        clip = ClipModel(towers, towers=_towers(settings))
+        decoder = build_decoder(settings, towers.embed_dim)
+    embeddings = None
+    if settings.condition is DecoderCondition.IMAGE_EMBED:
+        embeddings = blank_embeddings(ROWS, towers.embed_dim)
+    shown = ahead.batch(GRID_PICTURES, settings.image_size, clip.tokenize)
+    module = DecoderModule(decoder, settings, clip, embeddings, shown, log_every_steps=ahead.trainer.log_every_steps)
+    return Training(module, settings.image_size, clip.tokenize)
+
+
+def _towers(settings: DecoderSettings) -> Towers:
+    """The image tower too, where the loss or the sampler needs it."""
+    needs_image_tower = settings.clip_loss.weight > 0 or settings.sampler.clip_guidance_scale > 0
+    return Towers.BOTH if needs_image_tower else Towers.TEXT
 
 
 def _fit_decorrelation(

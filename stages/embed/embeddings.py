@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,6 +44,12 @@ class Embeddings:
     image_embed: Tensor  # float32 [N, E]
     text_embed: Tensor  # float32 [N, E]
     whitening: Whitening  # of image_embed
+
+
+def blank_embeddings(samples: int, width: int) -> Embeddings:
+    """What stands for embeddings where only their size counts."""
+    blank = torch.ones(samples, width)
+    return Embeddings(blank, blank, Whitening(torch.zeros(width), torch.ones(width)))
 
 
 def save_embeddings(directory: Path, embeddings: Embeddings) -> None:

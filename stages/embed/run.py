@@ -24,11 +24,14 @@ from pipeline.data.faults import FaultTally, too_many_faults
 from pipeline.data.loader import rows_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
+from pipeline.forecast.ahead import Ahead, Pass, Passes
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
 from stages.clip.network import ClipModel, load_clip
+from stages.clip.settings import ClipSettings
 from stages.embed.embeddings import Embeddings, Whitening, save_embeddings
 from stages.embed.settings import EmbedNumbers, EmbedSettings
+from stages.weights import bytes_of
 
 PARTS = "parts"
 
@@ -78,6 +81,22 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, _similarities(embeddings, images.data) | tally.metrics(), samples_seen=total)
 
 
+def rehearse(ahead: Ahead) -> Passes:
+    """Both towers over all samples, for a forecast; the parts stay beside the artifact."""
+    towers, samples = ahead.input("clip").settings_as(ClipSettings).network, ahead.data.samples
+    with ahead.building():
+        clip = ClipModel(towers).eval()
+    embeds_bytes = None if samples is None else 2 * samples * towers.embed_dim * torch.float32.itemsize
+    batch_size = ahead.settings_as(EmbedSettings).batch_size
+    once = Pass(lambda batch: _embed(clip, batch), samples, batch_size, towers.image_size, clip.tokenize)
+    return Passes((once,), embeds_bytes, embeds_bytes, bytes_of(clip))
+
+
+def _embed(clip: ClipModel, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+    """Image and text embeddings of a batch, float [B, E] each."""
+    return clip.encode_image(batch.image_signed()), clip.encode_text(batch.token_ids()).embed
+
+
 @dataclass(frozen=True)
 class Part:
     """The embeddings of consecutive rows, float32 [n, E] each, and how many rows were shown others in their place."""
@@ -103,8 +122,7 @@ def _embed_rows(
     while seen <= rows[-1]:
         batch = next(batches).to(fabric.device, non_blocking=True)
         with fabric.autocast():
-            image_embed = clip.encode_image(batch.image_signed())
-            text_embed = clip.encode_text(batch.token_ids()).embed
+            image_embed, text_embed = _embed(clip, batch)
         image_embeds.append(image_embed.float())
         text_embeds.append(text_embed.float())
         faults.update(batch.faults)

@@ -24,6 +24,7 @@ EMBED = StageDeclaration(
     version=1,
     settings=EmbedSettings,
     run="stages.embed.run:run",
+    rehearse="stages.embed.run:rehearse",
     output="embeddings",
     inputs=(Input("data"), Input("clip")),
     numbers=EmbedNumbers,

@@ -14,20 +14,22 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import rows_loader
 from pipeline.data.splits import Split
+from pipeline.forecast.ahead import Ahead, Pass, Passes
 from pipeline.picture_grid import save_grid
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
 from stages.clip.retrieval import retrieval_recall
-from stages.evaluate.attributes import MEAN, AttributeAccuracy, judged_rows
+from stages.evaluate.attributes import MEAN, SPLIT_OF_GROUP, AttributeAccuracy, judged_rows
 from stages.evaluate.metric import Embeds, InClip, Made
 from stages.evaluate.settings import METRICS, EvaluateNumbers, EvaluateSettings
 from stages.generation.grid import captioned_grid, to_pil
-from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_of_inputs
+from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_ahead, chain_of_inputs
 from stages.judge.labels import true_labels
 from stages.judge.network import load_judge
 from stages.pictures import peak_signal_to_noise, resize
+from stages.weights import bytes_of
 
 GRID, GRID_COLUMNS = "grid.png", 4
 
@@ -44,6 +46,28 @@ def run(context: StageContext) -> StageResult:
         metrics = evaluation.attributes() | evaluation.samples() | evaluation.retrieval() | evaluation.upsampling()
     context.tracker.log(evaluation.made, {f"evaluate/{name}": value for name, value in metrics.items()})
     return StageResult(EvaluateNumbers(samples=evaluation.made), metrics, evaluation.made)
+
+
+def rehearse(ahead: Ahead) -> Passes:
+    """Making the pictures and enlarging real ones, for a forecast; what is measured on them comes on top."""
+    settings, chain = ahead.settings_as(EvaluateSettings), chain_ahead(ahead)
+    judged = len(SPLIT_OF_GROUP) * settings.judged_samples if ahead.optional_input("judge") else 0
+    final_size = chain.upsamplers[-1].settings.high_size if chain.upsamplers else chain.clip.settings.image_size
+
+    def generate(batch: ImageBatch) -> Generated:
+        return chain.generate(batch.caption, batch.sample_seed.tolist(), GenerationOptions())
+
+    def enlarge(batch: ImageBatch) -> None:
+        enlarged = resize(batch.image_signed(), chain.upsamplers[0].settings.low_size)
+        for upsampler in chain.upsamplers:
+            enlarged = upsampler.sample(enlarged, batch.draws())
+
+    passes = [Pass(generate, settings.samples + judged, settings.batch_size, final_size)]
+    if chain.upsamplers:
+        passes.append(Pass(enlarge, settings.samples, settings.batch_size, final_size))
+    networks = [chain.decoder.network, *(each.network for each in chain.upsamplers)]
+    networks += [chain.prior.network] if chain.prior else []
+    return Passes(tuple(passes), None, weight_bytes=bytes_of(chain.clip, *networks))
 
 
 class Evaluation:

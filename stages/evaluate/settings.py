@@ -48,6 +48,7 @@ EVALUATE = StageDeclaration(
     version=3,
     settings=EvaluateSettings,
     run="stages.evaluate.run:run",
+    rehearse="stages.evaluate.run:rehearse",
     output="evaluation",
     inputs=(
         Input("data"),

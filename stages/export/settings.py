@@ -57,6 +57,7 @@ EXPORT = StageDeclaration(
     version=1,
     settings=ExportSettings,
     run="stages.export.run:run",
+    rehearse="stages.export.run:rehearse",
     output="model",
     inputs=(Input("clip"), Input("prior", Arity.OPTIONAL), Input("decoder"), Input("upsampler", Arity.ANY)),
     numbers=ExportNumbers,

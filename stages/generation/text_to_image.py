@@ -8,16 +8,18 @@ from torch import Tensor
 
 from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
+from pipeline.forecast.ahead import Ahead
 from pipeline.workflow.artifacts import Artifact
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
-from stages.decoder.network import Condition, load_decoder
+from stages.clip.settings import ClipSettings
+from stages.decoder.network import Condition, build_decoder, load_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderSettings
-from stages.prior.network import load_prior
+from stages.prior.network import build_prior, load_prior
 from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
-from stages.upsampler.network import load_upsampler
+from stages.upsampler.network import build_upsampler, load_upsampler
 from stages.upsampler.sample import UpsamplerSampler
 from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
 
@@ -74,6 +76,29 @@ class TextToImage:
         for upsampler in self.upsamplers:
             final = upsampler.sample(final, draws)
         return Generated(condition_embed, base, final)
+
+
+def chain_ahead(ahead: Ahead) -> TextToImage:
+    """The networks that a stage's inputs will have, untrained."""
+    (clip_stage,), (decoder_stage,), prior_stage = (
+        ahead.inputs["clip"],
+        ahead.inputs["decoder"],
+        ahead.optional_input("prior"),
+    )
+    towers, decoder_settings = clip_stage.settings_as(ClipSettings).network, decoder_stage.settings_as(DecoderSettings)
+    prior_settings = prior_stage.settings_as(PriorSettings) if prior_stage else None
+    upsampling = [each.settings_as(UpsamplerSettings) for each in ahead.inputs["upsampler"]]
+    with ahead.building():
+        clip = ClipModel(towers)
+        prior = build_prior(prior_settings.network, towers.embed_dim, towers.context_length) if prior_settings else None
+        decoder = build_decoder(decoder_settings, towers.embed_dim)
+        upsamplers = [build_upsampler(each.network, each.high_size) for each in upsampling]
+    return TextToImage(
+        clip.eval(),
+        PriorSampler(prior.eval(), prior_settings, CaptionEncoder(clip)) if prior and prior_settings else None,
+        DecoderSampler(decoder.eval(), decoder_settings, clip),
+        [UpsamplerSampler(each.eval(), own) for each, own in zip(upsamplers, upsampling, strict=True)],
+    )
 
 
 def in_chain(upsamplers: Sequence[Artifact], base_size: int) -> list[Artifact]:

@@ -43,6 +43,7 @@ JUDGE = StageDeclaration(
     version=1,
     settings=JudgeSettings,
     run="stages.judge.train:run",
+    rehearse="stages.judge.train:rehearse",
     output="judge",
     numbers=JudgeNumbers,
     better={"*_at_*": Better.HIGH},

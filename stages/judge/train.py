@@ -1,6 +1,8 @@
 """The stage `judge`: learns from real pictures to read what is in them, so that `evaluate` can hold samples to it."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
 from pipeline.data.write import pack
+from pipeline.forecast.ahead import ROWS, Ahead, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -20,6 +23,7 @@ from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
 from stages.pictures import resize
 
 NOISE = "noise"
+DRAWN_TO_TRY = 64
 
 
 def run(context: StageContext) -> StageResult:
@@ -34,6 +38,17 @@ def run(context: StageContext) -> StageResult:
     result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
     context.save(judge)
     return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)
+
+
+def rehearse(ahead: Ahead) -> Training:
+    """The judge, for a forecast, and how long it takes here to draw what it learns from."""
+    settings = ahead.settings_as(JudgeSettings)
+    with ahead.building():
+        judge = Judge(settings)
+    labels_of_rows = torch.zeros((ROWS, len(CLASSES)), dtype=torch.int64)
+    started, tried = time.monotonic(), len(list(islice(judge_samples(settings.data), DRAWN_TO_TRY)))
+    setup_s = (time.monotonic() - started) / tried * (settings.data.samples + settings.data.validation_samples)
+    return Training(JudgeModule(judge, settings, labels_of_rows), settings.data.image_size, setup_s=setup_s)
 
 
 def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[bytes, Split]]:
@@ -57,8 +72,8 @@ class JudgeModule(StageModule[Judge]):
         image = batch.image_signed()
         seen = torch.empty_like(resize(image, settings.image_size))
         for place, size in enumerate(settings.seen_at):
-            chosen = size_of_sample == place
-            if chosen.any():
+            chosen = (size_of_sample == place).nonzero().squeeze(1)
+            if len(chosen):
                 seen[chosen] = resize(resize(image[chosen], size), settings.image_size)
         strength = settings.max_noise * draws.uniform("noise strength")[:, None, None, None]
         logits = self.network(seen + strength * draws.normal(NOISE, seen.shape[1:]))

@@ -1,9 +1,11 @@
 """The stage `prepare`: captioned pictures as WebDataset shards with an index and splits."""
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,19 @@ from pipeline.data.pool import in_order
 from pipeline.data.prepared import write_prepared
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.splits import Split, check_split_sizes
+from pipeline.data.square import central_square
 from pipeline.data.summary import IndexSummary
 from pipeline.data.write import SourceSample, pack
 from pipeline.errors import ProcessKilledError
+from pipeline.forecast.ahead import Ahead, DataAhead
+from pipeline.forecast.prepared import known_of
 from pipeline.training.context import StageContext, StageResult
 from stages.prepare.settings import DataNumbers, PrepareSettings, source_of
 from stages.prepare.source import MadeSourceSettings, Source, position_of
+
+MADE_TO_TRY = 64
+OVERHEAD_BYTES = 3 * 2 * 512 + 512
+"""Of a sample in a tar besides its picture: three headers and paddings, and its texts."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -47,6 +56,43 @@ def run(context: StageContext) -> StageResult:
             print(f"{name.replace('_', ' ')}: {count:,} {reason}: {EXPLANATIONS[reason]}", flush=True)
     numbers = DataNumbers(samples=counts, licence=source.licence, licence_id=source.licence_id)
     return StageResult(numbers, metrics, len(index))
+
+
+def rehearse(ahead: Ahead) -> DataAhead:
+    """What is known of the data, for a forecast: of those that are made, the first few are made now."""
+    if ahead.artifact is not None:
+        return known_of(ahead.artifact, ahead.place)
+    data = ahead.settings_as(PrepareSettings).data
+    source = source_of(data)
+    if source.summary is not None:
+        summary = source.summary(data)
+        return DataAhead(summary.samples, summary.samples / max(1, len(summary.shards)))
+    pieces, make = source.pieces, source.make
+    assert pieces is not None, "a source makes its samples or takes them in"
+    assert make is not None, "a source that says what there is to make can make it"
+    assert isinstance(data, MadeSourceSettings), "a source that makes its samples says how large a shard is"
+    started = time.monotonic()
+    samples_of_pieces = (make(data, piece) for piece in pieces(data))
+    made = [sample for sample, _ in islice(chain.from_iterable(samples_of_pieces), MADE_TO_TRY)]
+    counts, seconds = source.split_counts(data), (time.monotonic() - started) / len(made)
+    samples = None if counts is None else counts.training + counts.validation
+    picture_bytes = sum(len(sample.image) for sample in made) / len(made)
+    return DataAhead(
+        samples,
+        data.shard_samples,
+        None if samples is None else round(samples * (picture_bytes + OVERHEAD_BYTES)),
+        seconds,
+        tuple(sample.caption for sample in made),
+        lambda size: _decode_s([sample.image for sample in made], size),
+    )
+
+
+def _decode_s(pictures: Sequence[bytes], size: int) -> float:
+    """Seconds of a core that reading one of these pictures takes."""
+    started = time.process_time()
+    for picture in pictures:
+        central_square(picture, size)
+    return (time.process_time() - started) / len(pictures)
 
 
 @dataclass(frozen=True)

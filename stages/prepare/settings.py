@@ -78,6 +78,7 @@ PREPARE = StageDeclaration(
     version=3,
     settings=PrepareSettings,
     run="stages.prepare.run:run",
+    rehearse="stages.prepare.run:rehearse",
     output="data",
     computes=False,
     numbers=DataNumbers,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Fraction, Positive, Settings
 from pipeline.data.place import ShardPlace
 from pipeline.data.splits import Split, SplitCounts, split_at, split_position
+from pipeline.data.summary import IndexSummary
 from pipeline.data.write import SourceSample
 from pipeline.errors import UserError
 
@@ -55,6 +56,7 @@ class Source:
     can be pickled. A source of shards that are there already has `take_in` instead. All are given the settings first,
     and raise `UserError` for what cannot work.
     `split_counts` says how many samples each split has, None where that cannot be told before the data is prepared.
+    `summary` tells of the shards that are there already what their index says.
     `identity` is what counts of shards that are there already (it raises `UserError` while they cannot be read),
     `place` where a run finds them, `check` what can be known to be wrong at once.
     `licence` says what a model card tells of the pictures' rights, `licence_id` is its name among model hubs.
@@ -67,6 +69,7 @@ class Source:
     make: Callable[[Any, Any], Iterable[tuple[SourceSample, Split]]] | None = None
     take_in: Callable[[Any], TakenIn] | None = None
     split_counts: Callable[[Any], SplitCounts | None] = lambda settings: None
+    summary: Callable[[Any], IndexSummary] | None = None
     identity: Callable[[Any], dict[str, Any]] | None = None
     place: Callable[[Any], ShardPlace | None] = lambda settings: None
     check: Callable[[Any], None] = lambda settings: None

@@ -33,6 +33,7 @@ PRIOR = StageDeclaration(
     version=1,
     settings=PriorSettings,
     run="stages.prior.train:run",
+    rehearse="stages.prior.train:rehearse",
     output="prior",
     inputs=(Input("data"), Input("clip"), Input("embeddings")),
     numbers=OnClipNumbers,

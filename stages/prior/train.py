@@ -10,15 +10,16 @@ from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import MadeAhead
+from pipeline.forecast.ahead import ROWS, Ahead, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule, within
 from stages.blocks import BLOCKS
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, Towers, load_clip
-from stages.clip.settings import OnClipNumbers
+from stages.clip.settings import ClipSettings, OnClipNumbers
 from stages.diffusion.process import NOISE, DiffusionProcess
-from stages.embed.embeddings import Embeddings, load_clip_embeddings
+from stages.embed.embeddings import Embeddings, blank_embeddings, load_clip_embeddings
 from stages.prior.network import build_prior, denoise_prior, set_whitening
 from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
@@ -39,6 +40,15 @@ def run(context: StageContext) -> StageResult:
     context.save(prior)
     numbers = OnClipNumbers(clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim)
     return StageResult(numbers, result.metrics, result.samples_seen)
+
+
+def rehearse(ahead: Ahead) -> Training:
+    """The prior and the frozen text tower, for a forecast."""
+    settings, towers = ahead.settings_as(PriorSettings), ahead.input("clip").settings_as(ClipSettings).network
+    with ahead.building():
+        clip = ClipModel(towers, towers=Towers.TEXT)
+        prior = build_prior(settings.network, towers.embed_dim, towers.context_length)
+    return Training(PriorModule(prior, settings, clip, blank_embeddings(ROWS, towers.embed_dim)), 1, clip.tokenize)
 
 
 class PriorModule(StageModule[PriorTransformer]):

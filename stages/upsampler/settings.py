@@ -80,6 +80,7 @@ UPSAMPLER = StageDeclaration(
     version=1,
     settings=UpsamplerSettings,
     run="stages.upsampler.train:run",
+    rehearse="stages.upsampler.train:rehearse",
     output="upsampler",
     inputs=(Input("data"),),
     repeatable=True,

@@ -42,6 +42,7 @@ def tar(path: Path, names: list[str]) -> Path:
         ("stage.decoder.max_sample=1", "stage.decoder.max_sample", "unknown key", "did you mean 'max_samples'?"),
         ("stage.clip.loss=softmax", "stage.clip.loss='softmax'", "'contrastive' or 'siglip'", "give a value that fits"),
         ("tracking=offlin", "tracking/offlin", "is no choice", "none, offline, wandb"),
+        ("forecast.device=h1000", "device=h1000", "is no choice", "here, h100, h200"),
         ("seed=[1", "'seed=[1'", "cannot be read as an override", "write key=value"),
         (
             "stage.decoder.image_size=18 stage.decoder.network.channels=[32,64,64]",

@@ -25,6 +25,9 @@ SHARE_FOR_EVALUATION = 0.9
 _WEIGHT, _GRADIENT, _MOMENTS, _AVERAGE = 4, 4, 8, 4
 """Bytes per parameter, all in float32."""
 
+GRADIENT_BYTES = _GRADIENT
+"""Per parameter."""
+
 _OFFLOADED = {
     # The optimiser's weights and two sets of gradients: as they are gathered, and as the optimiser takes them.
     Offload.OPTIMIZER: _WEIGHT + 2 * _GRADIENT + _MOMENTS + _AVERAGE,
@@ -88,26 +91,37 @@ def choose_strategy(settings: TrainerSettings, parameters: int, device: Device) 
         return StrategyChoice(StrategyName.DDP, Offload.NONE, "on CPUs sharding saves no memory")
     room = SHARE_FOR_STATE[settings.activation_checkpointing] * device.memory_bytes
     shards = settings.world_size
-    optimizer = _MOMENTS + _AVERAGE
-    needs = {
-        StrategyName.DDP: _WEIGHT + _GRADIENT + optimizer,
-        # Of ZeRO-2 the optimiser's float32 weights are a copy, sharded too.
-        StrategyName.ZERO2: _WEIGHT + (_WEIGHT + _GRADIENT + optimizer) / shards,
-        # ZeRO-3 too copies weights that are float32 already: it compares a device with its name to see if it must.
-        StrategyName.ZERO3: (2 * _WEIGHT + _GRADIENT + optimizer) / shards,
-    }
-    for strategy, bytes_per_parameter in needs.items():
+    for strategy in (StrategyName.DDP, StrategyName.ZERO2, StrategyName.ZERO3):
         if shards == 1 and strategy is not StrategyName.DDP:
             continue
+        bytes_per_parameter = state_bytes_per_parameter(strategy, Offload.NONE, shards)
         if bytes_per_parameter * parameters <= room and _is_room_to_evaluate(bytes_per_parameter, parameters, device):
             return StrategyChoice(strategy, Offload.NONE, _reason(parameters, bytes_per_parameter, device))
-    # Gradients are on the device in buckets alone.
-    on_device = _WEIGHT / shards
+    on_device = state_bytes_per_parameter(StrategyName.ZERO3, Offload.OPTIMIZER, shards)
     if on_device * parameters <= room and _is_room_to_evaluate(on_device, parameters, device):
         return StrategyChoice(StrategyName.ZERO3, Offload.OPTIMIZER, _reason(parameters, on_device, device))
     return StrategyChoice(
         StrategyName.ZERO3, Offload.PARAMETERS, f"{_reason(parameters, on_device, device)} are too many"
     )
+
+
+def state_bytes_per_parameter(strategy: StrategyName, offload: Offload, shards: int) -> float:
+    """What a device holds of each parameter while it trains: weight, gradient, the optimiser's moments and average."""
+    optimizer = _MOMENTS + _AVERAGE
+    if offload is not Offload.NONE:
+        # Gradients are on the device in buckets alone.
+        return _WEIGHT / shards if strategy is StrategyName.ZERO3 else _WEIGHT
+    match strategy:
+        case StrategyName.AUTO | StrategyName.DDP:
+            return _WEIGHT + _GRADIENT + optimizer
+        case StrategyName.ZERO1:
+            # Of ZeRO-1 and 2 the optimiser's float32 weights are a copy, sharded too.
+            return _WEIGHT + _GRADIENT + (_WEIGHT + optimizer) / shards
+        case StrategyName.ZERO2:
+            return _WEIGHT + (_WEIGHT + _GRADIENT + optimizer) / shards
+        case StrategyName.ZERO3:
+            # ZeRO-3 too copies weights that are float32 already: it compares a device with its name to see if it must.
+            return (2 * _WEIGHT + _GRADIENT + optimizer) / shards
 
 
 def _is_room_to_evaluate(bytes_per_parameter: float, parameters: int, device: Device) -> bool:

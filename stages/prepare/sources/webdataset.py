@@ -250,6 +250,7 @@ SOURCE = Source(
     LICENCE_ID,
     take_in=take_in,
     split_counts=split_counts,
+    summary=summary,
     identity=identity,
     place=place_of,
     check=check,

@@ -1,0 +1,447 @@
+"""From counts and rates to hours, memory, money and disk. What is not known is None, and a note says why."""
+
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline.config import HERE, ForecastSettings, StrategyName, TrainerSettings
+from pipeline.data.place import ShardPlace
+from pipeline.errors import UserError
+from pipeline.forecast.ahead import Ahead, DataAhead, Pass, Passes, Training
+from pipeline.forecast.count import Count, count_pass, count_training
+from pipeline.forecast.trial import try_pass, try_training
+from pipeline.training.disk import artifact_bytes, checkpoint_bytes
+from pipeline.training.hardware import accelerator_of
+from pipeline.training.stage import THREADS_AT_START
+from pipeline.training.strategies.choose import (
+    GRADIENT_BYTES,
+    Device,
+    choose_strategy,
+    state_bytes_per_parameter,
+)
+from pipeline.training.strategies.fragments import trained_parameters
+from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
+from pipeline.workflow.declaration import Catalog, resolve
+from pipeline.workflow.plan import Action, Plan, PlannedStage
+from pipeline.workflow.progress import latest_checkpoint_samples
+
+_GIB = 2**30
+_LONGEST_TRIAL_S = 60.0
+_COUNTED_SAMPLES = 2
+_LEAST_PIECES = 2
+"""A stage that computes its pieces twice does so from two on."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the forecast is for: this machine, where steps are tried, or a device by whose peak rates are reckoned."""
+
+    name: str
+    is_here: bool
+    is_cuda: bool
+    memory_bytes: int
+    price_per_hour: float | None
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast a stage trains, and where that is from. `aside_s` are the seconds of its validations and pictures."""
+
+    samples_per_s: float | None
+    note: str
+    aside_s: float = 0.0
+    processor_s: float | None = None
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What a stage will take from now on; `samples` are those left to see.
+
+    `duration_s` are seconds on the clock, `processor_s` those of this machine's processors, where it was tried here.
+    `memory_bytes` is that of one device. `loader_per_s` are the samples that its loader can read in a second, here.
+    """
+
+    name: str
+    kind: str
+    action: Action
+    samples: int | None = None
+    parameters: int | None = None
+    flops_per_sample: float | None = None
+    memory_bytes: float | None = None
+    samples_per_s: float | None = None
+    duration_s: float | None = None
+    processor_s: float | None = None
+    devices: int = 1
+    samples_per_shard: float | None = None
+    loader_per_s: float | None = None
+    artifact_bytes: int | None = None
+    work_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def device_hours(self) -> float | None:
+        """Hours times devices."""
+        return None if self.duration_s is None else self.duration_s * self.devices / 3600
+
+    @property
+    def shards_per_s(self) -> float | None:
+        """How many shards it reads in a second."""
+        if self.samples_per_s is None or self.samples_per_shard is None:
+            return None
+        return self.samples_per_s / self.samples_per_shard
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of every stage that is left to do; `free_bytes` has the disk of `outputs`."""
+
+    target: Target
+    stages: tuple[StageForecast, ...]
+    outputs: Path
+    free_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """What all stages write that is known."""
+        return sum((each.artifact_bytes or 0) + (each.work_bytes or 0) for each in self.stages)
+
+    @property
+    def unknown_sizes(self) -> list[str]:
+        """The stages of which it is not known what they write."""
+        return [
+            each.name
+            for each in self.stages
+            if each.action not in (Action.REUSE,) and (each.artifact_bytes is None or each.work_bytes is None)
+        ]
+
+
+def forecast(plan: Plan, only: Collection[str] | None = None) -> Forecast:
+    """Forecast the stages of a plan that are not finished, `only` some where these are named.
+
+    Raises `UserError` where the config has no settings for it.
+    """
+    # Lightning tells of each Trainer, and torch of each tensor without weights.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _forecast(plan, only)
+
+
+def _forecast(plan: Plan, only: Collection[str] | None) -> Forecast:
+    settings = plan.config.forecast
+    if settings is None:
+        raise UserError("this config has no key forecast; add forecast: devices to its defaults")
+    catalog: Catalog = resolve(plan.config.catalog)
+    target = _target(settings, plan.config.trainer)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    aheads: dict[str, Ahead] = {}
+    found: list[StageForecast] = []
+    for stage in plan.stages:
+        is_asked = only is None or stage.name in only
+        if stage.frozen is None:
+            found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(f"blocked: {stage.reason}",)))
+            continue
+        frozen = stage.frozen
+        ahead = Ahead(
+            stage.name,
+            catalog.stages[stage.kind],
+            frozen.read_settings(),
+            frozen.trainer,
+            {name: tuple(aheads[each.stage] for each in found) for name, found in frozen.inputs.items()},
+            plan.store.find(stage.name, frozen.fingerprint),
+            None if stage.place is None else ShardPlace.model_validate(stage.place),
+            mode,
+        )
+        aheads[stage.name] = ahead
+        if not is_asked:
+            continue
+        if stage.action is Action.REUSE:
+            found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(stage.reason,)))
+            continue
+        found.append(_of_stage(stage, ahead, target, settings, catalog))
+    return Forecast(target, tuple(found), plan.store.outputs, shutil.disk_usage(_existing(plan.store.outputs)).free)
+
+
+def _of_stage(
+    stage: PlannedStage, ahead: Ahead, target: Target, settings: ForecastSettings, catalog: Catalog
+) -> StageForecast:
+    blank = StageForecast(stage.name, stage.kind, stage.action)
+    torch.set_num_threads(ahead.trainer.cpu_threads or THREADS_AT_START)
+    match ahead.rehearsed:
+        case Training() as training:
+            return _of_training(blank, stage, ahead, training, target, settings, catalog)
+        case Passes() as passes:
+            return _of_passes(blank, ahead, passes, target, settings)
+        case DataAhead() as data:
+            return _of_data(blank, data)
+        case None:
+            return replace(blank, notes=("nothing is known of this kind of stage",))
+
+
+def _of_data(blank: StageForecast, data: DataAhead) -> StageForecast:
+    duration_s = data.samples * data.seconds_per_sample if data.samples and data.seconds_per_sample else None
+    return replace(
+        blank,
+        samples=data.samples,
+        samples_per_s=1 / data.seconds_per_sample if data.seconds_per_sample else None,
+        duration_s=duration_s,
+        artifact_bytes=data.artifact_bytes,
+        work_bytes=0,
+        notes=("the first few pictures were made here",) if data.seconds_per_sample else (),
+    )
+
+
+def _of_passes(
+    blank: StageForecast, ahead: Ahead, passes: Passes, target: Target, settings: ForecastSettings
+) -> StageForecast:
+    done = replace(blank, artifact_bytes=passes.artifact_bytes, work_bytes=passes.work_bytes)
+    if not passes.passes:
+        return done
+    samples = passes.passes[0].samples
+    if any(once.samples is None for once in passes.passes) or samples is None:
+        return replace(done, notes=("the number of samples is not known before the data is prepared",))
+    bare = replace(ahead, mode=torch.device("meta"))
+    flops = memory_bytes = 0.0
+    for once in _passes_of(bare):
+        count = count_pass(once.forward, bare.batch(_COUNTED_SAMPLES, once.image_size, once.tokenizer))
+        flops += count.flops / count.samples * (once.samples or 0)
+        memory_bytes = max(memory_bytes, count.activation_bytes / count.samples * once.batch_size)
+    done = replace(
+        done, samples=samples, flops_per_sample=flops / samples, memory_bytes=memory_bytes + passes.weight_bytes
+    )
+    if not target.is_here:
+        return replace(done, notes=("of what it reaches no share of a peak was measured",))
+    here = replace(ahead, mode=None)
+    spent = [(try_pass(here, once, settings.trial_s), once.samples or 0) for once in _passes_of(here)]
+    duration_s = sum(each.clock_s * count for each, count in spent)
+    processor_s = sum(each.processor_s * count for each, count in spent)
+    note = "some pictures were tried here"
+    return replace(
+        done, duration_s=duration_s, processor_s=processor_s, samples_per_s=samples / duration_s, notes=(note,)
+    )
+
+
+def _passes_of(ahead: Ahead) -> tuple[Pass, ...]:
+    rehearsed = ahead.rehearsed
+    assert isinstance(rehearsed, Passes), f"{ahead.name} trains nothing"
+    return rehearsed.passes
+
+
+def _of_training(
+    blank: StageForecast,
+    stage: PlannedStage,
+    ahead: Ahead,
+    training: Training,
+    target: Target,
+    settings: ForecastSettings,
+    catalog: Catalog,
+) -> StageForecast:
+    assert stage.frozen is not None, "a blocked stage is not forecast"
+    module, trainer = training.module, ahead.trainer
+    own = module.stage_settings
+    shape = shape_of_batch(own.global_batch_size, trainer)
+    parameters = sum(each.numel() for each in trained_parameters(module.network).values())
+    count = _count_step(ahead, training, shape)
+    memory_bytes, memory_note = _memory(ahead, training, count, shape, parameters, target)
+    seen = latest_checkpoint_samples(stage.frozen.work) or 0
+    samples = own.max_steps * own.global_batch_size - seen
+    flops_per_sample = count.flops / count.samples
+    notes = [memory_note] if memory_note else []
+    if target.is_here:
+        rate = _tried(ahead, shape, count, memory_bytes, target, settings, samples)
+    else:
+        rate = _reckoned(blank.kind, parameters, flops_per_sample, trainer, target, settings, catalog)
+    notes.append(rate.note)
+    decode_s = ahead.data.decode_s
+    here_s = training.setup_s
+    if target.is_here and trainer.loader_workers == 0 and decode_s:
+        here_s += _pictures_read(ahead, training.image_size, samples) * decode_s(training.image_size)
+    aside_s = rate.aside_s + here_s
+    if "data" in ahead.inputs and not ahead.data.captions:
+        notes.append("captions are taken to fill the context, as the data is not prepared")
+    return replace(
+        blank,
+        samples=samples,
+        parameters=parameters,
+        flops_per_sample=flops_per_sample,
+        memory_bytes=memory_bytes,
+        samples_per_s=rate.samples_per_s,
+        duration_s=samples / rate.samples_per_s + aside_s if rate.samples_per_s else None,
+        processor_s=None if rate.processor_s is None else rate.processor_s + here_s,
+        devices=trainer.world_size,
+        samples_per_shard=ahead.data.samples_per_shard,
+        loader_per_s=max(1, trainer.loader_workers) * trainer.world_size / decode_s(training.image_size)
+        if decode_s
+        else None,
+        artifact_bytes=artifact_bytes(module.network),
+        # While one is written, those that are kept are there.
+        work_bytes=(trainer.keep_checkpoints + 1) * checkpoint_bytes(module.network, own),
+        notes=tuple(notes),
+    )
+
+
+def _pictures_read(ahead: Ahead, image_size: int, samples: int) -> int:
+    """How many pictures are decoded until `samples` were seen: each one once, where the cache holds all."""
+    known = ahead.data.samples
+    is_cached = known is not None and known * 3 * image_size**2 <= ahead.trainer.cache_mib * 2**20
+    return min(samples, known) if known is not None and is_cached else samples
+
+
+def _count_step(ahead: Ahead, training: Training, shape: BatchShape) -> Count:
+    module = training.module
+    module.hold_at_most(shape.micro_batch_size)
+    pieces = min(shape.accumulation, _LEAST_PIECES) if module.needs_whole_share else 1
+    batch = ahead.batch(shape.micro_batch_size * pieces, training.image_size, training.tokenizer)
+    return count_training(module, batch, ahead.trainer.precision)
+
+
+def _memory(
+    ahead: Ahead, training: Training, count: Count, shape: BatchShape, parameters: int, target: Target
+) -> tuple[float, str | None]:
+    """Bytes on a device at most while it trains, and what is to be said of them."""
+    module, trainer = training.module, ahead.trainer
+    device = Device(target.name, target.memory_bytes, target.is_cuda)
+    choice = choose_strategy(trainer, parameters, device)
+    state = state_bytes_per_parameter(choice.strategy, choice.offload, trainer.world_size) * parameters
+    fixed = sum(each.nbytes for frozen in module.frozen_networks for each in frozen.state_dict().values()) + state
+    is_whole = choice.strategy is StrategyName.DDP and trainer.world_size == 1
+    if is_whole and (shape.accumulation == 1 or module.needs_whole_share):
+        # Gradients come as activations go; they are there together with nothing but what is left of these.
+        total = fixed - GRADIENT_BYTES * parameters + count.held_bytes
+    else:
+        total = fixed + count.activation_bytes
+    if not target.is_cuda:
+        total += psutil.Process().memory_info().rss
+    if total <= target.memory_bytes:
+        return total, None
+    room, of_a_sample = target.memory_bytes - fixed, count.activation_bytes / shape.micro_batch_size
+    fits = int(room / of_a_sample) if room > 0 else 0
+    remedy = (
+        f"set stage.{ahead.name}.trainer.micro_batch_size={2 ** int(math.log2(fits))}"
+        if fits
+        else "use more devices, trainer=zero3, or a device with more memory"
+    )
+    return total, f"does not fit the {target.memory_bytes / _GIB:,.0f} GiB of {target.name}: {remedy}"
+
+
+def _tried(
+    ahead: Ahead,
+    shape: BatchShape,
+    count: Count,
+    memory_bytes: float,
+    target: Target,
+    settings: ForecastSettings,
+    samples: int,
+) -> Rate:
+    """From steps on this machine."""
+    if memory_bytes > psutil.virtual_memory().available and not target.is_cuda:
+        return Rate(None, "not tried: it needs more memory than is free here")
+    trainer = ahead.trainer
+    rate = _matrix_flops()
+    micro_batch_s = count.flops / count.samples * shape.micro_batch_size / rate
+    if 4 * micro_batch_s > _LONGEST_TRIAL_S:
+        return Rate(None, f"not tried: a micro-batch takes {micro_batch_s:,.0f} s here or longer")
+    here = replace(ahead, mode=None)
+    training = here.rehearsed
+    assert isinstance(training, Training), "as before"
+    trial = try_training(here, training, shape, settings.trial_s)
+    own = training.module.stage_settings
+    validations = _times(samples, trainer.validate_every_samples)
+    grids = _times(samples, trainer.sample_every_samples)
+    aside_s = validations * trial.validation.clock_s + grids * trial.grid.clock_s
+    processor_s = samples / own.global_batch_size * trial.step.processor_s
+    processor_s += validations * trial.validation.processor_s + grids * trial.grid.processor_s
+    rate = own.global_batch_size / trial.step.clock_s
+    return Rate(rate, "steps, validation and pictures were tried here", aside_s, processor_s)
+
+
+def _times(samples: int, every: int | None) -> int:
+    """How often something happens that happens at intervals and at the end."""
+    return 1 + (0 if every is None else (samples - 1) // every)
+
+
+def _reckoned(
+    kind: str,
+    parameters: int,
+    flops_per_sample: float,
+    trainer: TrainerSettings,
+    target: Target,
+    settings: ForecastSettings,
+    catalog: Catalog,
+) -> Rate:
+    """From the device's peak and the share of it that such stages were seen to use."""
+    peak = settings.devices[target.name].peak_tflops.get(trainer.precision)
+    if peak is None:
+        return Rate(None, f"no peak of {target.name} in {trainer.precision.value}; set trainer.precision=bf16-mixed")
+    mfu, origin = _use(kind, parameters, target, settings, catalog)
+    if mfu is None:
+        return Rate(None, f"{origin}; set 'forecast.mfu={{{kind}: 0.3}}'")
+    rate = mfu * peak * 1e12 * trainer.world_size / flops_per_sample
+    return Rate(rate, f"{mfu:.1%} of the peak, {origin}; start-up, validation and pictures come on top")
+
+
+def _use(
+    kind: str, parameters: int, target: Target, settings: ForecastSettings, catalog: Catalog
+) -> tuple[float | None, str]:
+    """The share of the peak that the stage will use, and where that is from.
+
+    Between two measured sizes it is interpolated over the logarithm of the parameters; beyond them the nearest holds.
+    """
+    if isinstance(settings.mfu, float | int):
+        return float(settings.mfu), "as set by forecast.mfu"
+    if settings.mfu is not None and kind in settings.mfu:
+        return settings.mfu[kind], "as set by forecast.mfu"
+    work = catalog.stages[kind].run
+    rows = sorted(
+        (each for each in settings.measured if each.kind in catalog.stages and catalog.stages[each.kind].run == work),
+        key=lambda each: each.million_parameters,
+    )
+    if not rows:
+        return None, f"no stage of kind {kind} was measured on a GPU"
+    where = [math.log(each.million_parameters) for each in rows]
+    here = math.log(max(parameters, 1) / 1e6)
+    above = next((place for place, each in enumerate(where) if each >= here), len(rows))
+    sizes = f"{' and '.join(f'{each.million_parameters:,.0f}' for each in rows)} M parameters"
+    origin = f"measured on {settings.measured_on} at {sizes}"
+    if target.name != settings.measured_on:
+        origin += f" and not on {target.name}"
+    if above == 0 or above == len(rows):
+        return rows[min(above, len(rows) - 1)].mfu, origin
+    share = (here - where[above - 1]) / (where[above] - where[above - 1])
+    return (1 - share) * rows[above - 1].mfu + share * rows[above].mfu, origin
+
+
+def _target(settings: ForecastSettings, trainer: TrainerSettings) -> Target:
+    if settings.device != HERE:
+        device = settings.devices[settings.device]
+        price = settings.price_per_hour or device.price_per_hour
+        return Target(settings.device, False, True, int(device.memory_gib * _GIB), price)
+    if accelerator_of(trainer) == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return Target(properties.name, True, True, properties.total_memory, settings.price_per_hour)
+    memory_bytes = psutil.virtual_memory().total // trainer.devices
+    return Target("this machine", True, False, memory_bytes, settings.price_per_hour)
+
+
+def _matrix_flops(size: int = 1024) -> float:
+    """The rate of a float32 matrix product on this machine, in FLOP/s."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = torch.ones(size, size, device=device)
+    float((matrix @ matrix)[0, 0])
+    started = time.monotonic()
+    float((matrix @ matrix)[0, 0])
+    return 2 * size**3 / (time.monotonic() - started)
+
+
+def _existing(path: Path) -> Path:
+    """The directory itself, or the nearest above it that exists."""
+    return next(each for each in (path, *path.parents) if each.exists())
