@@ -399,7 +399,7 @@ def _use(
 ) -> tuple[float | None, str]:
     """The share of the peak that the stage will use, and where that is from.
 
-    Between two measured sizes it is interpolated over the logarithm of the parameters; near beyond them the nearest holds.
+    Between measured sizes it is interpolated over the logarithm of the parameters. Near beyond them the nearest holds.
     """
     if isinstance(settings.mfu, float | int):
         return float(settings.mfu), "as set by forecast.mfu"
