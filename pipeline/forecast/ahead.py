@@ -19,6 +19,8 @@ from pipeline.workflow.declaration import StageDeclaration, resolve
 
 S = TypeVar("S", bound=Settings)
 
+_SAMPLES_PER_CAPTION = 4
+
 ROWS = 4096
 """As many samples have embeddings or labels in a rehearsal; a greater batch repeats them."""
 
@@ -120,13 +122,20 @@ class Ahead:
         known = found.rehearsed if found is not None else None
         return known if isinstance(known, DataAhead) else DataAhead()
 
+    def knows_captions(self, samples: int) -> bool:
+        """Whether enough captions are known to tell how long the longest of so many is."""
+        return samples <= _SAMPLES_PER_CAPTION * len(self.data.captions)
+
     def building(self) -> AbstractContextManager[object]:
         """Where networks are to be built, and what stands for their inputs."""
         return nullcontext() if self.mode is None else self.mode
 
     def batch(self, samples: int, image_size: int, tokenizer: Tokenizer | None = None) -> ImageBatch:
-        """Random pictures under captions of the data, or under long ones where those are not known."""
-        captions = self.data.captions or (LONG_CAPTION,)
+        """Random pictures under captions of the data; one fills any context where too few are known.
+
+        Networks cut a batch to its longest caption, which a few captions do not tell of many.
+        """
+        captions = self.data.captions if self.knows_captions(samples) else (LONG_CAPTION, *self.data.captions)
         rows = torch.arange(samples)
         shape = (samples, 3, image_size, image_size)
         with self.building():

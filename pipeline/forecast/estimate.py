@@ -37,6 +37,9 @@ from pipeline.workflow.progress import latest_checkpoint_samples
 _GIB = 2**30
 _LONGEST_TRIAL_S = 60.0
 _COUNTED_SAMPLES = 2
+_FURTHEST = 4.0
+"""Times more or fewer parameters than were measured, of which a measured share of the peak still tells something."""
+
 _LEAST_PIECES = 2
 """A stage that computes its pieces twice does so from two on."""
 
@@ -67,7 +70,8 @@ class StageForecast:
     """What a stage will take from now on; `samples` are those left to see.
 
     `duration_s` are seconds on the clock, `processor_s` those of this machine's processors, where it was tried here.
-    `memory_bytes` is that of one device. `loader_per_s` are the samples that its loader can read in a second, here.
+    `memory_bytes` is that of one device. `loader_per_s` are the samples that its loader can read in a second, here;
+    None too where the pictures are read once and then kept in memory.
     """
 
     name: str
@@ -266,8 +270,9 @@ def _of_training(
     if target.is_here and trainer.loader_workers == 0 and decode_s:
         here_s += _pictures_read(ahead, training.image_size, samples) * decode_s(training.image_size)
     aside_s = rate.aside_s + here_s
-    if "data" in ahead.inputs and not ahead.data.captions:
-        notes.append("captions are taken to fill the context, as the data is not prepared")
+    if "data" in ahead.inputs and not ahead.knows_captions(shape.micro_batch_size):
+        notes.append("a caption is taken to fill the context, as few are known before the data is prepared")
+    reads_all = _pictures_read(ahead, training.image_size, samples) == samples
     return replace(
         blank,
         samples=samples,
@@ -280,7 +285,7 @@ def _of_training(
         devices=trainer.world_size,
         samples_per_shard=ahead.data.samples_per_shard,
         loader_per_s=max(1, trainer.loader_workers) * trainer.world_size / decode_s(training.image_size)
-        if decode_s
+        if decode_s and reads_all
         else None,
         artifact_bytes=artifact_bytes(module.network),
         # While one is written, those that are kept are there.
@@ -394,7 +399,7 @@ def _use(
 ) -> tuple[float | None, str]:
     """The share of the peak that the stage will use, and where that is from.
 
-    Between two measured sizes it is interpolated over the logarithm of the parameters; beyond them the nearest holds.
+    Between measured sizes it is interpolated over the logarithm of the parameters. Near beyond them the nearest holds.
     """
     if isinstance(settings.mfu, float | int):
         return float(settings.mfu), "as set by forecast.mfu"
@@ -415,7 +420,10 @@ def _use(
     if target.name != settings.measured_on:
         origin += f" and not on {target.name}"
     if above == 0 or above == len(rows):
-        return rows[min(above, len(rows) - 1)].mfu, origin
+        nearest = min(above, len(rows) - 1)
+        if abs(here - where[nearest]) > math.log(_FURTHEST):
+            return None, f"{parameters / 1e6:,.0f} M parameters are far from what was {origin}"
+        return rows[nearest].mfu, origin
     share = (here - where[above - 1]) / (where[above] - where[above - 1])
     return (1 - share) * rows[above - 1].mfu + share * rows[above].mfu, origin
 

@@ -9,7 +9,7 @@ from pipeline.data.place import ShardPlace
 from pipeline.forecast.ahead import DataAhead
 from pipeline.workflow.artifacts import Artifact
 
-_TRIED = 64
+_TRIED, _CAPTIONS = 64, 1024
 
 
 def known_of(artifact: Artifact, place: ShardPlace | None) -> DataAhead:
@@ -19,10 +19,13 @@ def known_of(artifact: Artifact, place: ShardPlace | None) -> DataAhead:
         UserError: the shards are not where `place` says.
     """
     images = CaptionedImages(artifact.path, image_size=1, place=place)
-    rows = np.unique(np.linspace(0, len(images) - 1, _TRIED).astype(np.int64)).tolist()
+
+    def spread(count: int) -> list[int]:
+        return np.unique(np.linspace(0, len(images) - 1, count).astype(np.int64)).tolist()
 
     def decode_s(size: int) -> float:
         resized = CaptionedImages(artifact.path, size, place=place)
+        rows = spread(_TRIED)
         started = time.process_time()
         resized.__getitems__([SampleRequest(row, row) for row in rows])
         return (time.process_time() - started) / len(rows)
@@ -31,6 +34,6 @@ def known_of(artifact: Artifact, place: ShardPlace | None) -> DataAhead:
         samples=len(images),
         samples_per_shard=len(images) / len(images.data.index.shards),
         artifact_bytes=sum(file.size for file in artifact.manifest.files),
-        captions=tuple(images.data.caption(row) for row in rows),
+        captions=tuple(images.data.caption(row) for row in spread(_CAPTIONS)),
         decode_s=decode_s,
     )

@@ -74,6 +74,13 @@ def test_what_is_not_known_is_left_unknown_with_its_remedy():
     assert clip.flops_per_sample is not None
 
 
+def test_a_measured_share_of_the_peak_tells_nothing_of_networks_of_another_size():
+    asked = config("forecast.device=h200", "trainer.precision=bf16-mixed")
+    clip = stage(forecast(plan_run(asked), only=["clip"]), "clip")
+    assert clip.duration_s is None
+    assert any("are far from what was measured on h200" in note and "forecast.mfu" in note for note in clip.notes)
+
+
 def test_a_stage_that_does_not_fit_is_told_which_micro_batch_would():
     small = ("forecast.device=h100", "forecast.devices.h100.memory_gib=0.022", "trainer.precision=bf16-mixed")
     made = forecast(plan_run(config(*small, "stage.prior.global_batch_size=32")), only=["prior"])
