@@ -64,9 +64,10 @@ class ProgressWriter:
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of `Progress`; written at most once a second."""
+        """Change fields of `Progress`; written at once with a new phase, else at most once a second."""
         with self._lock:
-            is_due = time.time() - self._progress.updated_at >= SECONDS_BETWEEN_WRITES or "phase" in changes
+            is_new_phase = changes.get("phase", self._progress.phase) is not self._progress.phase
+            is_due = is_new_phase or time.time() - self._progress.updated_at >= SECONDS_BETWEEN_WRITES
             updated_at = time.time() if is_due else self._progress.updated_at
             self._progress = replace(self._progress, **changes, updated_at=updated_at)
         if is_due:

@@ -1,12 +1,14 @@
 """What a stage's progress says, over its starts."""
 
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from pipeline.training import context
 from pipeline.training.context import ProgressWriter
-from pipeline.workflow.ownership import Ownership
-from pipeline.workflow.progress import Phase, Progress, write_progress
+from pipeline.workflow.ownership import Ownership, acquire
+from pipeline.workflow.progress import Phase, Progress, read_progress, write_progress
 
 
 @pytest.mark.parametrize("phase", [Phase.INTERRUPTED, Phase.WORKING, Phase.FAILED])
@@ -20,3 +22,19 @@ def test_what_a_stage_costs_is_added_up_over_starts_on_other_numbers_of_devices(
 def test_a_training_from_the_beginning_costs_nothing_of_the_one_that_was_published(tmp_path: Path):
     write_progress(tmp_path, Progress(Phase.PUBLISHING, started_at=0.0, updated_at=36_000.0, devices=8))
     assert ProgressWriter(tmp_path, Ownership(), devices=1).earlier_device_s == 0.0
+
+
+def test_progress_is_written_at_once_with_a_new_phase_and_otherwise_from_time_to_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(context, "SECONDS_BETWEEN_WRITES", 3600.0)
+    ownership = acquire(tmp_path, 90.0, Event())
+    progress = ProgressWriter(tmp_path, ownership, devices=1)
+    written = list[tuple[Phase, int]]()
+    for phase, samples_seen in ((Phase.WORKING, 1), (Phase.WORKING, 2), (Phase.PUBLISHING, 3), (Phase.PUBLISHING, 4)):
+        progress.update(phase=phase, samples_seen=samples_seen)
+        now = read_progress(tmp_path)
+        assert now is not None
+        written.append((now.phase, now.samples_seen))
+    ownership.release()
+    assert written == [(Phase.WORKING, 1), (Phase.WORKING, 1), (Phase.PUBLISHING, 3), (Phase.PUBLISHING, 3)]
