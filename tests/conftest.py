@@ -26,7 +26,7 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by file: what takes longest, then the others."""
-    items.sort(key=lambda item: _rank(item.path.relative_to(ROOT)))
+    items.sort(key=lambda item: _rank(item.path))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadScopeSc
 
 
 def _rank(file: Path) -> int:
-    return next((rank for rank, place in enumerate(LONGEST) if file.is_relative_to(place)), len(LONGEST))
+    return next((rank for rank, place in enumerate(LONGEST) if file.is_relative_to(ROOT / place)), len(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, concatenate, read_index, write_index
 from pipeline.data.location import ShardGroup, group_shards
 from pipeline.data.place import ShardPlace
-from pipeline.data.pool import in_order, process_pool
+from pipeline.data.pool import in_order, process_pool, submit
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.remote import forget, is_disk_full, local_shard
 from pipeline.data.shards import is_url
@@ -148,7 +148,7 @@ class _Work:
         try:
             with process_pool(min(workers, len(todo))) as pool:
                 for name, shard in todo:
-                    futures[pool.submit(_walk, shard, name, self._place, self._again)] = name
+                    futures[submit(pool, _walk, shard, name, self._place, self._again)] = name
                 for future in as_completed(futures):
                     self._take(futures[future], future.result)
                     if time.monotonic() - self._saved_at > SAVE_EVERY_S:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _ITEMS_AT_ONCE = 16
 _TASKS_AHEAD = 4
 """How many tasks each process has before it, so that none waits for the one whose result is the next in order."""
 
 _SECONDS_BETWEEN_LOOKS = 0.1
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ def in_order(
     with process_pool(processes) as pool:
         while True:
             while len(ahead) < _TASKS_AHEAD * processes and (task := list(islice(remaining, _ITEMS_AT_ONCE))):
-                ahead.append(pool.submit(_each, function, task))
+                ahead.append(submit(pool, _each, function, task))
             if not ahead:
                 return
             while not ahead[0].done():
@@ -67,6 +68,18 @@ def process_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
+def submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    """Hand a task to the pool, which may start a process for it.
+
+    Signals wait meanwhile: one that raises while the pool makes its process leaves a process that nobody knows of.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        return pool.submit(function, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _each(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     return list(map(function, items))
 
@@ -76,7 +89,7 @@ def _leave_signals_to_the_parent() -> None:
 
     A signal to a whole group would otherwise end this process first, and look like a failure.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 

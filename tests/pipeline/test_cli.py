@@ -108,7 +108,12 @@ def tar(path: Path, names: list[str]) -> Path:
             "more than",
             "use at most 1000",
         ),
-        ("stage.clip.trainer.device=2", "stage.clip.trainer.device", "unknown key", "accelerator, cache_mib"),
+        (
+            "stage.clip.trainer.device=2",
+            "stage.clip.trainer.device",
+            "unknown key",
+            "accelerator, activation_checkpointing",
+        ),
         (
             "data.validation_fraction=0",
             "data.validation_fraction=0",
