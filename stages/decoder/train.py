@@ -62,7 +62,8 @@ def rehearse(ahead: Ahead) -> Training:
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = blank_embeddings(ROWS, towers.embed_dim)
     shown = ahead.batch(GRID_PICTURES, settings.image_size)
-    module = DecoderModule(decoder, settings, clip, embeddings, shown, log_every_steps=ahead.trainer.log_every_steps)
+    # Of a step that writes no row: the norms of the losses' gradients are for rows.
+    module = DecoderModule(decoder, settings, clip, embeddings, shown, log_every_steps=settings.max_steps + 1)
     return Training(module, settings.image_size)
 
 
