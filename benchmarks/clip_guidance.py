@@ -72,7 +72,7 @@ def _measure(chain: TextToImage, artifacts: dict[str, Artifact], scale: float, s
     accuracy = AttributeAccuracy()
     own, other = [], []
     for group, rows in judged_rows(images, samples).items():
-        for batch in rows_loader(images, rows, batch_size=BATCH_SIZE):
+        for batch in rows_loader(images, [rows], batch_size=BATCH_SIZE):
             draws, text = batch.draws(), chain.captions.encode(batch.caption)
             image_embed = chain.prior.sample(text, draws)
             options = DecoderOptions(clip_guidance_scale=scale)

@@ -72,10 +72,10 @@ def write_data(directory: Path, pictures: Iterable[bytes], shard_samples: int) -
     """Shards with an index and a split in which everything trains."""
     from pipeline.data.make import make_prepared
     from pipeline.data.splits import Split
-    from pipeline.data.write import SourceSample
+    from pipeline.data.write import SourceSample, pack
 
     samples = (
-        (SourceSample(f"{number:06d}", content, "jpg", "a photograph", {}), Split.TRAIN)
+        (pack(SourceSample(f"{number:06d}", content, "jpg", "a photograph", {})), Split.TRAIN)
         for number, content in enumerate(pictures)
     )
     make_prepared(directory, samples, shard_samples)

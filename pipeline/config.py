@@ -122,6 +122,22 @@ class Offload(StrEnum):
     PARAMETERS = "parameters"
 
 
+class Compile(StrEnum):
+    """What of a network `torch.compile` takes at once; `auto` is the network on GPUs and nothing on CPUs."""
+
+    AUTO = "auto"
+    NONE = "none"
+    NETWORK = "network"
+    BLOCKS = "blocks"
+
+
+class ActivationCheckpointing(StrEnum):
+    """Whose activations are not kept, but computed again for the backward pass."""
+
+    NONE = "none"
+    BLOCKS = "blocks"
+
+
 class DeepSpeedSettings(Settings):
     """What can be tuned of ZeRO; none of it changes the result. Sizes are of float32 tensors, and whole MiB,
     for DeepSpeed asserts that a bucket holds an even number of elements.
@@ -154,6 +170,8 @@ class TrainerSettings(Settings):
     offload: Offload
     deepspeed: DeepSpeedSettings
     precision: Precision
+    compile: Compile
+    activation_checkpointing: ActivationCheckpointing
     micro_batch_size: Positive | None
     loader_workers: NotNegative
     cpu_threads: Positive | None

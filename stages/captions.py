@@ -15,19 +15,26 @@ class CaptionEncoder:
 
     def __init__(self, clip: ClipModel) -> None:
         self._clip = clip
+        self._no_caption = clip.tokenize([NO_CAPTION])
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextEncoding:
         """The encoding of B captions on the CLIP's device."""
-        tokens = self._clip.tokenize(list(captions))
+        return self.encode_tokens(self._clip.tokenize(captions))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> TextEncoding:
+        """The encoding of the token ids int64 [B, L] of B captions, on the CLIP's device."""
         return self._clip.encode_text(tokens.to(self._clip.pixel_mean.device))
 
     def encode_none(self, count: int) -> TextEncoding:
         """The encoding of `count` dropped captions."""
         return self.encode([NO_CAPTION] * count)
 
-    def encode_dropping(self, captions: Sequence[str], dropped: Tensor) -> tuple[TextEncoding, TextEncoding]:
-        """The encoding of B captions, and the same with those dropped where `dropped` bool [B] is true: in one pass."""
-        encoded = self.encode([*captions, NO_CAPTION])
+    def encode_dropping(self, tokens: Tensor, dropped: Tensor) -> tuple[TextEncoding, TextEncoding]:
+        """The encoding of B captions by their token ids int64 [B, L], and the same with those dropped where `dropped`
+        bool [B] is true: in one pass."""
+        if self._no_caption.device != tokens.device:  # brought there once, and not at each step
+            self._no_caption = self._no_caption.to(tokens.device)
+        encoded = self.encode_tokens(torch.cat([tokens, self._no_caption]))
         whole, none = encoded[:-1], encoded[-1:]
         return whole, none.where(dropped, whole)

@@ -190,16 +190,20 @@ class GreysSettings(MadeSourceSettings):
     samples: Positive
 
 
-def samples(settings: GreysSettings) -> Iterator[tuple[SourceSample, Split]]:
-    """Yield square by square."""
-    for number in range(settings.samples):
-        content = io.BytesIO()
-        Image.new("RGB", (16, 16), (number % 256,) * 3).save(content, "PNG")
-        sample = SourceSample(f"grey-{number}", content.getvalue(), "png", f"grey {number}", {"grey": number})
-        yield sample, split_of_sample(sample, settings)
+def pieces(settings: GreysSettings) -> range:
+    """Their numbers."""
+    return range(settings.samples)
 
 
-SOURCE = Source(GreysSettings, "Nobody has rights in grey.", "cc0-1.0", samples=samples)
+def make(settings: GreysSettings, number: int) -> Iterator[tuple[SourceSample, Split]]:
+    """Draw a square."""
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), (number % 256,) * 3).save(content, "PNG")
+    sample = SourceSample(f"grey-{number}", content.getvalue(), "png", f"grey {number}", {"grey": number})
+    yield sample, split_of_sample(sample, settings)
+
+
+SOURCE = Source(GreysSettings, "Nobody has rights in grey.", "cc0-1.0", pieces=pieces, make=make)
 ''',
     "conf/data/greys.yaml": """
 source: greys

@@ -2,8 +2,8 @@
 
 import mmap
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 from pipeline.data.batch import ImageBatch
 from pipeline.data.captions import MAIN_CAPTION
 from pipeline.data.decode import DecodeError, DecodeFault
+from pipeline.data.draws import SampleDraws
 from pipeline.data.mixing import purpose_key, sample_seed
 from pipeline.data.place import ShardPlace
 from pipeline.data.prepared import read_prepared
@@ -26,6 +27,23 @@ from pipeline.errors import UserError
 _FAULTS = tuple(DecodeFault)
 _UNKNOWN, _GOOD, _FIRST_FAULT = 0, 1, 2
 _MAX_REPLACEMENTS = 64
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+"""B captions -> their token ids, int64 [B, L] on the CPU. It can be pickled, and keeps no state that changes them."""
+
+
+@dataclass(frozen=True)
+class MadeAhead:
+    """What a stage has its loader make beside the pictures: in the loader's workers, so that no step waits for it.
+
+    `normals` are the shapes of normal draws by purpose, which `ImageBatch.draws` then has ready.
+    """
+
+    tokenizer: Tokenizer | None = None
+    normals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+_PICTURES_ALONE = MadeAhead()
 
 
 @dataclass(frozen=True)
@@ -50,10 +68,18 @@ class CaptionedImages(Dataset[ImageBatch]):
     read one and the same cache.
     """
 
-    def __init__(self, directory: Path, image_size: int, cache_mib: int = 0, place: ShardPlace | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        image_size: int,
+        cache_mib: int = 0,
+        place: ShardPlace | None = None,
+        ahead: MadeAhead = _PICTURES_ALONE,
+    ) -> None:
         """`place` is where the shards are that do not lie in the artifact at `directory`."""
         self.data = read_prepared(directory, place)
         self.image_size = image_size
+        self._ahead = ahead
         shape = (len(self.data.index), 3, image_size, image_size)
         # What is known of each sample: 0 nothing, 1 it is good, 2 + n it has the n-th fault.
         self._status = _shared_zeros((len(self.data.index),))
@@ -78,12 +104,16 @@ class CaptionedImages(Dataset[ImageBatch]):
             rows.append(row)
             if row != request.sample:
                 faults[self._fault_of(request.sample)] += 1
+        seeds = torch.tensor([request.sample_seed for request in requests], dtype=torch.int64)
+        draws, tokenizer = SampleDraws(seeds), self._ahead.tokenizer
         return ImageBatch(
             image=image,
             caption=tuple(captions),
             sample=torch.tensor(rows, dtype=torch.int64),
-            sample_seed=torch.tensor([request.sample_seed for request in requests], dtype=torch.int64),
+            sample_seed=seeds,
             faults=dict(faults),
+            tokens=None if tokenizer is None else tokenizer(captions),
+            normals={purpose: draws.normal(purpose, shape) for purpose, shape in self._ahead.normals.items()},
         )
 
     def faulty_by_shard(self) -> dict[str, int]:

@@ -1,21 +1,19 @@
 """Makes and keeps the indices of shards: all cores, and nothing that was walked is walked again. Imports no torch."""
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import Future, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pipeline.data.index import IMAGE_EXTENSIONS, ShardIndex, concatenate, read_index, write_index
 from pipeline.data.location import ShardGroup, group_shards
 from pipeline.data.place import ShardPlace
+from pipeline.data.pool import in_order, process_pool
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.remote import forget, is_disk_full, local_shard
 from pipeline.data.shards import is_url
@@ -68,13 +66,15 @@ def index_place(
     return indexed
 
 
-def index_shards(names: Sequence[str], root: Path) -> ShardIndex:
-    """Index local shards by their names under `root` in this process, and write nothing.
+def index_shards(
+    names: Sequence[str], root: Path, processes: int = 1, look: Callable[[], None] = lambda: None
+) -> ShardIndex:
+    """Index local shards by their names under `root`, and write nothing. Of `look` see `in_order`.
 
     Raises:
         UserError: a shard is no tar, or no sample in any of them is complete.
     """
-    index = concatenate([walk_shard(root / name, name) for name in names])
+    index = concatenate(list(in_order(partial(_walk_below, root), names, min(processes, len(names)), look)))
     _require_samples([index])
     return index
 
@@ -146,7 +146,7 @@ class _Work:
             return
         futures: dict[Future[ShardIndex], str] = {}
         try:
-            with _pool(min(workers, len(todo))) as pool:
+            with process_pool(min(workers, len(todo))) as pool:
                 for name, shard in todo:
                     futures[pool.submit(_walk, shard, name, self._place, self._again)] = name
                 for future in as_completed(futures):
@@ -237,39 +237,14 @@ def _write(group: ShardGroup, index: ShardIndex) -> Path:
     )
 
 
+def _walk_below(root: Path, name: str) -> ShardIndex:
+    return walk_shard(root / name, name)
+
+
 def _walk(shard: str, name: str, place: ShardPlace, again: bool) -> ShardIndex:
     if again:
         forget(shard, place.cache_dir)
     return walk_shard(local_shard(shard, place.cache_dir, place.cache_bytes), name)
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end at once where the work is stopped, with no word of their own."""
-    pool = ProcessPoolExecutor(workers, initializer=_die_in_time)
-    try:
-        yield pool
-    except BaseException:
-        # What waits is not cancelled: a future that was would never count as done, and those of a dead process fail.
-        pool.shutdown(wait=False)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    pool.shutdown()
-
-
-def _die_in_time() -> None:
-    """Let signals end this process, and the end of the one that started it, which can come without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_unchanged(shard: ShardEntry, root: Path) -> bool:

@@ -1,6 +1,6 @@
 """Loaders that begin at any global batch at once, and leave torch's global random state alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -93,10 +93,12 @@ def training_loader(
     first_batch: int,
     batches: int,
     workers: int,
+    pin_memory: bool = False,
 ) -> DataLoader[ImageBatch]:
     """One rank's part of the training stream, from global batch `first_batch` to `batches` - 1 (of the whole run).
 
     Global batch k holds the same samples and the same sample seeds whatever the ranks, micro-batches and workers.
+    Ask for pinned memory only where batches go to a GPU: it opens a context on the process's current one.
 
     Raises:
         UserError: the split has no samples, or devices cannot share the global batch.
@@ -116,7 +118,7 @@ def training_loader(
         batches=batches,
         prefetch=prefetch if prefetch.is_needed else None,
     )
-    return _loader(images, batch_sampler, workers, pin_memory=torch.cuda.is_available())
+    return _loader(images, batch_sampler, workers, pin_memory)
 
 
 def evaluation_loader(
@@ -128,34 +130,52 @@ def evaluation_loader(
     limit: int | None = None,
     seed: int = 0,
     workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[ImageBatch]:
     """`limit` samples of a split (of every split where None) from its `first` on, in the order of the index.
 
     They draw as in epoch 0, and of several captions the main one is taken.
 
-    The last batch may be short; an empty split gives no batch.
+    The last batch may be short; an empty split gives no batch. Of pinned memory see `training_loader`.
     """
-    return rows_loader(
-        images, images.data.samples_in(split)[first:][:limit], batch_size=batch_size, seed=seed, workers=workers
-    )
+    rows = images.data.samples_in(split)[first:][:limit]
+    return rows_loader(images, [rows], batch_size=batch_size, seed=seed, workers=workers, pin_memory=pin_memory)
+
+
+class _BatchesOfParts(Sampler[list[SampleRequest]]):
+    def __init__(self, parts: Sequence[NDArray[np.int64]], batch_size: int, seed: int) -> None:
+        self._parts = parts
+        self._batch_size = batch_size
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return sum(-(-len(rows) // self._batch_size) for rows in self._parts)
+
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
+        for part in self._parts:
+            for start in range(0, len(part), self._batch_size):
+                rows = part[start : start + self._batch_size]
+                yield list(map(SampleRequest, rows.tolist(), sample_seed(self._seed, 0, rows).tolist()))
 
 
 def rows_loader(
-    images: CaptionedImages, rows: NDArray[np.int64], *, batch_size: int, seed: int = 0, workers: int = 0
+    images: CaptionedImages,
+    parts: Sequence[NDArray[np.int64]],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[ImageBatch]:
-    """These rows of the index in their order; they draw as in epoch 0. The last batch may be short."""
-    seeds = sample_seed(seed, 0, rows)
-    requests = list(map(SampleRequest, rows.tolist(), seeds.tolist()))
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-    # Pinning opens a context on the current GPU, which is the first one for every process until training has begun.
-    return _loader(images, batches, workers, pin_memory=False)
+    """Rows of the index in their order; they draw as in epoch 0. No batch reaches over the end of a part."""
+    batches = _BatchesOfParts(parts, batch_size, seed)
+    return _loader(images, batches, min(workers, len(batches)), pin_memory)
 
 
 def _loader(
     images: CaptionedImages,
-    batch_sampler: Sampler[list[SampleRequest]] | list[list[SampleRequest]],
+    batch_sampler: Sampler[list[SampleRequest]],
     workers: int,
-    *,
     pin_memory: bool,
 ) -> DataLoader[ImageBatch]:
     return DataLoader(
@@ -170,7 +190,6 @@ def _loader(
 
 
 def _as_it_is(batch: ImageBatch) -> ImageBatch:
-
     return batch
 
 

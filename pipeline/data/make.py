@@ -1,6 +1,6 @@
 """From made samples to a data artifact: shards, their index, and the splits."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +10,30 @@ from pipeline.data.index import ShardIndex
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import SHARDS, write_prepared
 from pipeline.data.splits import Split
-from pipeline.data.write import SourceSample, write_shards
+from pipeline.data.write import write_packed
 
 
 def make_prepared(
-    directory: Path, samples: Iterable[tuple[SourceSample, Split]], shard_samples: int
+    directory: Path,
+    samples: Iterable[tuple[bytes, Split]],
+    shard_samples: int,
+    processes: int = 1,
+    look: Callable[[], None] = lambda: None,
 ) -> tuple[ShardIndex, NDArray[np.uint8]]:
-    """Write samples with their splits so that `read_prepared(directory)` opens them; the index and the splits."""
+    """Write packed samples with their splits so that `read_prepared(directory)` opens them; the index and the splits.
+
+    So many processes index them. `look` is called often meanwhile, and may raise to stop the work.
+    """
     splits: list[int] = []
 
-    def noting_splits() -> Iterator[SourceSample]:
-        for sample, split in samples:
+    def noting_splits() -> Iterator[bytes]:
+        for packed, split in samples:
             splits.append(split.code)
-            yield sample
+            yield packed
 
-    shards = write_shards(directory / SHARDS, noting_splits(), shard_samples)
+    shards = write_packed(directory / SHARDS, noting_splits(), shard_samples)
     names = [shard.name for shard in shards]
-    index = without_times(index_shards(names, directory / SHARDS))
+    index = without_times(index_shards(names, directory / SHARDS, processes, look))
     codes = np.array(splits, np.uint8)
     write_prepared(directory, index=index, splits=codes)
     return index, codes

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config import Settings, TrainerSettings
 from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import Tokenizer
 from pipeline.data.place import ShardPlace
 from pipeline.training.module import StageModule
 from pipeline.workflow.artifacts import Artifact
@@ -43,10 +44,14 @@ class DataAhead:
 
 @dataclass(frozen=True)
 class Training:
-    """A stage that trains `module` on pictures of `image_size` pixels, after `setup_s` seconds of other work."""
+    """A stage that trains `module` on pictures of `image_size` pixels, after `setup_s` seconds of other work.
+
+    `tokenizer` is what its loader is given.
+    """
 
     module: StageModule
     image_size: int
+    tokenizer: Tokenizer | None = None
     setup_s: float = 0.0
 
 
@@ -58,6 +63,7 @@ class Pass:
     samples: int | None
     batch_size: int
     image_size: int
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Ahead:
         """Where networks are to be built, and what stands for their inputs."""
         return nullcontext() if self.mode is None else self.mode
 
-    def batch(self, samples: int, image_size: int) -> ImageBatch:
+    def batch(self, samples: int, image_size: int, tokenizer: Tokenizer | None = None) -> ImageBatch:
         """Random pictures under captions of the data; one fills any context where too few are known.
 
         Networks cut a batch to its longest caption, which a few captions do not tell of many.
@@ -134,7 +140,8 @@ class Ahead:
         shape = (samples, 3, image_size, image_size)
         with self.building():
             image = torch.randint(256, shape, dtype=torch.uint8) if self.mode is None else torch.empty(shape).byte()
-        return ImageBatch(image, tuple(captions[row % len(captions)] for row in range(samples)), rows % ROWS, rows)
+        shown = tuple(captions[row % len(captions)] for row in range(samples))
+        return ImageBatch(image, shown, rows % ROWS, rows, tokens=None if tokenizer is None else tokenizer(shown))
 
 
 LONG_CAPTION = " ".join(["word"] * 300)

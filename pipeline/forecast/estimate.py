@@ -216,7 +216,7 @@ def _of_passes(
     bare = replace(ahead, mode=torch.device("meta"))
     flops = memory_bytes = 0.0
     for once in _passes_of(bare):
-        count = count_pass(once.forward, bare.batch(_COUNTED_SAMPLES, once.image_size))
+        count = count_pass(once.forward, bare.batch(_COUNTED_SAMPLES, once.image_size, once.tokenizer))
         flops += count.flops / count.samples * (once.samples or 0)
         memory_bytes = max(memory_bytes, count.activation_bytes / count.samples * once.batch_size)
     done = replace(
@@ -305,7 +305,7 @@ def _count_step(ahead: Ahead, training: Training, shape: BatchShape) -> Count:
     module = training.module
     module.hold_at_most(shape.micro_batch_size)
     pieces = min(shape.accumulation, _LEAST_PIECES) if module.needs_whole_share else 1
-    batch = ahead.batch(shape.micro_batch_size * pieces, training.image_size)
+    batch = ahead.batch(shape.micro_batch_size * pieces, training.image_size, training.tokenizer)
     return count_training(module, batch, ahead.trainer.precision)
 
 

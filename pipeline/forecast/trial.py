@@ -48,7 +48,7 @@ def try_training(ahead: Ahead, training: Training, shape: BatchShape, trial_s: f
     module.hold_at_most(shape.micro_batch_size)
     optimizer = build_optimizer(module.network, settings.optimizer, module.parameter_ranges, fused=True)
     at_once = shape.micro_batch_size * (shape.accumulation if module.needs_whole_share else 1)
-    batch = ahead.batch(at_once, training.image_size)
+    batch = ahead.batch(at_once, training.image_size, training.tokenizer)
     pieces = settings.global_batch_size // trainer.world_size // at_once
 
     def step() -> None:
@@ -70,7 +70,7 @@ def try_pass(ahead: Ahead, once: Pass, trial_s: float) -> Spent:
     device = accelerator_of(ahead.trainer)
 
     def spent_on(samples: int) -> Spent:
-        batch = ahead.batch(samples, once.image_size).to(device)
+        batch = ahead.batch(samples, once.image_size, once.tokenizer).to(device)
         with torch.no_grad(), lightning(ahead.trainer.precision, device).precision_plugin.forward_context():
             return _once(lambda: once.forward(batch))
 
@@ -88,7 +88,7 @@ def _validate(ahead: Ahead, training: Training, device: torch.device) -> None:
     size = largest_piece(module.stage_settings.global_batch_size, trainer.micro_batch_size)
     known = ahead.data.samples
     samples = trainer.validation_samples if known is None else min(trainer.validation_samples, known)
-    batches = ahead.batch(samples, training.image_size).split(size)
+    batches = ahead.batch(samples, training.image_size, training.tokenizer).split(size)
     module.eval()
     with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
         module.validation_metrics(each.to(device) for each in batches)

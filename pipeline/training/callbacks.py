@@ -93,9 +93,15 @@ class Validation(StepBoundary):
             split=Split.VALIDATION,
             batch_size=largest_piece(batch, settings.micro_batch_size),
             limit=settings.validation_samples,
+            workers=settings.loader_workers,
+            pin_memory=module.device.type == "cuda",
         )
         with module.averaged() as evaluates, trainer.precision_plugin.val_step_context():
-            metrics = module.validation_metrics(each.to(module.device) for each in loader) if evaluates else {}
+            metrics = (
+                module.validation_metrics(each.to(module.device, non_blocking=True) for each in loader)
+                if evaluates
+                else {}
+            )
         self.latest = trainer.strategy.broadcast(metrics)
         row = {f"validation/{name}": value for name, value in self.latest.items()}
         row[f"{MEASURED}elapsed_s"] = self._clock.elapsed_s
@@ -192,6 +198,11 @@ class ResumeAtSamples(pl.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for part in ("total", "current"):
             progress[part] |= dict.fromkeys(("ready", "started", "processed", "completed"), self._done)
+
+
+def is_row_due(trainer: pl.Trainer, settings: TrainerSettings) -> bool:
+    """Whether the step just taken is one after which a row is written."""
+    return trainer.global_step % settings.log_every_steps == 0 or trainer.global_step == trainer.max_steps
 
 
 def crosses(every: int | None, samples_seen: int, batch: int) -> bool:

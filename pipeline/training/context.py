@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import Settings
-from pipeline.data.dataset import CaptionedImages
+from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.place import ShardPlace
 from pipeline.errors import StageInterrupted
 from pipeline.launch.identity import ProcessIdentity
@@ -23,7 +23,7 @@ from pipeline.workflow.ownership import Ownership, StageLost
 from pipeline.workflow.progress import Phase, Progress, read_progress, write_progress
 
 HEARTBEAT_SECONDS = 5.0
-SECONDS_BETWEEN_WRITES = 0.25
+SECONDS_BETWEEN_WRITES = 1.0
 
 S = TypeVar("S", bound=Settings)
 
@@ -64,7 +64,7 @@ class ProgressWriter:
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of `Progress`; written at most four times a second."""
+        """Change fields of `Progress`; written at most once a second."""
         with self._lock:
             is_due = time.time() - self._progress.updated_at >= SECONDS_BETWEEN_WRITES or "phase" in changes
             updated_at = time.time() if is_due else self._progress.updated_at
@@ -134,15 +134,16 @@ class StageContext(Attempt):
         """The artifact behind an input that a workflow may lack."""
         return next(iter(self.inputs[name]), None)
 
-    def images(self, image_size: int, cache_mib: int | None = None) -> CaptionedImages:
+    def images(self, image_size: int, cache_mib: int | None = None, ahead: MadeAhead | None = None) -> CaptionedImages:
         """The pictures of the input `data`, wherever this run finds its shards, of one size.
 
         Decoded ones are kept in memory as far as `trainer.cache_mib` allows. Pass 0 where each is read only once.
+        `ahead` is what the loader is to make beside them.
         """
         (reference,) = self.frozen.inputs["data"]
         place = None if reference.place is None else ShardPlace.model_validate(reference.place)
         cache_mib = self.frozen.trainer.cache_mib if cache_mib is None else cache_mib
-        return CaptionedImages(self.input("data").path, image_size, cache_mib, place)
+        return CaptionedImages(self.input("data").path, image_size, cache_mib, place, ahead or MadeAhead())
 
     def save(self, network: nn.Module, file: str = WEIGHTS_FILE) -> None:
         """Write the network's weights into the artifact, once: every process may call this, and the first one writes.

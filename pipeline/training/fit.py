@@ -3,16 +3,21 @@
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
+from typing_extensions import override
 
+from pipeline.config import ActivationCheckpointing
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
 from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
+from pipeline.training.compiling import COMPILER_CACHE, StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
 from pipeline.training.disk import require_disk
 from pipeline.training.hardware import accelerator_of, record_hardware
@@ -45,10 +50,13 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
             f"the split {Split.VALIDATION} has no samples, and training ends with a validation; raise "
             "data.validation_fraction or add samples"
         )
+    settings = context.frozen.trainer
     if context.is_first_process:
-        require_disk(context.frozen.stage, module.network, module.stage_settings, context.frozen.trainer, context.work)
-    strategy, choice = build_strategy(context.frozen.trainer, module.network, partial(_keep_death, context))
-    print(f"training by {choice.title} on {context.frozen.trainer.world_size} devices ({choice.reason})", flush=True)
+        require_disk(context.frozen.stage, module.network, module.stage_settings, settings, context.work)
+    strategy, choice = build_strategy(settings, module.network, partial(_keep_death, context))
+    print(f"training by {choice.title} on {settings.world_size} devices ({choice.reason})", flush=True)
+    compile_choice = choose_compile(settings, choice.strategy, is_cuda=accelerator_of(settings) == "cuda")
+    print(f"compiling: {compile_choice.kind.value} ({compile_choice.reason})", flush=True)
     record_hardware(context, choice.title)
     checkpoint = latest_checkpoint(context.work)
     samples_seen = checkpoint.samples_seen if checkpoint else 0
@@ -58,7 +66,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         max_samples=stage_settings.max_steps * stage_settings.global_batch_size,
         samples_seen=samples_seen,
     )
-    shape = shape_of_batch(stage_settings.global_batch_size, context.frozen.trainer)
+    shape = shape_of_batch(stage_settings.global_batch_size, settings)
     module.hold_at_most(shape.micro_batch_size)
     if module.needs_whole_share:
         shape = BatchShape(shape.micro_batch_size * shape.accumulation, 1)
@@ -70,17 +78,21 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         global_batch_size=stage_settings.global_batch_size,
         micro_batch_size=shape.micro_batch_size,
         rank=context.process.rank,
-        world_size=context.frozen.trainer.world_size,
+        world_size=settings.world_size,
         first_batch=steps_done,
         batches=stage_settings.max_steps,
-        workers=context.frozen.trainer.loader_workers,
+        workers=settings.loader_workers,
+        pin_memory=accelerator_of(settings) == "cuda",
     )
     clock = TrainingClock(checkpoint.elapsed_s if checkpoint else 0.0)
     validation = Validation(context, images, clock)
     trainer = _assemble(context, module, images, shape, validation, clock, checkpoint, strategy)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
-    trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
+    if settings.activation_checkpointing is ActivationCheckpointing.BLOCKS:
+        checkpoint_activations(module.network, module.block_classes)
+    with compiled(module, compile_choice.kind, context.frozen.outputs / COMPILER_CACHE):
+        trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     strategy.leave_averaged_weights()
     _keep_last_picture(context)
@@ -100,7 +112,7 @@ def _assemble(
     settings = context.frozen.trainer
     steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
     measurements = Measurements(clock, settings.precision)
-    trainer = pl.Trainer(
+    return _Trainer(
         accelerator=accelerator_of(settings),
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -115,8 +127,9 @@ def _assemble(
         callbacks=[
             SeedEveryStep(context.frozen.seed),
             ResumeAtSamples(steps_done, shape.accumulation),
-            NonFiniteGuard(context, images, module.stage_settings.optimizer.non_finite),
+            NonFiniteGuard(context, settings, images, module.stage_settings.optimizer.non_finite),
             measurements,
+            StopCompiling(),
             Rows(context, settings, images, measurements),
             validation,
             Pictures(context, settings.sample_every_samples),
@@ -130,10 +143,22 @@ def _assemble(
         use_distributed_sampler=False,
         default_root_dir=context.work,
     )
-    # Its own handler of SIGTERM ends `fit` in mid-step as if it were finished, and broadcasts from inside the handler.
-    # Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    return trainer
+
+
+class _NoSignals(_SignalConnector):
+    @override
+    def register_signal_handlers(self) -> None:
+        """Leave signals alone. Stopping is decided at step boundaries, by all processes together: see `Checkpoints`.
+
+        Lightning's handler of SIGTERM ends `fit` in mid-step as if it were finished, and broadcasts from inside.
+        """
+
+
+class _Trainer(pl.Trainer):
+    @override
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._signal_connector = _NoSignals(self)
 
 
 def _keep_death(context: StageContext, died: str) -> None:

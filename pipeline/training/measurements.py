@@ -136,6 +136,7 @@ class Measurements(pl.Callback):
         if self._peak_flops is not None and self._flops_per_sample is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
+            torch.compiler.set_stance("force_eager")  # a compiled graph does not show its products to the counter
             self._is_counting = True
 
     @override
@@ -183,6 +184,7 @@ class Measurements(pl.Callback):
         if self._counter is not None and self._is_counting:
             self._is_counting = False
             self._counter.__exit__(None, None, None)
+            torch.compiler.set_stance("default")
 
 
 def _memory_mib(device: torch.device) -> float:

@@ -44,6 +44,8 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
     """
 
     needs_whole_share = False
+    block_classes: tuple[type[nn.Module], ...] = ()
+    """The classes of the repeated blocks that networks are made of, for `trainer.compile` and checkpointing."""
 
     def __init__(
         self, network: Network, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
@@ -58,7 +60,6 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
             frozen.requires_grad_(False).eval()
         self.micro_batch_size = settings.global_batch_size
         self.gradient_norm = torch.zeros(())
-        self.step_was_skipped = False
         self.step_losses: list[Tensor] = []
 
     def hold_at_most(self, micro_batch_size: int) -> None:
@@ -151,10 +152,10 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def measure_gradient(self) -> None:
-        """Set `gradient_norm`, the norm of the whole gradient, float []; a step is skipped where it is not finite."""
+    def measure_gradient(self) -> Tensor:
+        """The norm of the whole gradient, float [], which `gradient_norm` then has too."""
         self.gradient_norm = self.strategy.gradient_norm()
-        self.step_was_skipped = not bool(torch.isfinite(self.gradient_norm))
+        return self.gradient_norm
 
     def take_step_losses(self) -> Tensor:
         """The losses of the step's micro-batches so far, float [M], which are forgotten here."""
@@ -169,9 +170,13 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that was measured already."""
-        if gradient_clip_val is not None:
-            self.strategy.clip_gradient(self.gradient_norm, float(gradient_clip_val))
+        """Clip by the norm that was measured already, in the optimiser's step."""
+        self.strategy.prepare_step(self.gradient_norm, None if gradient_clip_val is None else float(gradient_clip_val))
+
+    @override
+    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int = 0) -> ImageBatch:
+        """Queue the copies behind the work of the device, and wait for none."""
+        return batch.to(device, non_blocking=True)
 
     def on_fit_start(self) -> None:
         """Bring the frozen networks to the device; Lightning does not know of them."""

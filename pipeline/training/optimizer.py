@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import AdamW
 
 from pipeline.config import DecayKind, OptimizerSettings
 
 EMA = "ema"
 RANGE = "range"
+_AVERAGED_AT_ONCE = 2**26
+"""Elements of the average that a step moves at a time on a GPU."""
 
 
 class AdamWithEma(AdamW):
@@ -19,16 +22,33 @@ class AdamWithEma(AdamW):
 
     As state it is saved, resumed and (under ZeRO) sharded with the moments. The decay of step n is
     min(ema_decay, (1 + n) / (10 + n)), so that a short run's average is not its initial weights. A group of parameters
-    with a `range` is kept in it after every step.
+    with a `range` is kept in it after every step. Nothing here waits for a GPU.
     """
 
     def __init__(self, parameters: Iterable[Any], *, ema_decay: float, **options: Any) -> None:
         super().__init__(parameters, **options)
-        # Gradients are measured and clipped before the step, so they are unscaled by then: not in the fused kernel.
+        # Gradients are measured before the step, so they are unscaled by then: not in the fused kernel.
         self._step_supports_amp_scaling = False
         self.ema_decay = ema_decay
-        self.skips_steps = False
-        """While this is set, a step leaves weights, moments and averages as they are."""
+        self._is_fused = bool(self.defaults["fused"])
+        self._skips_step = False
+        # What torch's fused kernel divides the gradient by, and whether (1.0) it leaves everything as it is.
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    def prepare_step(self, gradient_norm: Tensor, max_norm: float | None) -> None:
+        """Say of the next step's gradient that its norm is float []; it is to be clipped to `max_norm`, if that is set.
+
+        The step leaves weights, moments and averages as they are where the norm is not finite.
+        """
+        if self._is_fused:
+            self.found_inf = (~torch.isfinite(gradient_norm)).float()
+            self.grad_scale = None if max_norm is None else (gradient_norm / max_norm).clamp(min=1.0).float()
+            return
+        self._skips_step = not bool(torch.isfinite(gradient_norm))
+        if max_norm is not None:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            clip_grads_with_norm_(parameters, max_norm, gradient_norm)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -37,7 +57,7 @@ class AdamWithEma(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.skips_steps:
+        if self._skips_step:
             return loss
         super().step()
         for group in self.param_groups:
@@ -47,15 +67,21 @@ class AdamWithEma(AdamW):
         if self.ema_decay == 0:
             return loss
         averages, weights = [], []
-        steps = 0.0
+        steps = torch.zeros((), dtype=torch.float64)
         for parameter, state in self._trained():
             if EMA not in state:
                 state[EMA] = parameter.detach().clone()
             averages.append(state[EMA])
             weights.append(parameter.detach())
-            steps = float(state["step"])
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1.0 - min(self.ema_decay, (1.0 + steps) / (10.0 + steps)))
+            steps = state["step"].double()
+        share = 1.0 - ((1.0 + steps) / (10.0 + steps)).clamp(max=self.ema_decay)
+        if self.found_inf is not None:
+            share = share * (1.0 - self.found_inf.to(share.device))
+        # A number that is on a GPU is left there: asking for it would wait.
+        if share.is_cpu:
+            torch._foreach_lerp_(averages, weights, float(share))
+        else:
+            _move_on_the_device(weights, averages, share)
         return loss
 
     def _trained(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -64,6 +90,19 @@ class AdamWithEma(AdamW):
             for parameter in group["params"]:
                 if "step" in self.state.get(parameter, {}):
                     yield parameter, self.state[parameter]
+
+
+def _move_on_the_device(weights: list[Tensor], averages: list[Tensor], share: Tensor) -> None:
+    """averages += share (weights - averages), with share float []. Of the differences only a part is held at once."""
+    while averages:
+        count, elements = 0, 0
+        while count < len(averages) and elements < _AVERAGED_AT_ONCE:
+            elements += averages[count].numel()
+            count += 1
+        differences = torch._foreach_sub(weights[:count], averages[:count])
+        torch._foreach_mul_(differences, share.to(differences[0].dtype))
+        torch._foreach_add_(averages[:count], differences)
+        weights, averages = weights[count:], averages[count:]
 
 
 def build_optimizer(

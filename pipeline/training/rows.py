@@ -16,7 +16,7 @@ from pipeline.data.dataset import CaptionedImages
 from pipeline.data.decode import DecodeFault
 from pipeline.data.faults import FaultTally, too_many_faults
 from pipeline.errors import UserError
-from pipeline.training.callbacks import StepBoundary
+from pipeline.training.callbacks import StepBoundary, is_row_due
 from pipeline.training.context import StageContext
 from pipeline.training.measurements import Measurements
 from pipeline.training.module import LOSS, StageModule
@@ -43,8 +43,8 @@ class Rows(StepBoundary):
         self._measurements = measurements
         self._step_sums: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
-        self._counts: Counter[str] = Counter()
-        self._steps_skipped = 0
+        self._counts: dict[str, Tensor] = {}
+        self._steps_skipped: Tensor | int = 0
         self._tally = FaultTally()
         self._own_tally = FaultTally()
         self._samples_per_s = 0.0
@@ -61,13 +61,9 @@ class Rows(StepBoundary):
         """Take the step's losses in, and log a row when it is due."""
         self._context.progress.update(phase=Phase.WORKING, samples_seen=module.samples_seen, activity="")
         self._take_step_in(trainer, module)
-        if trainer.global_step % self._settings.log_every_steps and trainer.global_step != trainer.max_steps:
+        if not is_row_due(trainer, self._settings):
             return
-        means = {
-            name: float(trainer.strategy.reduce(total / self._counts[name], reduce_op="mean"))
-            for name, total in self._sums.items()
-        }
-        self._sums, self._counts = {}, Counter()
+        means = self._take_means(trainer)
         stage = self._context.frozen.stage
         if not math.isfinite(means.get(LOSS, 0.0)):
             raise UserError(
@@ -78,8 +74,8 @@ class Rows(StepBoundary):
         system = self._measurements.take(trainer, module.samples_seen)
         row = {f"train/{name}": value for name, value in means.items()}
         row["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if self._steps_skipped:
-            row["train/steps_skipped"] = self._steps_skipped
+        if steps_skipped := int(self._steps_skipped):
+            row["train/steps_skipped"] = steps_skipped
         self._context.tracker.log(module.samples_seen, row | tally.metrics() | system)
         samples_per_s = self._smoothed(system[f"{MEASURED}samples_per_s"])
         self._context.progress.update(loss=means.get(LOSS), samples_per_s=samples_per_s)
@@ -97,8 +93,8 @@ class Rows(StepBoundary):
         tally = self._tally_of_all_ranks(trainer)
         checkpoint[STATE] = {
             "sums": {name: of_all_ranks(trainer, total).flatten().cpu() for name, total in self._sums.items()},
-            "counts": dict(self._counts),
-            "steps_skipped": self._steps_skipped,
+            "counts": {name: int(count) for name, count in self._counts.items()},
+            "steps_skipped": int(self._steps_skipped),
             "read": tally.read,
             "faults": dict(tally.by_reason),
         }
@@ -109,24 +105,33 @@ class Rows(StepBoundary):
     ) -> None:
         """Take back what was added up. With another number of ranks, each takes the mean."""
         state = checkpoint[STATE]
-        self._counts = Counter(state["counts"])
+        device = trainer.strategy.root_device
+        self._counts = {name: torch.tensor(count, device=device) for name, count in state["counts"].items()}
         self._steps_skipped = state["steps_skipped"]
         self._tally, self._own_tally = FaultTally(state["read"], state["faults"]), FaultTally()
         for name, of_ranks in state["sums"].items():
             is_same_world = len(of_ranks) == trainer.world_size
-            self._sums[name] = (of_ranks[trainer.global_rank] if is_same_world else of_ranks.mean()).to(
-                trainer.strategy.root_device
-            )
+            self._sums[name] = (of_ranks[trainer.global_rank] if is_same_world else of_ranks.mean()).to(device)
 
     def _take_step_in(self, trainer: pl.Trainer, module: StageModule) -> None:
+        """Add the step's means to the sums, unless it was skipped; which of the two, only the device knows yet."""
         sums, self._step_sums = self._step_sums, {}
-        if module.step_was_skipped:
-            self._steps_skipped += 1
-            return
+        is_taken = torch.isfinite(module.gradient_norm)
+        self._steps_skipped = self._steps_skipped + ~is_taken
         means = {name: total / trainer.accumulate_grad_batches for name, total in sums.items()}
         for name, value in (means | {"gradient_norm": module.gradient_norm}).items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(is_taken, value, 0.0)
+            self._counts[name] = self._counts.get(name, 0) + is_taken
+
+    def _take_means(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The means over the steps since the last row and over all ranks. Here the device is waited for."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        sums, counts = (torch.stack(list(each.values())) for each in (self._sums, self._counts))
+        self._sums, self._counts = {}, {}
+        means = of_all_ranks(trainer, sums / counts).mean(0).tolist()
+        return {name: mean for name, mean, count in zip(names, means, counts.tolist(), strict=True) if count}
 
     def _tally_of_all_ranks(self, trainer: pl.Trainer) -> FaultTally:
         """The counts from before this process began, plus those of all ranks since."""

@@ -14,7 +14,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,14 +24,44 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
 from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
 
+ClipBlock = ResidualAttentionBlock
+"""What both towers consist of."""
+
 _CPU = torch.device("cpu")
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
+_LENGTHS = 16
 _CACHED_CAPTIONS = 65536
 """Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
 
 MAX_LOGIT_SCALE = math.log(100.0)
 """The logarithm of the largest factor on the similarities (arXiv 2103.00020, section 2.5)."""
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """open_clip's tokenizer, which cleans captions: mended Unicode, entities resolved, spaces collapsed, lower case."""
+
+    context_length: int
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept."""
+        return torch.tensor([_token_ids(caption, self.context_length) for caption in captions], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class ShortTokenizer(ClipTokenizer):
+    """The same without what is padding in all captions of a batch, to a multiple of 16 columns.
+
+    In a causal transformer nothing depends on what follows the end-of-text token, which has the highest id of all. A
+    compiled network meets few lengths this way, and no GPU is asked for the longest.
+    """
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L], padded with 0."""
+        tokens = super().__call__(captions)
+        longest = int(tokens.argmax(dim=-1).max()) + 1
+        return tokens[:, : -(-longest // _LENGTHS) * _LENGTHS]
 
 
 class Towers(StrEnum):
@@ -78,6 +108,7 @@ class ClipModel(nn.Module):
         super().__init__()
         self.settings = settings
         self.loss = loss
+        self.tokenize = ClipTokenizer(settings.context_length)
         self.network = _build_text_only(settings, loss) if towers is Towers.TEXT else _build(settings, loss)
         mean = torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1)
         std = torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1)
@@ -100,14 +131,6 @@ class ClipModel(nn.Module):
     def logit_bias(self) -> Tensor | None:
         """SigLIP's bias on the logits, float [1]; None for the contrastive loss."""
         return self.network.logit_bias
-
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept.
-
-        Captions are cleaned as open_clip does: mended Unicode, HTML entities resolved, spaces collapsed, lower case.
-        """
-        length = self.settings.context_length
-        return torch.tensor([_token_ids(caption, length) for caption in captions], dtype=torch.int64)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Embeddings float [B, E] of square pictures float [B, 3, S, S] in [-1, 1]; any S; differentiable.
@@ -137,10 +160,8 @@ class ClipModel(nn.Module):
         return TextEncoding(embed=pooled @ cast(Tensor, network.text_projection), hidden=hidden, mask=mask)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and text embeddings, float [B, E] each: what the contrastive losses take."""
-        # In a causal transformer nothing depends on what follows the end-of-text token.
-        longest = int(tokens.argmax(dim=-1).max()) + 1
-        return self.encode_image(image), self.encode_text(tokens[:, :longest]).embed
+        """Image and text embeddings, float [B, E] each: what the contrastive losses take. `tokens` as `encode_text`."""
+        return self.encode_image(image), self.encode_text(tokens).embed
 
     def save(self, directory: Path) -> None:
         """Write `clip.safetensors`, in the layout of open_clip's `CLIP`, and `clip.json`."""

@@ -8,14 +8,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.data.batch import ImageBatch, signed
-from pipeline.data.dataset import CaptionedImages
+from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.order import epoch_samples
 from pipeline.data.splits import Split, check_batches_are_distinct
 from pipeline.forecast.ahead import Ahead, Passes, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
-from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_open_clip_checkpoint
+from stages.blocks import BLOCKS
+from stages.clip.network import (
+    MAX_LOGIT_SCALE,
+    ClipModel,
+    ShortTokenizer,
+    contrastive_loss,
+    load_open_clip_checkpoint,
+)
 from stages.clip.retrieval import retrieval_recall
 from stages.clip.settings import ClipNumbers, ClipSettings
 
@@ -28,7 +35,9 @@ def run(context: StageContext) -> StageResult:
     clip = _initial_clip(settings)
     metrics, samples_seen = {}, 0
     if settings.max_samples > 0:
-        images = context.images(settings.network.image_size)
+        images = context.images(
+            settings.network.image_size, ahead=MadeAhead(ShortTokenizer(clip.settings.context_length))
+        )
         _check_batches(images, settings.global_batch_size, f"stage.{context.frozen.stage}.global_batch_size")
         result = fit(context, ClipModule(clip, settings), images)
         metrics, samples_seen = result.metrics, result.samples_seen
@@ -51,7 +60,8 @@ def rehearse(ahead: Ahead) -> Training | Passes:
         return Passes((), settings.checkpoint.stat().st_size)
     with ahead.building():
         clip = ClipModel(settings.network, settings.loss)
-    return Training(ClipModule(clip, settings), settings.network.image_size)
+    tokenizer = ShortTokenizer(settings.network.context_length)
+    return Training(ClipModule(clip, settings), settings.network.image_size, tokenizer)
 
 
 def _check_batches(images: CaptionedImages, global_batch_size: int, key: str) -> None:
@@ -76,6 +86,8 @@ class ClipModule(StageModule[ClipModel]):
 
     needs_whole_share = True
 
+    block_classes = BLOCKS
+
     def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
         super().__init__(clip, settings)
         self._kind = settings.loss
@@ -90,7 +102,7 @@ class ClipModule(StageModule[ClipModel]):
 
     def _embed(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Image and text embeddings, float [B, E] each."""
-        tokens = self.network.tokenize(list(batch.caption)).to(self.device)
+        tokens = batch.token_ids()
         if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
             return self._embed_piece(batch.image, tokens)
         pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import MadeAhead
+from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
@@ -14,6 +16,7 @@ from pipeline.forecast.ahead import ROWS, Ahead, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule
+from stages.blocks import BLOCKS
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
 from stages.clip.settings import ClipSettings
@@ -21,7 +24,7 @@ from stages.decoder.network import Condition, Decoder, build_decoder
 from stages.decoder.sample import DecoderOptions, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
-from stages.diffusion.process import DiffusionProcess
+from stages.diffusion.process import NOISE, DiffusionProcess
 from stages.embed.embeddings import Embeddings, blank_embeddings, load_clip_embeddings
 from stages.generation.grid import captioned_grid
 
@@ -37,7 +40,8 @@ def run(context: StageContext) -> StageResult:
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
-    images = context.images(settings.image_size)
+    ahead = MadeAhead(clip.tokenize, {NOISE: (3, settings.image_size, settings.image_size)})
+    images = context.images(settings.image_size, ahead=ahead)
     decoder = build_decoder(settings, clip.settings.embed_dim)
     _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
@@ -61,10 +65,10 @@ def rehearse(ahead: Ahead) -> Training:
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = blank_embeddings(ROWS, towers.embed_dim)
-    shown = ahead.batch(GRID_PICTURES, settings.image_size)
+    shown = ahead.batch(GRID_PICTURES, settings.image_size, clip.tokenize)
     # Of a step that writes no row: the norms of the losses' gradients are for rows.
     module = DecoderModule(decoder, settings, clip, embeddings, shown, log_every_steps=settings.max_steps + 1)
-    return Training(module, settings.image_size)
+    return Training(module, settings.image_size, clip.tokenize)
 
 
 def _towers(settings: DecoderSettings) -> Towers:
@@ -89,6 +93,8 @@ def _fit_decorrelation(
 
 class DecoderModule(StageModule[Decoder]):
     """Trains the decoder; the CLIP and the embeddings are frozen."""
+
+    block_classes = BLOCKS
 
     def __init__(
         self,
@@ -117,7 +123,7 @@ class DecoderModule(StageModule[Decoder]):
         settings, draws = self.settings, batch.draws()
         noised = self.process.noise(batch.image_signed(), draws)
         is_dropped = draws.uniform("caption") < settings.caption_dropout
-        whole_text, text = self._captions.encode_dropping(batch.caption, is_dropped)
+        whole_text, text = self._captions.encode_dropping(batch.token_ids(), is_dropped)
         drop_image_embed = draws.uniform("image_embed") < settings.image_embed_dropout
         condition = Condition(self._embed(batch, whole_text), text, drop_image_embed)
         prediction = self.network(noised.x_t, noised.timestep, condition)
@@ -129,7 +135,7 @@ class DecoderModule(StageModule[Decoder]):
             self.process.x_0(prediction, noised),
             whole_text.embed,
             self.process.schedule.sqrt_alpha_bar[noised.timestep] ** 2,
-            draws.uniform("clip_loss"),
+            SampleDraws(batch.sample_seed).uniform("clip_loss"),
             settings.clip_loss,
         ).mean()
         loss = loss_diffusion + settings.clip_loss.weight * loss_clip
@@ -138,17 +144,16 @@ class DecoderModule(StageModule[Decoder]):
 
     def _embed(self, batch: ImageBatch, text: TextEncoding) -> Tensor:
         """The CLIP embedding that stands for the picture: its own from the cache, or that of its caption."""
-        return text.embed if self._embeddings is None else self._embeddings.image_embed[batch.sample].to(self.device)
+        if self._embeddings is None:
+            return text.embed
+        return self._embeddings.image_embed[batch.sample].to(self.device, non_blocking=True)
 
     def _gradient_norms(self, loss_diffusion: Tensor, loss_clip: Tensor, prediction: Tensor) -> dict[str, Tensor]:
         is_logged = self.training and (self.global_step + 1) % self._log_every_steps == 0
         if not is_logged:
             return {}
         diffusion_norm, clip_norm = output_gradient_norms(loss_diffusion, loss_clip, prediction)
-        return {
-            "gradient_norm_diffusion": torch.tensor(diffusion_norm, device=self.device),
-            "gradient_norm_clip": torch.tensor(clip_norm, device=self.device),
-        }
+        return {"gradient_norm_diffusion": diffusion_norm, "gradient_norm_clip": clip_norm}
 
     def sample_grid(self) -> SampleGrid:
         """Validation pictures, each beside a sample from its own embedding and caption."""
@@ -156,7 +161,7 @@ class DecoderModule(StageModule[Decoder]):
         sampler = DecoderSampler(self.network, self.settings, self.clip)
         drawn = []
         for piece in batch.split(self.micro_batch_size):
-            text = self._captions.encode(piece.caption)
+            text = self._captions.encode_tokens(piece.token_ids())
             condition = Condition(self._embed(piece, text), text)
             drawn.append(sampler.sample(condition, piece.draws(), DecoderOptions()))
         pictures = {"real": batch.image_signed(), "sample": torch.cat(drawn)}

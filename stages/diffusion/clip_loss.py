@@ -33,14 +33,15 @@ def clip_loss(
     """-w(t) sim(x0_hat, caption) of each sample, float32 [B], without lambda; w(t) = alpha_bar_t ** timestep_power.
 
     `x_0_hat` [B, 3, S, S], `text_embed` [B, E], `alpha_bar` [B]. A sample carries the loss where its `draw` [B],
-    uniform in [0, 1), is below `sample_share`; it is then divided by the share and is 0 elsewhere, so that the mean
-    over any batch estimates the same expectation however the batch is split over devices. `clip` must be frozen and in
-    eval mode.
+    uniform in [0, 1) and on the CPU, is below `sample_share`; it is then divided by the share and is 0 elsewhere, so
+    that the mean over any batch estimates the same expectation however the batch is split over devices. `clip` must be
+    frozen and in eval mode.
     """
     weight = alpha_bar.float() ** settings.timestep_power / settings.sample_share
     if settings.sample_share >= 1.0:
         return -weight * similarity(clip, x_0_hat, text_embed)
-    carrying = torch.nonzero(draw < settings.sample_share).squeeze(1)
+    # Found on the CPU: a GPU would be waited for, to know how many there are.
+    carrying = torch.nonzero(draw < settings.sample_share).squeeze(1).to(x_0_hat.device, non_blocking=True)
     # Keeps the graph whole on a device none of whose samples carry the loss.
     loss = 0.0 * x_0_hat.float().flatten(1).sum(1)
     if len(carrying) == 0:
@@ -49,8 +50,11 @@ def clip_loss(
     return loss.index_add(0, carrying, carried)
 
 
-def output_gradient_norms(diffusion_loss: Tensor, clip_loss: Tensor, prediction: Tensor) -> tuple[float, float]:
-    """L2 norms of each scalar loss's gradient with respect to the network's output; the graph stays for `backward`."""
+def output_gradient_norms(diffusion_loss: Tensor, clip_loss: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """L2 norms, float32 [] each, of each scalar loss's gradient with respect to the network's output.
+
+    The graph stays for `backward`.
+    """
     (diffusion_gradient,) = torch.autograd.grad(diffusion_loss, prediction, retain_graph=True)
     (clip_gradient,) = torch.autograd.grad(clip_loss, prediction, retain_graph=True)
-    return float(diffusion_gradient.float().norm()), float(clip_gradient.float().norm())
+    return diffusion_gradient.float().norm(), clip_gradient.float().norm()

@@ -9,6 +9,9 @@ from pipeline.data.draws import SampleDraws
 from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleSettings
 
+NOISE = "noise"
+"""The purpose of the normal draw that data is noised with; its shape is that of the data."""
+
 _MIN_SIGNAL = 1e-6
 """Floor of sqrt(alpha_bar_t) where epsilon is turned into x_0: a cosine schedule of 1000 steps ends at 5e-5."""
 
@@ -40,7 +43,7 @@ class DiffusionProcess(nn.Module):
     def noise(self, x_0: Tensor, draws: SampleDraws) -> Noised:
         """Noise data float [B, ...] to timesteps that its samples draw."""
         timestep = draws.integer("timestep", self.schedule.timesteps)
-        noise = draws.normal("noise", tuple(x_0.shape[1:]))
+        noise = draws.normal(NOISE, tuple(x_0.shape[1:]))
         return Noised(self.schedule.add_noise(x_0, noise, timestep), timestep, x_0, noise)
 
     def loss(self, prediction: Tensor, noised: Noised) -> Tensor:

@@ -3,22 +3,25 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
+from pipeline.data.dataset import MadeAhead
 from pipeline.data.decode import DecodeFault
 from pipeline.data.faults import FaultTally, too_many_faults
-from pipeline.data.loader import evaluation_loader
+from pipeline.data.loader import rows_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
 from pipeline.forecast.ahead import Ahead, Pass, Passes
@@ -38,23 +41,36 @@ def run(context: StageContext) -> StageResult:
     settings = context.settings_as(EmbedSettings)
     fabric = inference_fabric(context.frozen.trainer)
     clip = load_clip(context.input("clip"), device=fabric.device)
-    images = context.images(clip.settings.image_size, cache_mib=0)
+    images = context.images(clip.settings.image_size, cache_mib=0, ahead=MadeAhead(clip.tokenize))
     (context.work / PARTS).mkdir(exist_ok=True)
     total = len(images)
+    row = np.arange(total)
+    rows_of_part = {
+        context.work / PARTS / f"part-{first:012}.safetensors": row[first : first + settings.part_samples]
+        for first in range(0, total, settings.part_samples)
+    }
+    found = {path: part for path in rows_of_part if (part := _read_part(path)) is not None}
+    # One loader for all parts: its workers start once, and read on while a part is written.
+    loader = rows_loader(
+        images,
+        [rows for path, rows in rows_of_part.items() if path not in found],
+        batch_size=settings.batch_size,
+        workers=context.frozen.trainer.loader_workers,
+        pin_memory=fabric.device.type == "cuda",
+    )
+    batches = iter(loader)
     parts, tally = [], FaultTally()
-    for first in range(0, total, settings.part_samples):
-        rows = range(first, min(first + settings.part_samples, total))
-        path = context.work / PARTS / f"part-{first:012}.safetensors"
-        part = _read_part(path)
+    for path, rows in rows_of_part.items():
+        part = found.get(path)
         if part is None:
-            part = _embed_rows(context, fabric, clip, images, rows, settings.batch_size)
+            part = _embed_rows(context, fabric, clip, batches, rows, total)
             context.ownership.require()
             _write_part(path, part)
         parts.append(part)
         tally.add(len(rows), part.faults)
         if tally.is_over(context.frozen.trainer.max_faulty_share):
             raise too_many_faults(tally, context.frozen.trainer.max_faulty_share, images.faulty_by_shard())
-        context.step(rows.stop, total)
+        context.step(int(rows[-1]) + 1, total)
     image_embed = torch.cat([part.image_embed for part in parts])
     text_embed = torch.cat([part.text_embed for part in parts])
     training_rows = torch.from_numpy(images.data.samples_in(Split.TRAIN))
@@ -72,16 +88,13 @@ def rehearse(ahead: Ahead) -> Passes:
         clip = ClipModel(towers).eval()
     embeds_bytes = None if samples is None else 2 * samples * towers.embed_dim * torch.float32.itemsize
     batch_size = ahead.settings_as(EmbedSettings).batch_size
-    once = Pass(lambda batch: _embed(clip, batch), samples, batch_size, towers.image_size)
+    once = Pass(lambda batch: _embed(clip, batch), samples, batch_size, towers.image_size, clip.tokenize)
     return Passes((once,), embeds_bytes, embeds_bytes, bytes_of(clip))
 
 
 def _embed(clip: ClipModel, batch: ImageBatch) -> tuple[Tensor, Tensor]:
     """Image and text embeddings of a batch, float [B, E] each."""
-    device = batch.image.device
-    return clip.encode_image(batch.image_signed()), clip.encode_text(
-        clip.tokenize(list(batch.caption)).to(device)
-    ).embed
+    return clip.encode_image(batch.image_signed()), clip.encode_text(batch.token_ids()).embed
 
 
 @dataclass(frozen=True)
@@ -95,28 +108,28 @@ class Part:
 
 @torch.inference_mode()
 def _embed_rows(
-    context: StageContext, fabric: Fabric, clip: ClipModel, images: CaptionedImages, rows: range, batch_size: int
+    context: StageContext,
+    fabric: Fabric,
+    clip: ClipModel,
+    batches: Iterator[ImageBatch],
+    rows: NDArray[np.int64],
+    total: int,
 ) -> Part:
+    """The part of these rows, which are the next that `batches` gives."""
     image_embeds, text_embeds = [], []
     faults: Counter[DecodeFault] = Counter()
-    loader = evaluation_loader(
-        images,
-        split=None,
-        batch_size=batch_size,
-        first=rows.start,
-        limit=len(rows),
-        workers=context.frozen.trainer.loader_workers,
-    )
-    seen = rows.start
-    for batch in loader:
+    seen = int(rows[0])
+    while seen <= rows[-1]:
+        batch = next(batches).to(fabric.device, non_blocking=True)
         with fabric.autocast():
-            image_embed, text_embed = _embed(clip, batch.to(fabric.device))
-        image_embeds.append(image_embed.float().cpu())
-        text_embeds.append(text_embed.float().cpu())
+            image_embed, text_embed = _embed(clip, batch)
+        image_embeds.append(image_embed.float())
+        text_embeds.append(text_embed.float())
         faults.update(batch.faults)
         seen += len(batch)
-        context.step(seen, len(images))
-    return Part(torch.cat(image_embeds), torch.cat(text_embeds), faults)
+        context.step(seen, total)
+    # Left on the device until here: each copy from it would wait for the batch.
+    return Part(torch.cat(image_embeds).cpu(), torch.cat(text_embeds).cpu(), faults)
 
 
 def _write_part(path: Path, part: Part) -> None:

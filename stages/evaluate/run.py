@@ -177,8 +177,16 @@ class Evaluation:
             yield batch, generated
 
     def _batches(self, rows: NDArray[np.int64]) -> Iterator[ImageBatch]:
-        for batch in rows_loader(self._images, rows, batch_size=self._settings.batch_size):
-            yield batch.to(self._chain.device)
+        device = self._chain.device
+        loader = rows_loader(
+            self._images,
+            [rows],
+            batch_size=self._settings.batch_size,
+            workers=self._context.frozen.trainer.loader_workers,
+            pin_memory=device.type == "cuda",
+        )
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)
 
     def _draw_grid(self, pictures: dict[str, list[Image.Image]], captions: list[str], seeds: list[int]) -> None:
         shown = _spread(np.arange(len(captions)), self._settings.grid_captions).tolist()

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
-from pipeline.data.dataset import CaptionedImages
+from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
-from pipeline.data.write import SourceSample
+from pipeline.data.write import pack
 from pipeline.forecast.ahead import ROWS, Ahead, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
@@ -22,6 +22,7 @@ from stages.judge.network import Judge
 from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
 from stages.pictures import resize
 
+NOISE = "noise"
 DRAWN_TO_TRY = 64
 
 
@@ -31,7 +32,8 @@ def run(context: StageContext) -> StageResult:
     # Each process draws the same ones for itself: nothing tells the others when the first one's are complete.
     data = context.work / f"data-of-process-{context.process.rank}"
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
-    images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib)
+    ahead = MadeAhead(normals={NOISE: (3, settings.image_size, settings.image_size)})
+    images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib, ahead=ahead)
     judge = Judge(settings)
     result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
     context.save(judge)
@@ -46,13 +48,13 @@ def rehearse(ahead: Ahead) -> Training:
     labels_of_rows = torch.zeros((ROWS, len(CLASSES)), dtype=torch.int64)
     started, tried = time.monotonic(), len(list(islice(judge_samples(settings.data), DRAWN_TO_TRY)))
     setup_s = (time.monotonic() - started) / tried * (settings.data.samples + settings.data.validation_samples)
-    return Training(JudgeModule(judge, settings, labels_of_rows), settings.data.image_size, setup_s)
+    return Training(JudgeModule(judge, settings, labels_of_rows), settings.data.image_size, setup_s=setup_s)
 
 
-def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[SourceSample, Split]]:
-    for number, made in enumerate(judge_samples(settings), 1):
+def _drawn(context: StageContext, settings: JudgeDataSettings) -> Iterator[tuple[bytes, Split]]:
+    for number, (sample, split) in enumerate(judge_samples(settings), 1):
         context.step(number, 0, f"{number:,} pictures made")
-        yield made
+        yield pack(sample), split
 
 
 class JudgeModule(StageModule[Judge]):
@@ -74,7 +76,7 @@ class JudgeModule(StageModule[Judge]):
             if len(chosen):
                 seen[chosen] = resize(resize(image[chosen], size), settings.image_size)
         strength = settings.max_noise * draws.uniform("noise strength")[:, None, None, None]
-        logits = self.network(seen + strength * draws.normal("noise", seen.shape[1:]))
+        logits = self.network(seen + strength * draws.normal(NOISE, seen.shape[1:]))
         truth = self._labels[batch.sample].to(self.device)
         return {LOSS: torch.stack([F.cross_entropy(each, truth[:, a]) for a, each in enumerate(logits)]).sum()}
 

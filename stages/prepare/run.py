@@ -1,22 +1,33 @@
 """The stage `prepare`: captioned pictures as WebDataset shards with an index and splits."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from pipeline.data.faults import check_left_out
+from pipeline.data.index import ShardIndex
 from pipeline.data.make import make_prepared
+from pipeline.data.pool import in_order
 from pipeline.data.prepared import write_prepared
 from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.splits import Split, check_split_sizes
 from pipeline.data.square import central_square
 from pipeline.data.summary import IndexSummary
-from pipeline.data.write import SourceSample
+from pipeline.data.write import SourceSample, pack
+from pipeline.errors import ProcessKilledError
 from pipeline.forecast.ahead import Ahead, DataAhead
 from pipeline.forecast.prepared import known_of
 from pipeline.training.context import StageContext, StageResult
 from stages.prepare.settings import DataNumbers, PrepareSettings, source_of
-from stages.prepare.source import MadeSourceSettings, SourceSettings, position_of
+from stages.prepare.source import MadeSourceSettings, Source, position_of
 
 MADE_TO_TRY = 64
 OVERHEAD_BYTES = 3 * 2 * 512 + 512
@@ -33,11 +44,8 @@ def run(context: StageContext) -> StageResult:
         check_left_out(index.shards, context.frozen.trainer.max_faulty_share)
         write_prepared(context.output, index=index, splits=splits, captions=taken.captions, mixture=taken.mixture)
     else:
-        assert source.samples is not None, "a source has samples or takes them in"
         assert isinstance(data, MadeSourceSettings), "a source that makes its samples says how large a shard is"
-        positions: list[float] = []
-        made = _made(context, data, source.samples(data), positions)
-        index, splits = make_prepared(context.output, made, data.shard_samples)
+        index, splits, positions = _made(context, source, data)
     check_split_sizes(positions, data.validation_fraction)
     counts = {split.value: int((splits == split.code).sum()) for split in Split}
     metrics = {f"{name}_samples": float(count) for name, count in counts.items()}
@@ -59,10 +67,13 @@ def rehearse(ahead: Ahead) -> DataAhead:
     if source.summary is not None:
         summary = source.summary(data)
         return DataAhead(summary.samples, summary.samples / max(1, len(summary.shards)))
-    assert source.samples is not None, "a source has samples or takes them in"
+    pieces, make = source.pieces, source.make
+    assert pieces is not None, "a source makes its samples or takes them in"
+    assert make is not None, "a source that says what there is to make can make it"
     assert isinstance(data, MadeSourceSettings), "a source that makes its samples says how large a shard is"
     started = time.monotonic()
-    made = [sample for sample, _ in islice(source.samples(data), MADE_TO_TRY)]
+    samples_of_pieces = (make(data, piece) for piece in pieces(data))
+    made = [sample for sample, _ in islice(chain.from_iterable(samples_of_pieces), MADE_TO_TRY)]
     counts, seconds = source.split_counts(data), (time.monotonic() - started) / len(made)
     samples = None if counts is None else counts.training + counts.validation
     picture_bytes = sum(len(sample.image) for sample in made) / len(made)
@@ -84,14 +95,53 @@ def _decode_s(pictures: Sequence[bytes], size: int) -> float:
     return (time.process_time() - started) / len(pictures)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A sample as it stands in a shard, its split, and its position where it is for training or validation."""
+
+    packed: bytes
+    split: Split
+    position: float | None
+
+
 def _made(
-    context: StageContext,
-    data: SourceSettings,
-    samples: Iterable[tuple[SourceSample, Split]],
-    positions: list[float],
-) -> Iterator[tuple[SourceSample, Split]]:
-    for number, (sample, split) in enumerate(samples, 1):
-        context.step(number, 0, f"{number:,} pictures made")
-        if split is not Split.UNSEEN:
-            positions.append(position_of(data, sample.key, sample.attributes))
-        yield sample, split
+    context: StageContext, source: Source, data: MadeSourceSettings
+) -> tuple[ShardIndex, NDArray[np.uint8], list[float]]:
+    """Make the samples in as many processes as the stage has threads; the shards do not depend on how many."""
+    pieces, make = source.pieces, source.make
+    assert pieces is not None, "a source makes its samples or takes them in"
+    assert make is not None, "a source that says what there is to make can make it"
+    processes = torch.get_num_threads()
+    positions: list[float] = []
+    done = 0
+
+    def look() -> None:
+        context.step(done, 0, f"{done:,} pictures made")
+
+    def samples() -> Iterator[tuple[bytes, Split]]:
+        nonlocal done
+        for of_piece in in_order(partial(_make, make, data), pieces(data), processes, look):
+            for made in of_piece:
+                done += 1
+                look()
+                if made.position is not None:
+                    positions.append(made.position)
+                yield made.packed, made.split
+
+    try:
+        index, splits = make_prepared(context.output, samples(), data.shard_samples, processes, look)
+    except BrokenProcessPool as error:
+        raise ProcessKilledError(
+            "a process that makes pictures was killed, perhaps for want of memory; run again, or with fewer: "
+            f"stage.{context.frozen.stage}.trainer.cpu_threads below {processes}"
+        ) from error
+    return index, splits, positions
+
+
+def _make(
+    make: Callable[[Any, Any], Iterable[tuple[SourceSample, Split]]], data: MadeSourceSettings, piece: Any
+) -> list[_Made]:
+    return [
+        _Made(pack(sample), split, None if split is Split.UNSEEN else position_of(data, sample.key, sample.attributes))
+        for sample, split in make(data, piece)
+    ]

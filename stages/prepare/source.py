@@ -1,6 +1,6 @@
 """What a source of captioned pictures is, and which value of a sample decides its split. Imports no torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,10 @@ class TakenIn:
 class Source:
     """A source of captioned pictures. The module of each in `sources/` defines one, `SOURCE`.
 
-    `samples` makes its samples, each with its split, in a fixed order; a source of shards that are there already has
-    `take_in` instead. Both are given the settings, as all of these are, and raise `UserError` for what cannot work.
+    `pieces` lists what there is to make, in a fixed order, and `make` makes the samples of one piece, each with its
+    split: of settings and piece alone, since any process may make it. Both stand at the top of the module, and pieces
+    can be pickled. A source of shards that are there already has `take_in` instead. All are given the settings first,
+    and raise `UserError` for what cannot work.
     `split_counts` says how many samples each split has, None where that cannot be told before the data is prepared.
     `summary` tells of the shards that are there already what their index says.
     `identity` is what counts of shards that are there already (it raises `UserError` while they cannot be read),
@@ -63,7 +65,8 @@ class Source:
     settings: type[SourceSettings]
     licence: str
     licence_id: str
-    samples: Callable[[Any], Iterator[tuple[SourceSample, Split]]] | None = None
+    pieces: Callable[[Any], Iterable[Any]] | None = None
+    make: Callable[[Any, Any], Iterable[tuple[SourceSample, Split]]] | None = None
     take_in: Callable[[Any], TakenIn] | None = None
     split_counts: Callable[[Any], SplitCounts | None] = lambda settings: None
     summary: Callable[[Any], IndexSummary] | None = None

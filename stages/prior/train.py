@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import MadeAhead
 from pipeline.forecast.ahead import ROWS, Ahead, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule, within
+from stages.blocks import BLOCKS
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, Towers, load_clip
 from stages.clip.settings import ClipSettings, OnClipNumbers
-from stages.diffusion.process import DiffusionProcess
+from stages.diffusion.process import NOISE, DiffusionProcess
 from stages.embed.embeddings import Embeddings, blank_embeddings, load_clip_embeddings
 from stages.prior.network import build_prior, denoise_prior, set_whitening
 from stages.prior.sample import PriorSampler
@@ -32,7 +34,8 @@ def run(context: StageContext) -> StageResult:
     prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
     set_whitening(prior, embeddings.whitening)
     # The pictures themselves are not needed: the smallest size costs next to nothing to decode.
-    images = context.images(1)
+    ahead = MadeAhead(clip.tokenize, {NOISE: (clip.settings.embed_dim,)})
+    images = context.images(1, ahead=ahead)
     result = fit(context, PriorModule(prior, settings, clip, embeddings), images)
     context.save(prior)
     numbers = OnClipNumbers(clip=clip_artifact.manifest.fingerprint, embed_dim=clip.settings.embed_dim)
@@ -45,11 +48,13 @@ def rehearse(ahead: Ahead) -> Training:
     with ahead.building():
         clip = ClipModel(towers, towers=Towers.TEXT)
         prior = build_prior(settings.network, towers.embed_dim, towers.context_length)
-    return Training(PriorModule(prior, settings, clip, blank_embeddings(ROWS, towers.embed_dim)), image_size=1)
+    return Training(PriorModule(prior, settings, clip, blank_embeddings(ROWS, towers.embed_dim)), 1, clip.tokenize)
 
 
 class PriorModule(StageModule[PriorTransformer]):
     """Trains the prior to predict the whitened image embedding from a noised one and the caption."""
+
+    block_classes = BLOCKS
 
     def __init__(
         self, prior: PriorTransformer, settings: PriorSettings, clip: ClipModel, embeddings: Embeddings
@@ -63,10 +68,10 @@ class PriorModule(StageModule[PriorTransformer]):
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The diffusion loss of a batch, and the cosine of the predicted to the true embedding (no gradient)."""
         draws = batch.draws()
-        image_embed = self._embeddings.image_embed[batch.sample].to(self.device)
+        image_embed = self._embeddings.image_embed[batch.sample].to(self.device, non_blocking=True)
         noised = self.process.noise(self._embeddings.whitening.whiten(image_embed), draws)
         is_dropped = draws.uniform("caption") < self.settings.caption_dropout
-        _, text = self._captions.encode_dropping(batch.caption, is_dropped)
+        _, text = self._captions.encode_dropping(batch.token_ids(), is_dropped)
         prediction = denoise_prior(self.network, noised.x_t, noised.timestep, text)
         z_i_hat = self._embeddings.whitening.unwhiten(self.process.x_0(prediction.detach(), noised))
         return {
@@ -81,7 +86,7 @@ class PriorModule(StageModule[PriorTransformer]):
         sampled, true, text = [], [], []
         # Sampling costs as much as many steps of training, and the mean cosine of one batch tells enough.
         for batch in within(kept, self.settings.global_batch_size):
-            sampled.append(sampler.sample(self._captions.encode(batch.caption), batch.draws()))
+            sampled.append(sampler.sample(self._captions.encode_tokens(batch.token_ids()), batch.draws()))
             true.append(self._embeddings.image_embed[batch.sample])
             text.append(self._embeddings.text_embed[batch.sample])
         z_i = torch.cat(sampled).cpu()

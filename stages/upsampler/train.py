@@ -7,6 +7,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from pipeline.data.batch import ImageBatch
+from pipeline.data.dataset import MadeAhead
 from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.splits import Split
@@ -14,7 +15,8 @@ from pipeline.forecast.ahead import Ahead, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule, within
-from stages.diffusion.process import DiffusionProcess
+from stages.blocks import BLOCKS
+from stages.diffusion.process import NOISE, DiffusionProcess
 from stages.generation.grid import captioned_grid
 from stages.pictures import peak_signal_to_noise, resize
 from stages.upsampler.degrade import degrade
@@ -29,7 +31,8 @@ MEASURED_PICTURES = 32
 def run(context: StageContext) -> StageResult:
     """Train on random crops of pictures and their degraded reductions; needs the pictures alone."""
     settings = context.settings_as(UpsamplerSettings)
-    images = context.images(settings.high_size)
+    ahead = MadeAhead(normals={NOISE: (3, settings.crop_size, settings.crop_size)})
+    images = context.images(settings.high_size, ahead=ahead)
     upsampler = build_upsampler(settings.network, settings.high_size)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     result = fit(context, UpsamplerModule(upsampler, settings, shown), images)
@@ -49,6 +52,8 @@ def rehearse(ahead: Ahead) -> Training:
 
 class UpsamplerModule(StageModule[UNet2DModel]):
     """Trains the upsampler."""
+
+    block_classes = BLOCKS
 
     def __init__(self, upsampler: UNet2DModel, settings: UpsamplerSettings, shown: ImageBatch) -> None:
         super().__init__(upsampler, settings)

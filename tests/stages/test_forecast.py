@@ -52,7 +52,9 @@ def test_flops_and_activations_are_within_a_fifth_of_those_on_a_gpu(
     training = ahead.rehearsed
     assert isinstance(training, Training)
     samples = training.module.stage_settings.global_batch_size
-    count = count_training(training.module, ahead.batch(samples, training.image_size), ahead.trainer.precision)
+    count = count_training(
+        training.module, ahead.batch(samples, training.image_size, training.tokenizer), ahead.trainer.precision
+    )
     assert count.activation_bytes == pytest.approx(activations_gb * GB, rel=0.2)
     if gflop is not None:
         assert count.flops / samples == pytest.approx(gflop * 1e9, rel=0.05)
@@ -63,6 +65,8 @@ def test_every_stage_that_trains_is_counted_by_its_own_losses(name: str):
     ahead = ahead_of(name, "experiment=smoke")
     training = ahead.rehearsed
     assert isinstance(training, Training)
-    count = count_training(training.module, ahead.batch(4, training.image_size), ahead.trainer.precision)
+    count = count_training(
+        training.module, ahead.batch(4, training.image_size, training.tokenizer), ahead.trainer.precision
+    )
     assert count.flops > 0
     assert count.activation_bytes > 0

@@ -1,5 +1,8 @@
 """Each stage on tiny data, through the engine's entry point."""
 
+import shutil
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.batch import ImageBatch
+from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
+from pipeline.training.module import StageModule
 from pipeline.training.optimizer import build_optimizer
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.progress import Outcome
-from stages.clip.network import ClipModel, Towers, contrastive_loss
+from stages.clip.network import ClipModel, ClipTokenizer, Towers, contrastive_loss
 from stages.clip.settings import ClipSettings, require_same_clip
 from stages.clip.train import ClipModule
 from stages.decoder.network import load_decoder
@@ -81,7 +86,8 @@ def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_whole_batch(tmp_path: 
     module = ClipModule(ClipModel(settings.network, settings.loss), settings)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     captions = ("red", "a big blue ring", "green cross at the top", "two", "a", "b c", "small yellow square", "d")
-    batch = ImageBatch(images, captions, torch.arange(8), torch.arange(8))
+    tokens = module.network.tokenize(captions)
+    batch = ImageBatch(images, captions, torch.arange(8), torch.arange(8), tokens=tokens)
     objective = contrastive_loss(settings.loss, 0, 1)
     gradients = []
     for micro_batch_size in (8, 3):
@@ -160,6 +166,44 @@ def test_the_prior_publishes_its_health_and_loads_with_its_clip(outputs: Path, c
     assert {"cosine_to_image", "cosine_to_other_image", "cosine_to_caption", "loss"} <= prior.manifest.metrics.keys()
     load_prior(prior, clip)
     assert [row["samples_seen"] for row in rows_of(prior) if "train/loss" in row] == [8, 16]
+
+
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("clip", "prior", "upsampler", "judge")]
+
+
+@pytest.mark.parametrize("stage", ["decoder", *SLOW])
+def test_no_step_waits_for_tokens_or_noise_that_its_loader_can_make(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    for needed in plan_stages(outputs)[stage].inputs.values():
+        for reference in needed:
+            run_until(outputs, reference.stage)
+    shutil.copytree(outputs / "artifacts", tmp_path / "artifacts", ignore=shutil.ignore_patterns(stage))
+    in_step, waited_for = threading.Event(), list[str]()
+    train, draw, tokenize = StageModule.training_step, SampleDraws.normal, ClipTokenizer.__call__
+
+    def noted_step(module: StageModule, batch: ImageBatch, batch_idx: int) -> dict[str, torch.Tensor]:
+        in_step.set()
+        try:
+            return train(module, batch, batch_idx)
+        finally:
+            in_step.clear()
+
+    def noted_draw(draws: SampleDraws, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if in_step.is_set() and purpose not in draws._normals:
+            waited_for.append(purpose)
+        return draw(draws, purpose, shape)
+
+    def noted_tokens(tokenizer: ClipTokenizer, captions: Sequence[str]) -> torch.Tensor:
+        if in_step.is_set():
+            waited_for.append("tokens")
+        return tokenize(tokenizer, captions)
+
+    monkeypatch.setattr(StageModule, "training_step", noted_step)
+    monkeypatch.setattr(SampleDraws, "normal", noted_draw)
+    monkeypatch.setattr(ClipTokenizer, "__call__", noted_tokens)
+    run_until(tmp_path, stage)
+    assert waited_for == []
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config import (
+    ActivationCheckpointing,
+    Compile,
     DecayKind,
     DeepSpeedSettings,
     NonFinite,
@@ -108,6 +110,8 @@ def learn(context: StageContext) -> StageResult:
 class LearnerModule(StageModule):
     """Learns each picture's mean colour from a noised copy of it."""
 
+    block_classes = (nn.Linear,)
+
     def __init__(self, network: nn.Module, settings: LearnerSettings, context: StageContext) -> None:
         super().__init__(network, settings)
         self._context = context
@@ -180,6 +184,8 @@ TRAINER = TrainerSettings(
         bucket_mib=1, overlap_communication=False, max_gathered_mib=1, gathered_below_elements=0, sub_group_mib=1
     ),
     precision=Precision.FLOAT32,
+    compile=Compile.AUTO,
+    activation_checkpointing=ActivationCheckpointing.NONE,
     micro_batch_size=None,
     loader_workers=0,
     cpu_threads=1,

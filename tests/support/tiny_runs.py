@@ -82,7 +82,7 @@ def plan_stages(outputs: Path, *overrides: str, base: Sequence[str] = TINY) -> d
 def run_until(outputs: Path, target: str, *overrides: str, base: Sequence[str] = TINY) -> Artifact:
     """Run what `target` needs, then `target`, reusing what `outputs` holds already; its artifact."""
     stages = plan_stages(outputs, *overrides, base=base)
-    for frozen in _needed(stages, target):
+    for frozen in needed(stages, target):
         outcome = run_stage_of(frozen)
         assert outcome in (Outcome.FINISHED, Outcome.REUSED), read_failure(frozen.work)
     artifact = stages[target].store.find(target, stages[target].fingerprint)
@@ -94,7 +94,7 @@ def run_until(outputs: Path, target: str, *overrides: str, base: Sequence[str] =
 def failure_of(outputs: Path, target: str, *overrides: str) -> Failure:
     """Run what `target` needs, then `target`, which must fail."""
     stages = plan_stages(outputs, *overrides)
-    *before, last = _needed(stages, target)
+    *before, last = needed(stages, target)
     for frozen in before:
         assert run_stage_of(frozen) in (Outcome.FINISHED, Outcome.REUSED), read_failure(frozen.work)
     assert run_stage_of(last) is Outcome.FAILED
@@ -131,7 +131,8 @@ def rows_of(artifact: Artifact) -> list[dict[str, float]]:
     return [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def _needed(stages: dict[str, FrozenStage], target: str) -> list[FrozenStage]:
+def needed(stages: dict[str, FrozenStage], target: str) -> list[FrozenStage]:
+    """What has to be run for `target`, and that itself at the end."""
     wanted = {target}
     for name in reversed(stages):
         if name in wanted:

@@ -9,14 +9,14 @@ import psutil
 import torch
 from torch import nn
 
-from pipeline.config import Offload, Precision, StrategyName, TrainerSettings
+from pipeline.config import ActivationCheckpointing, Offload, Precision, StrategyName, TrainerSettings
 from pipeline.errors import UserError
 from pipeline.launch.identity import this_process
 from pipeline.training.hardware import accelerator_of
 from pipeline.training.strategies.fragments import trained_parameters
 from pipeline.training.strategies.portable import PlainStrategy, PortableStrategy, ReplicatedStrategy
 
-SHARE_FOR_STATE = 0.6
+SHARE_FOR_STATE = {ActivationCheckpointing.NONE: 0.6, ActivationCheckpointing.BLOCKS: 0.75}
 """Of a device's memory; the rest is for activations, of which nothing is known before the first step."""
 
 SHARE_FOR_EVALUATION = 0.9
@@ -89,7 +89,7 @@ def choose_strategy(settings: TrainerSettings, parameters: int, device: Device) 
         return StrategyChoice(settings.strategy, settings.offload, "as configured")
     if not device.is_cuda:
         return StrategyChoice(StrategyName.DDP, Offload.NONE, "on CPUs sharding saves no memory")
-    room = SHARE_FOR_STATE * device.memory_bytes
+    room = SHARE_FOR_STATE[settings.activation_checkpointing] * device.memory_bytes
     shards = settings.world_size
     for strategy in (StrategyName.DDP, StrategyName.ZERO2, StrategyName.ZERO3):
         if shards == 1 and strategy is not StrategyName.DDP:

@@ -16,7 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
 from pipeline.errors import UserError
@@ -79,9 +79,9 @@ class PortableStrategy(Strategy):
     def gradient_norm(self) -> Tensor:
         """The norm of the whole gradient of a step, float []. It is not finite if the gradient is not."""
 
-    @abstractmethod
-    def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
-        """Scale the gradient, whose norm was measured, to at most `max_norm`."""
+    def prepare_step(self, gradient_norm: Tensor, max_norm: float | None) -> None:
+        """Have the next step clip the gradient to `max_norm`, and change nothing where its norm is not finite."""
+        self.adamw.prepare_step(gradient_norm, max_norm)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of each parameter that trains."""
@@ -300,9 +300,6 @@ class _ReplicatedStrategy(PortableStrategy):
     def gradient_norm(self) -> Tensor:
         gradients = [each.grad for each in trained_parameters(self.network).values() if each.grad is not None]
         return get_total_norm(gradients)
-
-    def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
-        clip_grads_with_norm_(trained_parameters(self.network).values(), max_norm, norm)
 
 
 class PlainStrategy(_ReplicatedStrategy, SingleDeviceStrategy):

@@ -150,8 +150,10 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         # Of an optimiser in host memory it is there too, and NCCL reduces nothing that is.
         return norm.to(self.root_device)
 
-    def clip_gradient(self, norm: Tensor, max_norm: float) -> None:
-        """Do nothing: the engine clips in its step."""
+    @override
+    def prepare_step(self, gradient_norm: Tensor, max_norm: float | None) -> None:
+        """Leave the clipping to the engine, which does it in its step."""
+        super().prepare_step(gradient_norm, None)
 
     def adopt_weights(self) -> None:
         """Copy the optimiser's weights to those that the network computes with."""

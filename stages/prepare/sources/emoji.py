@@ -58,37 +58,48 @@ class Glyph:
         return "-".join(part for part in self.name.split("-") if part not in _SKIN_TONES | {_VARIATION_SELECTOR})
 
 
-def samples(settings: EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
-    """Yield one sample per glyph and language, glyph by glyph in the order of their names.
+def pieces(settings: EmojiSettings) -> list[Glyph]:
+    """The glyphs in the order of their names.
 
     Raises:
-        UserError: a language, the background or the split key is not known.
+        UserError: a language or the background is not known.
     """
     import emoji
 
-    languages = _languages(settings)
-    background = _background(settings)
+    _languages(settings)
+    _background(settings)
+    emoji.config.load_language()  # here too, for the processes that begin as copies of this one
+    return glyphs(settings.max_glyphs, settings.sequences)
+
+
+def make(settings: EmojiSettings, glyph: Glyph) -> Iterator[tuple[SourceSample, Split]]:
+    """Yield one sample of the glyph per language.
+
+    Raises:
+        UserError: the split key is not known.
+    """
+    import emoji
+
     emoji.config.load_language()
-    for glyph in glyphs(settings.max_glyphs, settings.sequences):
-        names = emoji.EMOJI_DATA[glyph.character]
-        image = render(glyph, settings.image_size, background)
-        for language in languages:
-            if language not in names:
-                continue
-            sample = SourceSample(
-                key=f"{glyph.name}-{language}",
-                image=image,
-                extension="png",
-                caption=names[language].strip(":").replace("_", " "),
-                attributes={
-                    "emoji": glyph.character,
-                    "picture": glyph.name,
-                    BASE_GLYPH: glyph.base,
-                    "language": language,
-                    "licence": "CC-BY-4.0",
-                },
-            )
-            yield sample, split_of_sample(sample, settings)
+    names = emoji.EMOJI_DATA[glyph.character]
+    image = render(glyph, settings.image_size, _background(settings))
+    for language in _languages(settings):
+        if language not in names:
+            continue
+        sample = SourceSample(
+            key=f"{glyph.name}-{language}",
+            image=image,
+            extension="png",
+            caption=names[language].strip(":").replace("_", " "),
+            attributes={
+                "emoji": glyph.character,
+                "picture": glyph.name,
+                BASE_GLYPH: glyph.base,
+                "language": language,
+                "licence": "CC-BY-4.0",
+            },
+        )
+        yield sample, split_of_sample(sample, settings)
 
 
 def glyphs(limit: int | None, sequences: bool = True) -> list[Glyph]:
@@ -146,4 +157,4 @@ def _background(settings: EmojiSettings) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-SOURCE = Source(EmojiSettings, LICENCE, LICENCE_ID, samples=samples)
+SOURCE = Source(EmojiSettings, LICENCE, LICENCE_ID, pieces=pieces, make=make)

@@ -92,26 +92,33 @@ class Phrasing(StrEnum):
     RELATION = "relation"
 
 
-def samples(settings: ScenesSettings) -> Iterator[tuple[SourceSample, Split]]:
-    """Draw `samples` scenes of seen pairs for training and validation, then `unseen_samples` of the unseen pairs.
+def pieces(settings: ScenesSettings) -> Iterator[tuple[int, bool]]:
+    """Yield the number of each scene, and whether it is one of the unseen pairs, which come after all others."""
+    for is_unseen, count in ((False, settings.samples), (True, settings.unseen_samples)):
+        yield from ((number, is_unseen) for number in range(count))
+
+
+def make(settings: ScenesSettings, piece: tuple[int, bool]) -> Iterator[tuple[SourceSample, Split]]:
+    """Draw a scene of seen pairs for training or validation, or one of the unseen pairs.
 
     Sample i is a function of (seed, i) and of the settings of a picture; it does not depend on how many there are.
 
     Raises:
         UserError: the split key is no field of the samples.
     """
-    for number in range(settings.samples):
-        rng = random.Random(f"scenes/{settings.seed}/{number}")
-        objects = 2 if rng.random() < settings.two_objects_share else 1
-        scene = random_scene(rng, objects, SEEN_PAIRS)
-        wording = _random_wording(rng, objects)
-        sample = draw_sample(_key(number), scene, settings.image_size, rng, *wording)
-        yield sample, split_of_sample(sample, settings)
-    for number in range(settings.unseen_samples):
+    number, is_unseen = piece
+    if is_unseen:
         rng = random.Random(f"unseen/{settings.seed}/{number}")
         scene = random_scene(rng, 1, UNSEEN_PAIRS)
         # What is held out is held out to be measured: its captions leave nothing open.
         yield draw_sample(f"unseen-{number:08d}", scene, settings.image_size, rng), Split.UNSEEN
+        return
+    rng = random.Random(f"scenes/{settings.seed}/{number}")
+    objects = 2 if rng.random() < settings.two_objects_share else 1
+    scene = random_scene(rng, objects, SEEN_PAIRS)
+    wording = _random_wording(rng, objects)
+    sample = draw_sample(_key(number), scene, settings.image_size, rng, *wording)
+    yield sample, split_of_sample(sample, settings)
 
 
 def split_counts(settings: ScenesSettings) -> SplitCounts | None:
@@ -214,4 +221,4 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-SOURCE = Source(ScenesSettings, LICENCE, LICENCE_ID, samples=samples, split_counts=split_counts)
+SOURCE = Source(ScenesSettings, LICENCE, LICENCE_ID, pieces=pieces, make=make, split_counts=split_counts)

@@ -58,6 +58,7 @@ def test_a_failed_stage_takes_its_descendants_along_and_the_same_submission_make
     assert world.submit(world.plan(tmp_path, steps=4, note="a", gate=gate)) == {}
 
 
+@pytest.mark.slow
 def test_stages_in_the_queue_are_depended_on_and_never_submitted_twice(tmp_path: Path):
     world.run_stages_here(world.plan(tmp_path, "one", steps=4, step_s=0.3), "data")
     first = jobs_of(world.submit(world.plan(tmp_path, "one", steps=4, note="a", step_s=0.3)))

@@ -9,6 +9,10 @@ SEEDS = torch.from_numpy(sample_seed(0, 0, np.arange(20_000)))
 DRAWS = SampleDraws(SEEDS)
 
 
+def mixed(seeds: torch.Tensor, purpose: str) -> np.ndarray:
+    return mix(mix(seeds.numpy().view(np.uint64) ^ np.uint64(purpose_key(purpose))))
+
+
 def test_uniform_draws_fill_the_unit_interval_evenly():
     draws = DRAWS.uniform("dropout")
     assert draws.dtype == torch.float32
@@ -34,6 +38,22 @@ def test_normal_draws_are_standard_normal():
     assert (draws.abs() < 1.959964).float().mean().item() == pytest.approx(0.95, abs=0.005)
 
 
+def test_normal_draws_are_those_of_a_generator_of_each_sample_s_own():
+    draws = SampleDraws(SEEDS[:50]).normal("noise", (3, 5))  # an odd number of them: a generator keeps half a word
+    for row, key in zip(draws, mixed(SEEDS[:50], "noise"), strict=True):
+        own = np.random.Generator(np.random.Philox(key=int(key))).standard_normal((3, 5), np.float32)
+        assert torch.equal(row, torch.from_numpy(own))
+
+
+def test_what_was_drawn_ahead_is_taken_and_in_another_shape_refused():
+    ahead = {"noise": torch.zeros(2, 3)}
+    draws = SampleDraws(SEEDS[:2], "cpu", ahead)
+    assert draws.normal("noise", (3,)) is ahead["noise"]
+    assert draws.normal("other", (3,)).abs().sum() > 0
+    with pytest.raises(AssertionError, match=r"noise was drawn ahead in another shape: \(3,\)"):
+        draws.normal("noise", (4,))
+
+
 def test_purposes_and_neighbours_are_independent():
     one, other = DRAWS.uniform("caption"), DRAWS.uniform("image")
     assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.03
@@ -51,8 +71,7 @@ def test_a_sample_draws_the_same_whatever_batch_it_is_in():
 
 
 def test_the_torch_hash_is_the_numpy_hash():
-    key = np.uint64(purpose_key("x"))
-    expected = mix(mix(SEEDS.numpy().view(np.uint64) ^ key)) >> np.uint64(40)
+    expected = mixed(SEEDS, "x") >> np.uint64(40)
     assert torch.equal(DRAWS.uniform("x"), torch.from_numpy(expected.astype(np.float32) / 2**24))
 
 

@@ -2,6 +2,7 @@ import json
 import pickle
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.captions import parse_sources
-from pipeline.data.dataset import CaptionedImages
+from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.decode import DecodeError, DecodeFault
+from pipeline.data.draws import SampleDraws
 from pipeline.data.indexing import index_shards
 from pipeline.data.loader import evaluation_loader, rows_loader, training_loader
 from pipeline.data.mixture import Mixture
@@ -128,14 +130,53 @@ def test_evaluation_reads_a_split_in_the_order_of_the_index(prepared: Path):
     assert list(evaluation_loader(images, split=Split.UNSEEN, batch_size=7)) == []
 
 
-def test_only_training_pins_memory_which_opens_a_context_on_the_first_gpu(
+def test_memory_is_pinned_where_it_is_asked_for_whatever_gpus_the_machine_has(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     images = CaptionedImages(prepared, 4)
-    assert training_loader(images, **OPTIONS).pin_memory
-    assert not evaluation_loader(images, split=Split.VALIDATION, batch_size=2).pin_memory
-    assert not rows_loader(images, np.arange(2), batch_size=2).pin_memory
+    for pin_memory in (False, True):
+        assert training_loader(images, **OPTIONS, pin_memory=pin_memory).pin_memory is pin_memory
+        evaluation = evaluation_loader(images, split=Split.VALIDATION, batch_size=2, pin_memory=pin_memory)
+        assert evaluation.pin_memory is pin_memory
+    assert not training_loader(images, **OPTIONS).pin_memory
+    assert not rows_loader(images, [np.arange(2)], batch_size=2).pin_memory
+
+
+def test_no_batch_reaches_over_the_end_of_a_part(prepared: Path):
+    loader = rows_loader(CaptionedImages(prepared, 4), [np.arange(5), np.arange(9, 12)], batch_size=3, workers=2)
+    assert [batch.sample.tolist() for batch in loader] == [[0, 1, 2], [3, 4], [9, 10, 11]]
+    assert len(loader) == 3
+    assert list(rows_loader(CaptionedImages(prepared, 4), [], batch_size=3, workers=2)) == []
+
+
+class Lengths:
+    """A tokenizer of one token: the caption's length."""
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[len(caption)] for caption in captions])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tokens_and_noise_that_a_stage_has_made_ahead_are_those_that_it_would_make_itself(prepared: Path, workers: int):
+    ahead = MadeAhead(Lengths(), {"noise": (3, 2)})
+    for batch in batches(CaptionedImages(prepared, 4, ahead=ahead), workers=workers, micro_batch_size=5):
+        assert batch.token_ids().flatten().tolist() == [len(caption) for caption in batch.caption]
+        assert torch.equal(batch.normals["noise"], SampleDraws(batch.sample_seed).normal("noise", (3, 2)))
+        assert batch.draws().normal("noise", (3, 2)) is batch.normals["noise"]
+        assert torch.equal(
+            batch.draws().normal("other", (3, 2)), SampleDraws(batch.sample_seed).normal("other", (3, 2))
+        )
+        pieces = batch.to("cpu", non_blocking=True).split(2)
+        assert torch.equal(torch.cat([piece.token_ids() for piece in pieces]), batch.token_ids())
+        assert torch.equal(torch.cat([piece.normals["noise"] for piece in pieces]), batch.normals["noise"])
+
+
+def test_without_a_stage_s_wish_batches_are_pictures_alone(prepared: Path):
+    batch = batches(CaptionedImages(prepared, 4))[0]
+    assert (batch.tokens, batch.normals) == (None, {})
+    with pytest.raises(AssertionError, match="gave its loader no tokenizer"):
+        batch.token_ids()
 
 
 def test_the_cache_gives_the_same_pictures_without_decoding_again(prepared: Path, monkeypatch: pytest.MonkeyPatch):
@@ -248,10 +289,11 @@ def test_a_missing_shard_is_named(prepared: Path):
 
 
 def test_a_data_set_can_be_sent_to_a_spawned_worker(prepared: Path):
-    images = CaptionedImages(prepared, 4, cache_mib=1)
+    images = CaptionedImages(prepared, 4, cache_mib=1, ahead=MadeAhead(Lengths()))
     batches(images)
     copy = pickle.loads(pickle.dumps(images))
     assert stream(batches(copy)) == stream(batches(images))
+    assert torch.equal(batches(copy)[0].token_ids(), batches(images)[0].token_ids())
 
 
 def test_image_signed_maps_bytes_to_minus_one_to_one():

@@ -71,7 +71,8 @@ def test_a_stopped_run_goes_on_at_the_server(tmp_path: Path, server: WandbServer
     assert server.only_run.ended_with == [75, 0]
 
 
-@pytest.mark.parametrize("health", [Health.BROKEN, pytest.param(Health.SILENT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("health", [Health.BROKEN, Health.SILENT])
 def test_rows_that_an_outage_kept_back_are_sent_by_the_next_start(
     tmp_path: Path,
     server: WandbServer,

@@ -76,6 +76,22 @@ def test_a_skipped_step_leaves_weights_moments_and_average_alone_and_training_go
     assert len((stage.work / RECORD).read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("asked_to_stop", [False, True])
+def test_a_broken_step_is_said_with_its_own_samples_though_it_is_looked_at_later(tmp_path: Path, asked_to_stop: bool):
+    def break_the_third_step(context: tiny.StageContext) -> None:
+        SCRIPT.loss_factor = float("nan") if len(SCRIPT.seen) == 3 else 1.0
+        if asked_to_stop and len(SCRIPT.seen) == 5:
+            context.interruption.set()
+
+    SCRIPT.every_step = break_the_third_step
+    stage = frozen(tmp_path, log_every_steps=10, checkpoint_every_samples=None)
+    assert "the gradient is not finite after 16 samples" in failure_of(stage).message
+    (record,) = (json.loads(line) for line in (stage.work / RECORD).read_text().splitlines())
+    assert record == {"samples_seen": 16, "gradient_norm": "nan", "keys": [f"{row:05d}" for row in SCRIPT.seen[2]]}
+    assert len(SCRIPT.seen) == (5 if asked_to_stop else 10)
+    assert latest_checkpoint(stage.work) is None
+
+
 def test_skipping_everything_is_not_training(tmp_path: Path):
     SCRIPT.loss_factor = float("nan")
     failure = failure_of(frozen(tmp_path, non_finite=NonFinite.SKIP, max_samples=8 * 100))
@@ -180,7 +196,7 @@ def test_an_overflow_under_a_gradient_scaler_is_routine_and_a_broken_loss_is_not
     strategy.connect(module)
     context = SimpleNamespace(frozen=stage, work=stage.work, is_first_process=True, is_lost=False)
     images = CaptionedImages(tmp_path / "artifacts" / "data" / tiny.DATA, tiny.SIZE)
-    guard = NonFiniteGuard(cast(Any, context), images, NonFinite.STOP)
+    guard = NonFiniteGuard(cast(Any, context), stage.trainer, images, NonFinite.STOP)
     plugin = SimpleNamespace(scaler=object())
     trainer: Any = SimpleNamespace(precision_plugin=plugin, world_size=1, strategy=strategy, global_step=0)
     module._trainer = trainer
@@ -191,14 +207,16 @@ def test_an_overflow_under_a_gradient_scaler_is_routine_and_a_broken_loss_is_not
     for _ in range(MAX_SKIPPED_IN_A_ROW):
         module.step_losses = [torch.tensor(1.0)]
         guard.on_before_optimizer_step(trainer, module, optimizer)
-        assert module.step_was_skipped
+    guard.look(trainer)
     module.step_losses = [torch.tensor(1.0)]
+    guard.on_before_optimizer_step(trainer, module, optimizer)
     with pytest.raises(UserError, match="the gradient is not finite"):
-        guard.on_before_optimizer_step(trainer, module, optimizer)
-    fresh = NonFiniteGuard(cast(Any, context), images, NonFinite.STOP)
+        guard.look(trainer)
+    fresh = NonFiniteGuard(cast(Any, context), stage.trainer, images, NonFinite.STOP)
     module.step_losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    fresh.on_before_optimizer_step(trainer, module, optimizer)
     with pytest.raises(UserError, match="the gradient is not finite"):
-        fresh.on_before_optimizer_step(trainer, module, optimizer)
+        fresh.look(trainer)
 
 
 def test_running_out_of_memory_says_what_to_turn_down(tmp_path: Path):

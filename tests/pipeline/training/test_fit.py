@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from pipeline.config import Precision, StrategyName
+from pipeline.data.batch import ImageBatch
 from pipeline.training import context
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.optimizer import learning_rate_factor
@@ -48,6 +50,23 @@ def test_a_stage_that_sets_no_threads_has_those_of_its_process_whatever_ran_ther
         assert run(frozen(tmp_path / name, cpu_threads=cpu_threads)) is Outcome.FINISHED
         # The data's stage of the test runs first, on one.
         assert torch.get_num_threads() == expected
+
+
+def test_on_the_cpu_nothing_is_pinned_whatever_gpus_the_machine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, torch.Tensor]
+):
+    pinned = list[bool]()
+    make = DataLoader.__init__
+
+    def noted(loader: DataLoader[ImageBatch], *given: Any, **options: Any) -> None:
+        pinned.append(options["pin_memory"])
+        make(loader, *given, **options)
+
+    monkeypatch.setattr(DataLoader, "__init__", noted)
+    stage = frozen(tmp_path, dropout=0.3)
+    assert run(stage) is Outcome.FINISHED
+    assert pinned == [False, False]  # training's and the validation's
+    assert are_equal(weights(stage), undisturbed)
 
 
 def test_training_learns(tmp_path: Path):

@@ -3,9 +3,15 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pipeline.config import DecayKind, NonFinite, OptimizerSettings
-from pipeline.training.optimizer import AdamWithEma, build_optimizer, learning_rate_factor
+from pipeline.training.optimizer import (
+    AdamWithEma,
+    _move_on_the_device,
+    build_optimizer,
+    learning_rate_factor,
+)
 
 SETTINGS = OptimizerSettings(
     learning_rate=0.01,
@@ -34,10 +40,14 @@ def averages(optimizer: AdamWithEma, trained: nn.Module) -> list[torch.Tensor]:
     return [optimizer.state[parameter]["ema"] for parameter in trained.parameters()]
 
 
-def train(trained: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def give_gradients(trained: nn.Module, step: int) -> None:
     batch = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-    optimizer.zero_grad()
+    trained.zero_grad()
     trained(batch).square().mean().backward()
+
+
+def train(trained: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    give_gradients(trained, step)
     optimizer.step()
 
 
@@ -83,17 +93,45 @@ def test_a_parameter_with_a_range_is_kept_in_it_and_so_is_its_average():
     assert float(bias.max()) == 0.02 or float(bias.min()) == -0.01
 
 
-def test_a_skipped_step_leaves_weights_moments_and_average_as_they_are():
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_whose_gradient_is_not_finite_leaves_weights_moments_and_average_as_they_are(fused: bool):
     trained = network()
-    optimizer = build(trained)
+    optimizer = build_optimizer(trained, SETTINGS, {}, fused=fused)
     train(trained, optimizer, 0)
     before = [each.detach().clone() for each in [*trained.parameters(), *averages(optimizer, trained)]]
-    optimizer.skips_steps = True
+    optimizer.prepare_step(torch.tensor(float("inf")), 1.0)
     train(trained, optimizer, 1)
     assert all(map(torch.equal, before, [*trained.parameters(), *averages(optimizer, trained)]))
-    optimizer.skips_steps = False
+    optimizer.prepare_step(torch.tensor(0.5), 1.0)
     train(trained, optimizer, 2)
     assert not any(map(torch.equal, before, [*trained.parameters(), *averages(optimizer, trained)]))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_clips_as_torch_does(fused: bool):
+    trained, reference = network(), network()
+    reference.load_state_dict(trained.state_dict())
+    optimizer = build_optimizer(trained, SETTINGS, {}, fused=fused)
+    plain = build_optimizer(reference, SETTINGS, {}, fused=fused)
+    for step in range(5):
+        give_gradients(trained, step)
+        give_gradients(reference, step)
+        gradients = [each.grad for each in trained.parameters() if each.grad is not None]
+        optimizer.prepare_step(get_total_norm(gradients), 0.01)
+        assert float(clip_grad_norm_(reference.parameters(), 0.01)) > 0.01
+        optimizer.step()
+        plain.step()
+    for mine, theirs in zip(trained.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_average_moves_alike_where_its_number_of_steps_is_on_another_device():
+    weights = [torch.randn(3, 4), torch.randn(2**26 + 1), torch.randn(5)]
+    averages = [torch.randn_like(each) for each in weights]
+    expected = [torch.lerp(average, weight, 0.25) for average, weight in zip(averages, weights, strict=True)]
+    _move_on_the_device(weights, averages, torch.tensor(0.25))
+    for mine, theirs in zip(averages, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_the_average_is_part_of_the_optimizer_s_state():

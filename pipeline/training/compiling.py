@@ -1,0 +1,148 @@
+"""torch.compile for what a stage trains: the whole network, or each of its repeated blocks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+from pipeline.config import Compile, StrategyName, TrainerSettings
+from pipeline.errors import UserError
+from pipeline.training.callbacks import StepBoundary
+from pipeline.training.module import StageModule
+
+COMPILER_CACHE = "compiler"
+STEPS_THAT_COMPILE = 64
+"""Steps of a process in which new shapes are compiled. A shape that first comes later is computed eagerly."""
+
+_SHAPES_OF_A_BLOCK = 256
+"""A U-Net's blocks are of one class and of as many shapes as it has places; torch would give up after 8."""
+
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@dataclass(frozen=True)
+class CompileChoice:
+    """What is compiled, and why, in half a sentence."""
+
+    kind: Compile
+    reason: str
+
+
+def choose_compile(settings: TrainerSettings, strategy: StrategyName, *, is_cuda: bool) -> CompileChoice:
+    """The configured choice. `auto` compiles the whole network on a GPU, where it can be.
+
+    Raises `UserError` for a choice that this machine, or the strategy, cannot have.
+    """
+    if settings.compile is Compile.NONE:
+        return CompileChoice(Compile.NONE, "as configured")
+    lacks = _what_is_lacking(strategy, is_cuda=is_cuda)
+    if settings.compile is not Compile.AUTO:
+        if lacks is not None:
+            raise UserError(f"trainer.compile={settings.compile.value}: {lacks}; use trainer.compile=none")
+        return CompileChoice(settings.compile, "as configured")
+    if not is_cuda:
+        return CompileChoice(Compile.NONE, "on CPUs compiling takes longer than it saves in a short training")
+    if lacks is not None:
+        return CompileChoice(Compile.NONE, lacks)
+    return CompileChoice(Compile.NETWORK, "on a GPU")
+
+
+def _what_is_lacking(strategy: StrategyName, *, is_cuda: bool) -> str | None:
+    if strategy is StrategyName.ZERO3:
+        return "ZeRO-3 gathers weights between a network's layers, which a compiled graph does not let it"
+    if is_cuda:
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "torch.compile needs Triton, which is not installed or finds no driver"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler on a CPU, such as g++, and finds none"
+    return None
+
+
+@contextmanager
+def compiled(module: StageModule, kind: Compile, cache: Path) -> Iterator[None]:
+    """Compile what `module` trains, and the blocks of what it holds frozen, as they are first called in here.
+
+    The compiler's own cache is the directory `cache`, unless the environment names another. It outlives the process.
+    """
+    if kind is Compile.NONE:
+        yield
+        return
+    blocks = blocks_of(module.network, module.block_classes) if kind is Compile.BLOCKS else []
+    with (
+        _cache_in(cache),
+        torch._dynamo.config.patch(
+            # Each shape is compiled as it is: the shapes of a training are few.
+            automatic_dynamic_shapes=False,
+            recompile_limit=_SHAPES_OF_A_BLOCK,
+            accumulated_recompile_limit=8 * _SHAPES_OF_A_BLOCK,
+        ),
+    ):
+        for each in blocks or [module.network]:
+            each.compile()
+        for frozen in module.frozen_networks:
+            for block in blocks_of(frozen, module.block_classes):
+                # How many samples carry the CLIP loss differs from step to step.
+                block.compile(dynamic=True)
+        try:
+            yield
+        finally:
+            torch.compiler.set_stance("default")
+
+
+@contextmanager
+def _cache_in(directory: Path) -> Iterator[None]:
+    before = os.environ.get(_CACHE_VARIABLE)
+    # torch sets the variable itself, to a directory that the next machine does not have.
+    is_torchs_own = before in (None, default_cache_dir())
+    if is_torchs_own:
+        os.environ[_CACHE_VARIABLE] = str(directory)
+    try:
+        yield
+    finally:
+        if is_torchs_own:
+            os.environ[_CACHE_VARIABLE] = before or default_cache_dir()
+
+
+class StopCompiling(StepBoundary):
+    """Ends compiling after the first steps, so that no odd batch in mid-training waits for a compiler."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.compiler.set_stance("default")
+
+    def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
+        """Count the steps of this process."""
+        self._steps += 1
+        if self._steps == STEPS_THAT_COMPILE:
+            torch.compiler.set_stance("eager_on_recompile")
+
+
+def checkpoint_activations(network: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
+    """Have each block keep its input alone, and compute the rest again for the backward pass, to the same bits."""
+    for block in blocks_of(network, block_classes):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def blocks_of(network: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """The blocks in a network: the modules of these classes, without those that are inside of another."""
+    if isinstance(network, block_classes):
+        return [network]
+    return [block for child in network.children() for block in blocks_of(child, block_classes)]

@@ -1,0 +1,105 @@
+"""Every network that trains is one graph for `torch.compile`, and has blocks that can be computed again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.compiling import blocks_of, checkpoint_activations
+from stages.blocks import BLOCKS
+from stages.clip.network import ClipModel, TextEncoding
+from stages.clip.settings import ClipSettings
+from stages.decoder.network import Condition, build_decoder
+from stages.decoder.settings import DecoderSettings
+from stages.judge.network import Judge
+from stages.judge.settings import JudgeSettings
+from stages.prior.network import build_prior, denoise_prior
+from stages.prior.settings import PriorSettings
+from stages.upsampler.network import build_upsampler, denoise_upsampler
+from stages.upsampler.settings import UpsamplerSettings
+from tests.support.tiny_runs import plan_stages
+
+B = 2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with new weights, and a call of it as its stage does it."""
+
+    network: nn.Module
+    call: Callable[[], Tensor]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    stages = plan_stages(tmp_path_factory.mktemp("planned"))
+    torch.manual_seed(0)
+
+    clip_settings = ClipSettings.model_validate(stages["clip"].settings)
+    clip = ClipModel(clip_settings.network)
+    size, embed_dim = clip_settings.network.image_size, clip_settings.network.embed_dim
+    tokens = clip.tokenize(["a big blue ring", "a small red square on the left"])
+    image = torch.randn(B, 3, size, size)
+
+    length, width = tokens.shape[1], clip_settings.network.text_width
+    mask = torch.ones(B, length, dtype=torch.bool)
+    text = TextEncoding(torch.randn(B, embed_dim), torch.randn(B, length, width), mask)
+    timestep, noisy_embed = torch.tensor([3, 5]), torch.randn(B, embed_dim)
+    prior = build_prior(PriorSettings.model_validate(stages["prior"].settings).network, embed_dim, length)
+
+    decoder_settings = DecoderSettings.model_validate(stages["decoder"].settings)
+    decoder = build_decoder(decoder_settings, embed_dim)
+    noisy = torch.randn(B, 3, decoder_settings.image_size, decoder_settings.image_size)
+    condition = Condition(torch.randn(B, embed_dim), text, torch.tensor([True, False]))
+
+    upsampler_settings = UpsamplerSettings.model_validate(stages["upsampler"].settings)
+    upsampler = build_upsampler(upsampler_settings.network, upsampler_settings.high_size)
+    crop, low = torch.randn(2, B, 3, upsampler_settings.crop_size, upsampler_settings.crop_size)
+
+    judge_settings = JudgeSettings.model_validate(stages["judge"].settings)
+    judge = Judge(judge_settings)
+    judged = torch.randn(B, 3, judge_settings.image_size, judge_settings.image_size)
+    return {
+        "clip": Trained(clip, lambda: torch.cat(clip(image, tokens))),
+        "prior": Trained(prior, lambda: denoise_prior(prior, noisy_embed, timestep, text)),
+        "decoder": Trained(decoder, lambda: decoder(noisy, timestep, condition)),
+        "upsampler": Trained(upsampler, lambda: denoise_upsampler(upsampler, crop, timestep, low)),
+        "judge": Trained(judge, lambda: torch.cat(judge(judged), dim=1)),
+    }
+
+
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler", "judge"])
+def test_a_network_that_trains_is_one_graph(trained: dict[str, Trained], stage: str):
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(trained[stage].call)()
+    assert explained.graph_break_count == 0, explained.break_reasons
+    assert explained.graph_count == 1
+
+
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler"])
+def test_checkpointed_blocks_keep_less_and_give_the_same_gradients(trained: dict[str, Trained], stage: str):
+    network, call = trained[stage].network, trained[stage].call
+    assert blocks_of(network, BLOCKS)
+    kept, gradients = _kept_bytes_and_gradients(network, call)
+    checkpoint_activations(network, BLOCKS)
+    kept_less, same_gradients = _kept_bytes_and_gradients(network, call)
+    assert kept_less < kept / 2
+    assert gradients.keys() == same_gradients.keys()
+    assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
+
+
+def _kept_bytes_and_gradients(network: nn.Module, call: Callable[[], Tensor]) -> tuple[int, dict[str, Tensor]]:
+    kept = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+        return tensor
+
+    network.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = call().square().mean()
+    loss.backward()
+    return kept, {name: each.grad for name, each in network.named_parameters() if each.grad is not None}
