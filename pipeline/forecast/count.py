@@ -1,15 +1,16 @@
 """FLOPs and memory of a step, counted on networks without weights: no step is computed."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -28,7 +29,7 @@ _ON_A_CPU = {
         4,
     ),
 }
-_NORMS = (F.group_norm, F.layer_norm)
+_NORMS = ("group_norm", "layer_norm")
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,24 @@ class _Meter(TorchDispatchMode):
         return {self._alive.get(each.untyped_storage()._cdata, -1) for each in tensors}
 
 
-class _NormsInFloat32(TorchFunctionMode):
-    """What autocast does to normalisation on a GPU and not on a CPU."""
+@contextmanager
+def _norms_in_float32() -> Iterator[None]:
+    """What autocast does to normalisation on a GPU and not on a CPU; also where it is computed again, backwards."""
+    plain = {name: getattr(F, name) for name in _NORMS}
+    for name, norm in plain.items():
+        setattr(F, name, partial(_in_float32, norm))
+    try:
+        yield
+    finally:
+        for name, norm in plain.items():
+            setattr(F, name, norm)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _NORMS and torch.is_autocast_enabled("cpu"):
-            args = [each.float() if isinstance(each, Tensor) else each for each in args]
-            kwargs = {name: each.float() if isinstance(each, Tensor) else each for name, each in kwargs.items()}
-        return func(*args, **kwargs)
+
+def _in_float32(norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        args = tuple(each.float() if isinstance(each, Tensor) else each for each in args)
+        kwargs = {name: each.float() if isinstance(each, Tensor) else each for name, each in kwargs.items()}
+    return norm(*args, **kwargs)
 
 
 def lightning(precision: Precision, accelerator: str = "cpu") -> pl.Trainer:
@@ -162,6 +172,6 @@ def _measure(step: Callable[[], None], modules: list[Any]) -> _Meter:
     for module in modules:
         for each in (*module.parameters(), *module.buffers()):
             meter.ignore(each)
-    with _NormsInFloat32(), meter:
+    with _norms_in_float32(), meter:
         step()
     return meter

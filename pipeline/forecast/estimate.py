@@ -13,12 +13,13 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.config import HERE, ForecastSettings, StrategyName, TrainerSettings
+from pipeline.config import HERE, ActivationCheckpointing, ForecastSettings, StrategyName, TrainerSettings
 from pipeline.data.place import ShardPlace
 from pipeline.errors import UserError
 from pipeline.forecast.ahead import Ahead, DataAhead, Pass, Passes, Training
 from pipeline.forecast.count import Count, count_pass, count_training
 from pipeline.forecast.trial import try_pass, try_training
+from pipeline.training.compiling import checkpoint_activations
 from pipeline.training.disk import artifact_bytes, checkpoint_bytes
 from pipeline.training.hardware import accelerator_of
 from pipeline.training.stage import THREADS_AT_START
@@ -304,6 +305,8 @@ def _pictures_read(ahead: Ahead, image_size: int, samples: int) -> int:
 def _count_step(ahead: Ahead, training: Training, shape: BatchShape) -> Count:
     module = training.module
     module.hold_at_most(shape.micro_batch_size)
+    if ahead.trainer.activation_checkpointing is ActivationCheckpointing.BLOCKS:
+        checkpoint_activations(module.network, module.block_classes)
     pieces = min(shape.accumulation, _LEAST_PIECES) if module.needs_whole_share else 1
     batch = ahead.batch(shape.micro_batch_size * pieces, training.image_size, training.tokenizer)
     return count_training(module, batch, ahead.trainer.precision)
@@ -366,7 +369,8 @@ def _tried(
     processor_s = samples / own.global_batch_size * trial.step.processor_s
     processor_s += validations * trial.validation.processor_s + grids * trial.grid.processor_s
     rate = own.global_batch_size / trial.step.clock_s
-    return Rate(rate, "steps, validation and pictures were tried here", aside_s, processor_s)
+    how = " without torch.compile" if target.is_cuda else ""
+    return Rate(rate, f"steps, validation and pictures were tried here{how}", aside_s, processor_s)
 
 
 def _times(samples: int, every: int | None) -> int:

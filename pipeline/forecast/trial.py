@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipeline.config import ActivationCheckpointing
 from pipeline.forecast.ahead import Ahead, Pass, Training
 from pipeline.forecast.count import lightning
+from pipeline.training.compiling import checkpoint_activations
 from pipeline.training.hardware import accelerator_of
 from pipeline.training.module import LOSS, StageModule
 from pipeline.training.optimizer import build_optimizer
@@ -46,6 +48,8 @@ def try_training(ahead: Ahead, training: Training, shape: BatchShape, trial_s: f
         frozen.to(device)
     module.train()
     module.hold_at_most(shape.micro_batch_size)
+    if trainer.activation_checkpointing is ActivationCheckpointing.BLOCKS:
+        checkpoint_activations(module.network, module.block_classes)
     optimizer = build_optimizer(module.network, settings.optimizer, module.parameter_ranges, fused=True)
     at_once = shape.micro_batch_size * (shape.accumulation if module.needs_whole_share else 1)
     batch = ahead.batch(at_once, training.image_size, training.tokenizer)
