@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ LONGEST = (
     "tests/pipeline/training",
 )
 """What takes longest comes first, so that no process is left with it when the others are done."""
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C as a foreground process does: what a shell starts in the background ignores it, and so do its own."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

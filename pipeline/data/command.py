@@ -169,7 +169,8 @@ def _lines() -> Report:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM ends the work as Ctrl-C does: what was walked is kept."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Not by sending SIGINT: a shell has what it runs in the background ignore that.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -70,8 +71,16 @@ def test_a_shard_that_is_refused_does_not_cost_the_others(
     assert walked == ["00001.tar"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_indexing_that_is_stopped_keeps_what_it_walked(tmp_path: Path, number: signal.Signals):
+@pytest.mark.parametrize(
+    ("number", "of_sigint"),
+    [
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_IGN),  # as in the background of a shell
+    ],
+    ids=["SIGINT", "SIGTERM", "SIGTERM in the background"],
+)
+def test_an_indexing_that_is_stopped_keeps_what_it_walked(tmp_path: Path, number: signal.Signals, of_sigint: Any):
     write_shards(tmp_path / "shards", map(source_sample, range(8)), 2)
     code = (
         "import sys, time, pipeline.data.indexing as indexing\n"
@@ -83,7 +92,11 @@ def test_an_indexing_that_is_stopped_keeps_what_it_walked(tmp_path: Path, number
         "from pipeline.cli import main\n"
         f"sys.exit(main(['shards', 'index', {str(tmp_path / 'shards')!r}, '--workers', '1']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, of_sigint)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.readline() == "reached\n"
     process.send_signal(number)
