@@ -17,6 +17,8 @@ from pipeline.workflow.progress import Outcome
 from tests.support.ranks import log_of, run_on_ranks
 from tests.support.tiny_runs import plan_stages, rows_of, run_stage_of, run_until
 
+pytestmark = pytest.mark.slow
+
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 STEPS = 6
 HALF = "samples-000000000024"
@@ -82,11 +84,11 @@ class Runs:
         return stage
 
 
-@pytest.fixture(scope="module", params=[("ddp", "zero3"), pytest.param(STRATEGIES, marks=pytest.mark.slow)], ids=len)
-def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = Runs(tmp_path_factory.mktemp("elastic"), request.param)
+    made = Runs(tmp_path_factory.mktemp("elastic"), STRATEGIES)
     torch.set_num_threads(threads)
     return made
 
@@ -135,7 +137,6 @@ def test_this_process_goes_on_where_two_stopped_whatever_their_strategy(runs: Ru
             torch.testing.assert_close(weights(stage)[name], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_under_zero_where_two_stopped_whatever_their_strategy(runs: Runs):
     resumed = [runs.half_done(first, then, devices=1) for first in runs.strategies for then in ("zero1", "zero3")]
     assert run_on_ranks(resumed, processes=1) == [0], "\n".join(map(log_of, resumed))
@@ -174,7 +175,6 @@ def test_frozen_parameters_come_back_from_the_checkpoint(runs: Runs):
     require_changed_constants(runs, stage)
 
 
-@pytest.mark.slow
 def test_frozen_parameters_come_back_whatever_the_strategy_on_two_processes(runs: Runs):
     stages = [runs.with_other_constants(runs.strategies[-1], then) for then in runs.strategies]
     assert run_on_ranks(stages) == [0, 0], "\n".join(map(log_of, stages))

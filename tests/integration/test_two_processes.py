@@ -97,7 +97,6 @@ def test_two_killed_processes_resume_to_the_bits_and_rows_of_undisturbed_ones(tm
     assert json.dumps(rows(stage)) == json.dumps(rows(undisturbed))
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_another_number_of_them_goes_on(tmp_path: Path):
     whole = learner(tmp_path / "whole", devices=1, dropout=0.0)
     assert run_stage(whole, Event()) is Outcome.FINISHED

@@ -303,6 +303,7 @@ def test_a_stage_that_cannot_read_its_data_fails_in_one_line_and_its_descendants
     assert "the last attempt failed" in said("plan", *UNCLIP_WORKFLOW, f"paths.outputs={halfway}")
 
 
+@pytest.mark.slow
 def test_a_sweep_that_hydra_runs_itself_shares_stages_and_gives_its_sweeper_the_objective(tmp_path: Path):
     others = ("clip", "embed", "prior", "decoder", "upsampler", "judge_clip", "judge", "evaluate", "export")
     line = [

@@ -77,6 +77,7 @@ def test_a_signal_before_python_is_ready_requeues_the_job(tmp_path: Path):
     world.wait_for_end(learner, job_id)
 
 
+@pytest.mark.slow
 def test_a_job_that_its_user_cancels_stays_cancelled(tmp_path: Path):
     learner, job_id = world.submitted_learner(tmp_path, step_s=0.5)
     world.wait("two checkpoints", lambda: world.is_training(learner))

@@ -36,6 +36,7 @@ def dependency(job_id: int) -> str:
     return shown.partition("Dependency=")[2].split()[0]
 
 
+@pytest.mark.slow
 def test_a_failed_stage_takes_its_descendants_along_and_the_same_submission_makes_up_for_them(tmp_path: Path):
     gate = tmp_path / "gate"
     world.run_stages_here(world.plan(tmp_path, steps=4), "data", "learner")

@@ -81,6 +81,7 @@ def test_a_signal_stops_all_that_run_and_nothing_more_is_started(tmp_path: Path,
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_stage_running(tmp_path: Path):
     command, workers = running(tmp_path)
     command.kill()
