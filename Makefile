@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-slow test-all lint setup clean
+.PHONY: demo test test-slow test-all lint style types tests setup clean
 
 demo: $(READY)
 	@$(BIN)/unclip run
@@ -12,7 +12,11 @@ demo: $(READY)
 # tests/conftest.py says what shares a process and what comes first. Three keep two cores busy: tests of Slurm and kills wait.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) lint
+# Types are checked beside the tests, which leave some of the cores idle.
+test: $(READY) style
+	@$(MAKE) --no-print-directory -j2 types tests
+
+tests: $(READY)
 	@$(PYTEST) -m "not slow"
 
 # Those that `make test` leaves out; TESTS="FILE ..." takes some of them.
@@ -22,9 +26,13 @@ test-slow: $(READY)
 test-all: $(READY) lint
 	@$(PYTEST)
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
+
+types: $(READY)
 	@$(BIN)/pyright --warnings
 
 setup: $(READY)

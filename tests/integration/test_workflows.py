@@ -118,6 +118,7 @@ def test_every_stage_has_a_run_of_weights_and_biases_and_a_record_that_can_be_se
             assert any(name.startswith("validation/") for name in metrics)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_the_decoder_s_clip_loss_trains_clip_once(outputs: Path):
     clips = artifacts(outputs, "clip")
     sweep = [*UNCLIP_WORKFLOW, "~stage.export", "run.name=sweep", "stage.decoder.clip_loss.weight=0,0.2"]
