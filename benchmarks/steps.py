@@ -43,7 +43,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from stage_runs import run_or_exit  # noqa: E402
-from step_loops import PEERS, SAMPLED, Loop, Request, Row, peak_rss_mib, run_loop  # noqa: E402
+from step_loops import SAMPLED, Loop, Request, Row, peak_rss_mib  # noqa: E402
+from step_peers import PEERS, run_loop  # noqa: E402
 
 from pipeline.config import Precision  # noqa: E402
 from pipeline.training import worker  # noqa: E402

@@ -126,19 +126,18 @@ def evaluation_loader(
     *,
     split: Split | None,
     batch_size: int,
-    first: int = 0,
     limit: int | None = None,
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[ImageBatch]:
-    """`limit` samples of a split (of every split where None) from its `first` on, in the order of the index.
+    """The first `limit` samples of a split (of every split where None), in the order of the index.
 
     They draw as in epoch 0, and of several captions the main one is taken.
 
     The last batch may be short; an empty split gives no batch. Of pinned memory see `training_loader`.
     """
-    rows = images.data.samples_in(split)[first:][:limit]
+    rows = images.data.samples_in(split)[:limit]
     return rows_loader(images, [rows], batch_size=batch_size, seed=seed, workers=workers, pin_memory=pin_memory)
 
 

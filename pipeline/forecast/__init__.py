@@ -1,1 +1,1 @@
-"""What a stage will take, told before it runs. Loaded when `unclip plan --forecast` asks for it: it imports torch."""
+"""What a stage will take, told before it runs. It imports torch: planning alone loads none of it."""

@@ -1,9 +1,8 @@
-"""From counts and rates to hours, memory, money and disk. What is not known is None, and a note says why."""
+"""From counts and rates to hours, memory and disk. What is not known is None, and a note says why."""
 
 import logging
 import math
 import shutil
-import time
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -13,15 +12,15 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.config import HERE, ActivationCheckpointing, ForecastSettings, StrategyName, TrainerSettings
+from pipeline.config import ActivationCheckpointing, ForecastSettings, StrategyName
 from pipeline.data.place import ShardPlace
 from pipeline.errors import UserError
-from pipeline.forecast.ahead import Ahead, DataAhead, Pass, Passes, Training
 from pipeline.forecast.count import Count, count_pass, count_training
-from pipeline.forecast.trial import try_pass, try_training
+from pipeline.forecast.rates import Target, reckoned_rate, target_of, tried_rate
+from pipeline.forecast.rehearsal import ExpectedData, Pass, Passes, Rehearsal, Training
+from pipeline.forecast.trial import try_pass
 from pipeline.training.compiling import checkpoint_activations
-from pipeline.training.disk import artifact_bytes, checkpoint_bytes
-from pipeline.training.hardware import accelerator_of
+from pipeline.training.disk import artifact_bytes, training_bytes
 from pipeline.training.stage import THREADS_AT_START
 from pipeline.training.strategies.choose import (
     GRADIENT_BYTES,
@@ -36,34 +35,9 @@ from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import latest_checkpoint_samples
 
 _GIB = 2**30
-_LONGEST_TRIAL_S = 60.0
 _COUNTED_SAMPLES = 2
-_FURTHEST = 4.0
-"""Times more or fewer parameters than were measured, of which a measured share of the peak still tells something."""
-
 _LEAST_PIECES = 2
 """A stage that computes its pieces twice does so from two on."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the forecast is for: this machine, where steps are tried, or a device by whose peak rates are reckoned."""
-
-    name: str
-    is_here: bool
-    is_cuda: bool
-    memory_bytes: int
-    price_per_hour: float | None
-
-
-@dataclass(frozen=True)
-class Rate:
-    """How fast a stage trains, and where that is from. `aside_s` are the seconds of its validations and pictures."""
-
-    samples_per_s: float | None
-    note: str
-    aside_s: float = 0.0
-    processor_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +99,7 @@ class Forecast:
         return [
             each.name
             for each in self.stages
-            if each.action not in (Action.REUSE,) and (each.artifact_bytes is None or each.work_bytes is None)
+            if each.action is not Action.REUSE and (each.artifact_bytes is None or each.work_bytes is None)
         ]
 
 
@@ -146,9 +120,9 @@ def _forecast(plan: Plan, only: Collection[str] | None) -> Forecast:
     if settings is None:
         raise UserError("this config has no key forecast; add forecast: devices to its defaults")
     catalog: Catalog = resolve(plan.config.catalog)
-    target = _target(settings, plan.config.trainer)
+    target = target_of(settings, plan.config.trainer)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    aheads: dict[str, Ahead] = {}
+    rehearsals: dict[str, Rehearsal] = {}
     found: list[StageForecast] = []
     for stage in plan.stages:
         is_asked = only is None or stage.name in only
@@ -156,43 +130,43 @@ def _forecast(plan: Plan, only: Collection[str] | None) -> Forecast:
             found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(f"blocked: {stage.reason}",)))
             continue
         frozen = stage.frozen
-        ahead = Ahead(
+        rehearsal = Rehearsal(
             stage.name,
             catalog.stages[stage.kind],
             frozen.read_settings(),
             frozen.trainer,
-            {name: tuple(aheads[each.stage] for each in found) for name, found in frozen.inputs.items()},
+            {name: tuple(rehearsals[each.stage] for each in found) for name, found in frozen.inputs.items()},
             plan.store.find(stage.name, frozen.fingerprint),
             None if stage.place is None else ShardPlace.model_validate(stage.place),
             mode,
         )
-        aheads[stage.name] = ahead
+        rehearsals[stage.name] = rehearsal
         if not is_asked:
             continue
         if stage.action is Action.REUSE:
             found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(stage.reason,)))
             continue
-        found.append(_of_stage(stage, ahead, target, settings, catalog))
+        found.append(_of_stage(stage, rehearsal, target, settings, catalog))
     return Forecast(target, tuple(found), plan.store.outputs, shutil.disk_usage(_existing(plan.store.outputs)).free)
 
 
 def _of_stage(
-    stage: PlannedStage, ahead: Ahead, target: Target, settings: ForecastSettings, catalog: Catalog
+    stage: PlannedStage, rehearsal: Rehearsal, target: Target, settings: ForecastSettings, catalog: Catalog
 ) -> StageForecast:
     blank = StageForecast(stage.name, stage.kind, stage.action)
-    torch.set_num_threads(ahead.trainer.cpu_threads or THREADS_AT_START)
-    match ahead.rehearsed:
+    torch.set_num_threads(rehearsal.trainer.cpu_threads or THREADS_AT_START)
+    match rehearsal.rehearsed:
         case Training() as training:
-            return _of_training(blank, stage, ahead, training, target, settings, catalog)
+            return _of_training(blank, stage, rehearsal, training, target, settings, catalog)
         case Passes() as passes:
-            return _of_passes(blank, ahead, passes, target, settings)
-        case DataAhead() as data:
+            return _of_passes(blank, rehearsal, passes, target, settings)
+        case ExpectedData() as data:
             return _of_data(blank, data)
         case None:
             return replace(blank, notes=("nothing is known of this kind of stage",))
 
 
-def _of_data(blank: StageForecast, data: DataAhead) -> StageForecast:
+def _of_data(blank: StageForecast, data: ExpectedData) -> StageForecast:
     duration_s = data.samples * data.seconds_per_sample if data.samples and data.seconds_per_sample else None
     return replace(
         blank,
@@ -206,7 +180,7 @@ def _of_data(blank: StageForecast, data: DataAhead) -> StageForecast:
 
 
 def _of_passes(
-    blank: StageForecast, ahead: Ahead, passes: Passes, target: Target, settings: ForecastSettings
+    blank: StageForecast, rehearsal: Rehearsal, passes: Passes, target: Target, settings: ForecastSettings
 ) -> StageForecast:
     done = replace(blank, artifact_bytes=passes.artifact_bytes, work_bytes=passes.work_bytes)
     if not passes.passes:
@@ -214,7 +188,7 @@ def _of_passes(
     samples = passes.passes[0].samples
     if any(once.samples is None for once in passes.passes) or samples is None:
         return replace(done, notes=("the number of samples is not known before the data is prepared",))
-    bare = replace(ahead, mode=torch.device("meta"))
+    bare = replace(rehearsal, mode=torch.device("meta"))
     flops = memory_bytes = 0.0
     for once in _passes_of(bare):
         count = count_pass(once.forward, bare.batch(_COUNTED_SAMPLES, once.image_size, once.tokenizer))
@@ -225,7 +199,7 @@ def _of_passes(
     )
     if not target.is_here:
         return replace(done, notes=("of what it reaches no share of a peak was measured",))
-    here = replace(ahead, mode=None)
+    here = replace(rehearsal, mode=None)
     spent = [(try_pass(here, once, settings.trial_s), once.samples or 0) for once in _passes_of(here)]
     duration_s = sum(each.clock_s * count for each, count in spent)
     processor_s = sum(each.processor_s * count for each, count in spent)
@@ -235,45 +209,45 @@ def _of_passes(
     )
 
 
-def _passes_of(ahead: Ahead) -> tuple[Pass, ...]:
-    rehearsed = ahead.rehearsed
-    assert isinstance(rehearsed, Passes), f"{ahead.name} trains nothing"
+def _passes_of(rehearsal: Rehearsal) -> tuple[Pass, ...]:
+    rehearsed = rehearsal.rehearsed
+    assert isinstance(rehearsed, Passes), f"{rehearsal.name} trains nothing"
     return rehearsed.passes
 
 
 def _of_training(
     blank: StageForecast,
     stage: PlannedStage,
-    ahead: Ahead,
+    rehearsal: Rehearsal,
     training: Training,
     target: Target,
     settings: ForecastSettings,
     catalog: Catalog,
 ) -> StageForecast:
     assert stage.frozen is not None, "a blocked stage is not forecast"
-    module, trainer = training.module, ahead.trainer
+    module, trainer = training.module, rehearsal.trainer
     own = module.stage_settings
     shape = shape_of_batch(own.global_batch_size, trainer)
     parameters = sum(each.numel() for each in trained_parameters(module.network).values())
-    count = _count_step(ahead, training, shape)
-    memory_bytes, memory_note = _memory(ahead, training, count, shape, parameters, target)
+    count = _count_step(rehearsal, training, shape)
+    memory_bytes, memory_note = _memory(rehearsal, training, count, shape, parameters, target)
     seen = latest_checkpoint_samples(stage.frozen.work) or 0
     samples = own.max_steps * own.global_batch_size - seen
     flops_per_sample = count.flops / count.samples
     notes = [memory_note] if memory_note else []
     if target.is_here:
-        rate = _tried(ahead, shape, count, memory_bytes, target, settings, samples)
+        rate = tried_rate(rehearsal, shape, count, memory_bytes, target, settings, samples)
     else:
-        rate = _reckoned(blank.kind, parameters, flops_per_sample, trainer, target, settings, catalog)
+        rate = reckoned_rate(blank.kind, parameters, flops_per_sample, trainer, target, settings, catalog)
     notes.append(rate.note)
-    decode_s = ahead.data.decode_s
+    decode_s = rehearsal.data.decode_s
     here_s = training.setup_s
     if target.is_here and trainer.loader_workers == 0 and decode_s:
-        here_s += _pictures_read(ahead, training.image_size, samples) * decode_s(training.image_size)
+        here_s += _pictures_read(rehearsal, training.image_size, samples) * decode_s(training.image_size)
     aside_s = rate.aside_s + here_s
-    if "data" in ahead.inputs and not ahead.knows_captions(shape.micro_batch_size):
+    if "data" in rehearsal.inputs and not rehearsal.knows_captions(shape.micro_batch_size):
         notes.append("a caption is taken to fill the context, as few are known before the data is prepared")
-    reads_all = _pictures_read(ahead, training.image_size, samples) == samples
+    reads_all = _pictures_read(rehearsal, training.image_size, samples) == samples
     return replace(
         blank,
         samples=samples,
@@ -284,39 +258,38 @@ def _of_training(
         duration_s=samples / rate.samples_per_s + aside_s if rate.samples_per_s else None,
         processor_s=None if rate.processor_s is None else rate.processor_s + here_s,
         devices=trainer.world_size,
-        samples_per_shard=ahead.data.samples_per_shard,
+        samples_per_shard=rehearsal.data.samples_per_shard,
         loader_per_s=max(1, trainer.loader_workers) * trainer.world_size / decode_s(training.image_size)
         if decode_s and reads_all
         else None,
         artifact_bytes=artifact_bytes(module.network),
-        # While one is written, those that are kept are there.
-        work_bytes=(trainer.keep_checkpoints + 1) * checkpoint_bytes(module.network, own),
+        work_bytes=training_bytes(module.network, own, trainer) - artifact_bytes(module.network),
         notes=tuple(notes),
     )
 
 
-def _pictures_read(ahead: Ahead, image_size: int, samples: int) -> int:
+def _pictures_read(rehearsal: Rehearsal, image_size: int, samples: int) -> int:
     """How many pictures are decoded until `samples` were seen: each one once, where the cache holds all."""
-    known = ahead.data.samples
-    is_cached = known is not None and known * 3 * image_size**2 <= ahead.trainer.cache_mib * 2**20
+    known = rehearsal.data.samples
+    is_cached = known is not None and known * 3 * image_size**2 <= rehearsal.trainer.cache_mib * 2**20
     return min(samples, known) if known is not None and is_cached else samples
 
 
-def _count_step(ahead: Ahead, training: Training, shape: BatchShape) -> Count:
+def _count_step(rehearsal: Rehearsal, training: Training, shape: BatchShape) -> Count:
     module = training.module
     module.hold_at_most(shape.micro_batch_size)
-    if ahead.trainer.activation_checkpointing is ActivationCheckpointing.BLOCKS:
+    if rehearsal.trainer.activation_checkpointing is ActivationCheckpointing.BLOCKS:
         checkpoint_activations(module.network, module.block_classes)
     pieces = min(shape.accumulation, _LEAST_PIECES) if module.needs_whole_share else 1
-    batch = ahead.batch(shape.micro_batch_size * pieces, training.image_size, training.tokenizer)
-    return count_training(module, batch, ahead.trainer.precision)
+    batch = rehearsal.batch(shape.micro_batch_size * pieces, training.image_size, training.tokenizer)
+    return count_training(module, batch, rehearsal.trainer.precision)
 
 
 def _memory(
-    ahead: Ahead, training: Training, count: Count, shape: BatchShape, parameters: int, target: Target
+    rehearsal: Rehearsal, training: Training, count: Count, shape: BatchShape, parameters: int, target: Target
 ) -> tuple[float, str | None]:
     """Bytes on a device at most while it trains, and what is to be said of them."""
-    module, trainer = training.module, ahead.trainer
+    module, trainer = training.module, rehearsal.trainer
     device = Device(target.name, target.memory_bytes, target.is_cuda)
     choice = choose_strategy(trainer, parameters, device)
     state = state_bytes_per_parameter(choice.strategy, choice.offload, trainer.world_size) * parameters
@@ -334,124 +307,11 @@ def _memory(
     room, of_a_sample = target.memory_bytes - fixed, count.activation_bytes / shape.micro_batch_size
     fits = int(room / of_a_sample) if room > 0 else 0
     remedy = (
-        f"set stage.{ahead.name}.trainer.micro_batch_size={2 ** int(math.log2(fits))}"
+        f"set stage.{rehearsal.name}.trainer.micro_batch_size={2 ** int(math.log2(fits))}"
         if fits
         else "use more devices, trainer=zero3, or a device with more memory"
     )
     return total, f"does not fit the {target.memory_bytes / _GIB:,.0f} GiB of {target.name}: {remedy}"
-
-
-def _tried(
-    ahead: Ahead,
-    shape: BatchShape,
-    count: Count,
-    memory_bytes: float,
-    target: Target,
-    settings: ForecastSettings,
-    samples: int,
-) -> Rate:
-    """From steps on this machine."""
-    if memory_bytes > psutil.virtual_memory().available and not target.is_cuda:
-        return Rate(None, "not tried: it needs more memory than is free here")
-    trainer = ahead.trainer
-    rate = _matrix_flops()
-    micro_batch_s = count.flops / count.samples * shape.micro_batch_size / rate
-    if 4 * micro_batch_s > _LONGEST_TRIAL_S:
-        return Rate(None, f"not tried: a micro-batch takes {micro_batch_s:,.0f} s here or longer")
-    here = replace(ahead, mode=None)
-    training = here.rehearsed
-    assert isinstance(training, Training), "as before"
-    trial = try_training(here, training, shape, settings.trial_s)
-    own = training.module.stage_settings
-    validations = _times(samples, trainer.validate_every_samples)
-    grids = _times(samples, trainer.sample_every_samples)
-    aside_s = validations * trial.validation.clock_s + grids * trial.grid.clock_s
-    processor_s = samples / own.global_batch_size * trial.step.processor_s
-    processor_s += validations * trial.validation.processor_s + grids * trial.grid.processor_s
-    rate = own.global_batch_size / trial.step.clock_s
-    how = " without torch.compile" if target.is_cuda else ""
-    return Rate(rate, f"steps, validation and pictures were tried here{how}", aside_s, processor_s)
-
-
-def _times(samples: int, every: int | None) -> int:
-    """How often something happens that happens at intervals and at the end."""
-    return 1 + (0 if every is None else (samples - 1) // every)
-
-
-def _reckoned(
-    kind: str,
-    parameters: int,
-    flops_per_sample: float,
-    trainer: TrainerSettings,
-    target: Target,
-    settings: ForecastSettings,
-    catalog: Catalog,
-) -> Rate:
-    """From the device's peak and the share of it that such stages were seen to use."""
-    peak = settings.devices[target.name].peak_tflops.get(trainer.precision)
-    if peak is None:
-        return Rate(None, f"no peak of {target.name} in {trainer.precision.value}; set trainer.precision=bf16-mixed")
-    mfu, origin = _use(kind, parameters, target, settings, catalog)
-    if mfu is None:
-        return Rate(None, f"{origin}; set 'forecast.mfu={{{kind}: 0.3}}'")
-    rate = mfu * peak * 1e12 * trainer.world_size / flops_per_sample
-    return Rate(rate, f"{mfu:.1%} of the peak, {origin}; start-up, validation and pictures come on top")
-
-
-def _use(
-    kind: str, parameters: int, target: Target, settings: ForecastSettings, catalog: Catalog
-) -> tuple[float | None, str]:
-    """The share of the peak that the stage will use, and where that is from.
-
-    Between measured sizes it is interpolated over the logarithm of the parameters. Near beyond them the nearest holds.
-    """
-    if isinstance(settings.mfu, float | int):
-        return float(settings.mfu), "as set by forecast.mfu"
-    if settings.mfu is not None and kind in settings.mfu:
-        return settings.mfu[kind], "as set by forecast.mfu"
-    work = catalog.stages[kind].run
-    rows = sorted(
-        (each for each in settings.measured if each.kind in catalog.stages and catalog.stages[each.kind].run == work),
-        key=lambda each: each.million_parameters,
-    )
-    if not rows:
-        return None, f"no stage of kind {kind} was measured on a GPU"
-    where = [math.log(each.million_parameters) for each in rows]
-    here = math.log(max(parameters, 1) / 1e6)
-    above = next((place for place, each in enumerate(where) if each >= here), len(rows))
-    sizes = f"{' and '.join(f'{each.million_parameters:,.0f}' for each in rows)} M parameters"
-    origin = f"measured on {settings.measured_on} at {sizes}"
-    if target.name != settings.measured_on:
-        origin += f" and not on {target.name}"
-    if above == 0 or above == len(rows):
-        nearest = min(above, len(rows) - 1)
-        if abs(here - where[nearest]) > math.log(_FURTHEST):
-            return None, f"{parameters / 1e6:,.0f} M parameters are far from what was {origin}"
-        return rows[nearest].mfu, origin
-    share = (here - where[above - 1]) / (where[above] - where[above - 1])
-    return (1 - share) * rows[above - 1].mfu + share * rows[above].mfu, origin
-
-
-def _target(settings: ForecastSettings, trainer: TrainerSettings) -> Target:
-    if settings.device != HERE:
-        device = settings.devices[settings.device]
-        price = settings.price_per_hour or device.price_per_hour
-        return Target(settings.device, False, True, int(device.memory_gib * _GIB), price)
-    if accelerator_of(trainer) == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        return Target(properties.name, True, True, properties.total_memory, settings.price_per_hour)
-    memory_bytes = psutil.virtual_memory().total // trainer.devices
-    return Target("this machine", True, False, memory_bytes, settings.price_per_hour)
-
-
-def _matrix_flops(size: int = 1024) -> float:
-    """The rate of a float32 matrix product on this machine, in FLOP/s."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matrix = torch.ones(size, size, device=device)
-    float((matrix @ matrix)[0, 0])
-    started = time.monotonic()
-    float((matrix @ matrix)[0, 0])
-    return 2 * size**3 / (time.monotonic() - started)
 
 
 def _existing(path: Path) -> Path:

@@ -6,13 +6,13 @@ import numpy as np
 
 from pipeline.data.dataset import CaptionedImages, SampleRequest
 from pipeline.data.place import ShardPlace
-from pipeline.forecast.ahead import DataAhead
+from pipeline.forecast.rehearsal import ExpectedData
 from pipeline.workflow.artifacts import Artifact
 
 _TRIED, _CAPTIONS = 64, 1024
 
 
-def known_of(artifact: Artifact, place: ShardPlace | None) -> DataAhead:
+def known_of(artifact: Artifact, place: ShardPlace | None) -> ExpectedData:
     """Number, captions and reading speed of the samples of a data artifact.
 
     Raises:
@@ -30,7 +30,7 @@ def known_of(artifact: Artifact, place: ShardPlace | None) -> DataAhead:
         resized.__getitems__([SampleRequest(row, row) for row in rows])
         return (time.process_time() - started) / len(rows)
 
-    return DataAhead(
+    return ExpectedData(
         samples=len(images),
         samples_per_shard=len(images) / len(images.data.index.shards),
         artifact_bytes=sum(file.size for file in artifact.manifest.files),

@@ -10,7 +10,18 @@ from pipeline.terminal.words import format_duration
 from pipeline.workflow.plan import Action
 
 UNKNOWN = "unknown"
-_LOADER_MARGIN = 1.0
+_COLUMNS = (
+    "stage",
+    "samples",
+    "GFLOP each",
+    "memory",
+    "samples/s",
+    "time",
+    "cost",
+    "shards/s",
+    "artifact",
+    "checkpoints",
+)
 
 
 def forecast_lines(run: str, forecast: Forecast) -> Iterator[RenderableType]:
@@ -18,18 +29,7 @@ def forecast_lines(run: str, forecast: Forecast) -> Iterator[RenderableType]:
     target = forecast.target
     table = new_table(
         f"forecast of run {run} on {target.name}",
-        *(
-            "stage",
-            "samples",
-            "GFLOP each",
-            "memory",
-            "samples/s",
-            "time",
-            "cost",
-            "shards/s",
-            "artifact",
-            "checkpoints",
-        ),
+        *_COLUMNS,
     )
     for stage in forecast.stages:
         table.add_row(stage.name, *_cells(stage, target.price_per_hour))

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch.nn.utils import get_total_norm
 
 from pipeline.config import ActivationCheckpointing
-from pipeline.forecast.ahead import Ahead, Pass, Training
 from pipeline.forecast.count import lightning
+from pipeline.forecast.rehearsal import Pass, Rehearsal, Training
 from pipeline.training.compiling import checkpoint_activations
 from pipeline.training.hardware import accelerator_of
 from pipeline.training.module import LOSS, StageModule
@@ -37,9 +37,9 @@ class Trial:
     grid: Spent
 
 
-def try_training(ahead: Ahead, training: Training, shape: BatchShape, trial_s: float) -> Trial:
+def try_training(rehearsal: Rehearsal, training: Training, shape: BatchShape, trial_s: float) -> Trial:
     """Train for about `trial_s` seconds, at least three steps, after one that warms up; then validate and draw."""
-    module, trainer = training.module, ahead.trainer
+    module, trainer = training.module, rehearsal.trainer
     settings = module.stage_settings
     device = torch.device(accelerator_of(trainer))
     module.trainer = lightning(trainer.precision, accelerator_of(trainer))
@@ -52,30 +52,30 @@ def try_training(ahead: Ahead, training: Training, shape: BatchShape, trial_s: f
         checkpoint_activations(module.network, module.block_classes)
     optimizer = build_optimizer(module.network, settings.optimizer, module.parameter_ranges, fused=True)
     at_once = shape.micro_batch_size * (shape.accumulation if module.needs_whole_share else 1)
-    batch = ahead.batch(at_once, training.image_size, training.tokenizer)
+    batch = rehearsal.batch(at_once, training.image_size, training.tokenizer)
     pieces = settings.global_batch_size // trainer.world_size // at_once
 
     def step() -> None:
         for _ in range(pieces):
             (module.training_step(batch.to(device), 0)[LOSS] / pieces).backward()
-        if settings.optimizer.gradient_clip_norm is not None:
-            nn.utils.clip_grad_norm_(module.network.parameters(), settings.optimizer.gradient_clip_norm)
+        gradients = [each.grad for each in module.network.parameters() if each.grad is not None]
+        optimizer.prepare_step(get_total_norm(gradients), settings.optimizer.gradient_clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         module.step_losses.clear()
 
     return Trial(
-        _mean_of(step, trial_s), _once(lambda: _validate(ahead, training, device)), _once(lambda: _draw(module))
+        _mean_of(step, trial_s), _once(lambda: _validate(rehearsal, training, device)), _once(lambda: _draw(module))
     )
 
 
-def try_pass(ahead: Ahead, once: Pass, trial_s: float) -> Spent:
+def try_pass(rehearsal: Rehearsal, once: Pass, trial_s: float) -> Spent:
     """What a sample takes in a pass without gradients: of a few, and of a whole batch where that is quick."""
-    device = accelerator_of(ahead.trainer)
+    device = accelerator_of(rehearsal.trainer)
 
     def spent_on(samples: int) -> Spent:
-        batch = ahead.batch(samples, once.image_size, once.tokenizer).to(device)
-        with torch.no_grad(), lightning(ahead.trainer.precision, device).precision_plugin.forward_context():
+        batch = rehearsal.batch(samples, once.image_size, once.tokenizer).to(device)
+        with torch.no_grad(), lightning(rehearsal.trainer.precision, device).precision_plugin.forward_context():
             return _once(lambda: once.forward(batch))
 
     spent_on(_WARM_UP_SAMPLES)
@@ -87,12 +87,12 @@ def try_pass(ahead: Ahead, once: Pass, trial_s: float) -> Spent:
     return Spent(spent.clock_s / samples, spent.processor_s / samples)
 
 
-def _validate(ahead: Ahead, training: Training, device: torch.device) -> None:
-    module, trainer = training.module, ahead.trainer
+def _validate(rehearsal: Rehearsal, training: Training, device: torch.device) -> None:
+    module, trainer = training.module, rehearsal.trainer
     size = largest_piece(module.stage_settings.global_batch_size, trainer.micro_batch_size)
-    known = ahead.data.samples
+    known = rehearsal.data.samples
     samples = trainer.validation_samples if known is None else min(trainer.validation_samples, known)
-    batches = ahead.batch(samples, training.image_size, training.tokenizer).split(size)
+    batches = rehearsal.batch(samples, training.image_size, training.tokenizer).split(size)
     module.eval()
     with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
         module.validation_metrics(each.to(device) for each in batches)

@@ -155,7 +155,15 @@ def table_json(comparison: Comparison) -> str:
 
 
 _STAGE_IN_JSON = (
-    *("state", "detail", "fingerprint", "duration_s", "devices", "device_hours", "samples_seen", "hardware", "metrics"),
+    "state",
+    "detail",
+    "fingerprint",
+    "duration_s",
+    "devices",
+    "device_hours",
+    "samples_seen",
+    "hardware",
+    "metrics",
 )
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
-from typing_extensions import override
 
 from pipeline.config import Compile, StrategyName, TrainerSettings
 from pipeline.errors import UserError
@@ -119,14 +118,13 @@ def _cache_in(directory: Path) -> Iterator[None]:
 
 
 class StopCompiling(StepBoundary):
-    """Ends compiling after the first steps, so that no odd batch in mid-training waits for a compiler."""
+    """Ends compiling after the first steps, so that no odd batch in mid-training waits for a compiler.
+
+    `compiled` takes that back in the end.
+    """
 
     def __init__(self) -> None:
         self._steps = 0
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        torch.compiler.set_stance("default")
 
     def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
         """Count the steps of this process."""

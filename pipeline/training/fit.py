@@ -10,7 +10,7 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
-from pipeline.config import ActivationCheckpointing
+from pipeline.config import ActivationCheckpointing, Compile
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
@@ -86,12 +86,13 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
     )
     clock = TrainingClock(checkpoint.elapsed_s if checkpoint else 0.0)
     validation = Validation(context, images, clock)
-    trainer = _assemble(context, module, images, shape, validation, clock, checkpoint, strategy)
+    kind = compile_choice.kind
+    trainer = _assemble(context, module, images, shape, validation, clock, checkpoint, strategy, kind)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     if settings.activation_checkpointing is ActivationCheckpointing.BLOCKS:
         checkpoint_activations(module.network, module.block_classes)
-    with compiled(module, compile_choice.kind, context.frozen.outputs / COMPILER_CACHE):
+    with compiled(module, kind, context.frozen.outputs / COMPILER_CACHE):
         trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     strategy.leave_averaged_weights()
@@ -108,6 +109,7 @@ def _assemble(
     clock: TrainingClock,
     checkpoint: Checkpoint | None,
     strategy: PortableStrategy,
+    compile_kind: Compile,
 ) -> pl.Trainer:
     settings = context.frozen.trainer
     steps_done = checkpoint.samples_seen // module.stage_settings.global_batch_size if checkpoint else 0
@@ -129,7 +131,7 @@ def _assemble(
             ResumeAtSamples(steps_done, shape.accumulation),
             NonFiniteGuard(context, settings, images, module.stage_settings.optimizer.non_finite),
             measurements,
-            StopCompiling(),
+            *([] if compile_kind is Compile.NONE else [StopCompiling()]),
             Rows(context, settings, images, measurements),
             validation,
             Pictures(context, settings.sample_every_samples),

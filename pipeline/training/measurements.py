@@ -136,7 +136,8 @@ class Measurements(pl.Callback):
         if self._peak_flops is not None and self._flops_per_sample is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
-            torch.compiler.set_stance("force_eager")  # a compiled graph does not show its products to the counter
+            # A compiled graph does not show its products to the counter.
+            torch.compiler.set_stance("force_eager")
             self._is_counting = True
 
     @override

@@ -67,14 +67,14 @@ class AdamWithEma(AdamW):
         if self.ema_decay == 0:
             return loss
         averages, weights = [], []
-        steps = torch.zeros((), dtype=torch.float64)
+        steps = torch.zeros(())
         for parameter, state in self._trained():
             if EMA not in state:
                 state[EMA] = parameter.detach().clone()
             averages.append(state[EMA])
             weights.append(parameter.detach())
-            steps = state["step"].double()
-        share = 1.0 - ((1.0 + steps) / (10.0 + steps)).clamp(max=self.ema_decay)
+            steps = state["step"]
+        share = 1.0 - ((1.0 + steps.double()) / (10.0 + steps.double())).clamp(max=self.ema_decay)
         if self.found_inf is not None:
             share = share * (1.0 - self.found_inf.to(share.device))
         # A number that is on a GPU is left there: asking for it would wait.

@@ -11,7 +11,7 @@ from pipeline.data.batch import ImageBatch, signed
 from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.order import epoch_samples
 from pipeline.data.splits import Split, check_batches_are_distinct
-from pipeline.forecast.ahead import Ahead, Passes, Training
+from pipeline.forecast.rehearsal import Passes, Rehearsal, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -53,12 +53,12 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, metrics, samples_seen)
 
 
-def rehearse(ahead: Ahead) -> Training | Passes:
+def rehearse(rehearsal: Rehearsal) -> Training | Passes:
     """The towers, for a forecast. A checkpoint that replaces the training is copied."""
-    settings = ahead.settings_as(ClipSettings)
+    settings = rehearsal.settings_as(ClipSettings)
     if settings.max_samples == 0 and settings.checkpoint is not None:
         return Passes((), settings.checkpoint.stat().st_size)
-    with ahead.building():
+    with rehearsal.building():
         clip = ClipModel(settings.network, settings.loss)
     tokenizer = ShortTokenizer(settings.network.context_length)
     return Training(ClipModule(clip, settings), settings.network.image_size, tokenizer)

@@ -12,7 +12,7 @@ from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
-from pipeline.forecast.ahead import ROWS, Ahead, Training
+from pipeline.forecast.rehearsal import ROWS, Rehearsal, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule
@@ -56,16 +56,16 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, result.metrics, result.samples_seen)
 
 
-def rehearse(ahead: Ahead) -> Training:
+def rehearse(rehearsal: Rehearsal) -> Training:
     """The decoder and what it needs of CLIP, for a forecast."""
-    settings, towers = ahead.settings_as(DecoderSettings), ahead.input("clip").settings_as(ClipSettings).network
-    with ahead.building():
+    settings, towers = rehearsal.settings_as(DecoderSettings), rehearsal.input("clip").settings_as(ClipSettings).network
+    with rehearsal.building():
         clip = ClipModel(towers, towers=_towers(settings))
         decoder = build_decoder(settings, towers.embed_dim)
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = blank_embeddings(ROWS, towers.embed_dim)
-    shown = ahead.batch(GRID_PICTURES, settings.image_size, clip.tokenize)
+    shown = rehearsal.batch(GRID_PICTURES, settings.image_size, clip.tokenize)
     # Of a step that writes no row: the norms of the losses' gradients are for rows.
     module = DecoderModule(decoder, settings, clip, embeddings, shown, log_every_steps=settings.max_steps + 1)
     return Training(module, settings.image_size, clip.tokenize)

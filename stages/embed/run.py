@@ -24,7 +24,7 @@ from pipeline.data.faults import FaultTally, too_many_faults
 from pipeline.data.loader import rows_loader
 from pipeline.data.prepared import PreparedData
 from pipeline.data.splits import Split
-from pipeline.forecast.ahead import Ahead, Pass, Passes
+from pipeline.forecast.rehearsal import Pass, Passes, Rehearsal
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
 from stages.clip.network import ClipModel, load_clip
@@ -81,13 +81,13 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, _similarities(embeddings, images.data) | tally.metrics(), samples_seen=total)
 
 
-def rehearse(ahead: Ahead) -> Passes:
+def rehearse(rehearsal: Rehearsal) -> Passes:
     """Both towers over all samples, for a forecast; the parts stay beside the artifact."""
-    towers, samples = ahead.input("clip").settings_as(ClipSettings).network, ahead.data.samples
-    with ahead.building():
+    towers, samples = rehearsal.input("clip").settings_as(ClipSettings).network, rehearsal.data.samples
+    with rehearsal.building():
         clip = ClipModel(towers).eval()
     embeds_bytes = None if samples is None else 2 * samples * towers.embed_dim * torch.float32.itemsize
-    batch_size = ahead.settings_as(EmbedSettings).batch_size
+    batch_size = rehearsal.settings_as(EmbedSettings).batch_size
     once = Pass(lambda batch: _embed(clip, batch), samples, batch_size, towers.image_size, clip.tokenize)
     return Passes((once,), embeds_bytes, embeds_bytes, bytes_of(clip))
 

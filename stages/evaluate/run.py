@@ -14,7 +14,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import rows_loader
 from pipeline.data.splits import Split
-from pipeline.forecast.ahead import Ahead, Pass, Passes
+from pipeline.forecast.rehearsal import Pass, Passes, Rehearsal
 from pipeline.picture_grid import save_grid
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
@@ -25,7 +25,7 @@ from stages.evaluate.attributes import MEAN, SPLIT_OF_GROUP, AttributeAccuracy, 
 from stages.evaluate.metric import Embeds, InClip, Made
 from stages.evaluate.settings import METRICS, EvaluateNumbers, EvaluateSettings
 from stages.generation.grid import captioned_grid, to_pil
-from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_ahead, chain_of_inputs
+from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_of_inputs, untrained_chain
 from stages.judge.labels import true_labels
 from stages.judge.network import load_judge
 from stages.pictures import peak_signal_to_noise, resize
@@ -48,10 +48,10 @@ def run(context: StageContext) -> StageResult:
     return StageResult(EvaluateNumbers(samples=evaluation.made), metrics, evaluation.made)
 
 
-def rehearse(ahead: Ahead) -> Passes:
+def rehearse(rehearsal: Rehearsal) -> Passes:
     """Making the pictures and enlarging real ones, for a forecast; what is measured on them comes on top."""
-    settings, chain = ahead.settings_as(EvaluateSettings), chain_ahead(ahead)
-    judged = len(SPLIT_OF_GROUP) * settings.judged_samples if ahead.optional_input("judge") else 0
+    settings, chain = rehearsal.settings_as(EvaluateSettings), untrained_chain(rehearsal)
+    judged = len(SPLIT_OF_GROUP) * settings.judged_samples if rehearsal.optional_input("judge") else 0
     final_size = chain.upsamplers[-1].settings.high_size if chain.upsamplers else chain.clip.settings.image_size
 
     def generate(batch: ImageBatch) -> Generated:

@@ -4,12 +4,12 @@ import json
 
 import torch
 
-from pipeline.forecast.ahead import Ahead, Passes
+from pipeline.forecast.rehearsal import Passes, Rehearsal
 from pipeline.training.context import StageContext, StageResult
 from stages.export.settings import CONFIGS, ExportNumbers, ExportSettings
 from stages.export.stock_pipeline import obstacle, save_stock_pipeline
 from stages.export.transformers_clip import text_to_transformers, vision_to_transformers
-from stages.generation.text_to_image import chain_ahead, chain_of_inputs
+from stages.generation.text_to_image import chain_of_inputs, untrained_chain
 from stages.weights import bytes_of
 
 
@@ -41,14 +41,14 @@ def run(context: StageContext) -> StageResult:
     return StageResult(ExportNumbers(stock_pipeline=in_the_way is None, not_stock_because=in_the_way))
 
 
-def rehearse(ahead: Ahead) -> Passes:
+def rehearse(rehearsal: Rehearsal) -> Passes:
     """The size of the networks that are written, for a forecast."""
     with torch.device("meta"):
-        chain = chain_ahead(ahead)
+        chain = untrained_chain(rehearsal)
     networks = [chain.decoder.network, *(each.network for each in chain.upsamplers)]
     networks += [chain.prior.network] if chain.prior else []
     clip_bytes, image_tower_bytes = bytes_of(chain.clip), bytes_of(chain.clip.network.visual)
-    has_image_tower = ahead.settings_as(ExportSettings).include_clip_image_tower
+    has_image_tower = rehearsal.settings_as(ExportSettings).include_clip_image_tower
     return Passes((), bytes_of(*networks) + clip_bytes - (0 if has_image_tower else image_tower_bytes))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.data.draws import SampleDraws
 from pipeline.errors import UserError
-from pipeline.forecast.ahead import Ahead
+from pipeline.forecast.rehearsal import Rehearsal
 from pipeline.workflow.artifacts import Artifact
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
@@ -78,17 +78,17 @@ class TextToImage:
         return Generated(condition_embed, base, final)
 
 
-def chain_ahead(ahead: Ahead) -> TextToImage:
+def untrained_chain(rehearsal: Rehearsal) -> TextToImage:
     """The networks that a stage's inputs will have, untrained."""
     (clip_stage,), (decoder_stage,), prior_stage = (
-        ahead.inputs["clip"],
-        ahead.inputs["decoder"],
-        ahead.optional_input("prior"),
+        rehearsal.inputs["clip"],
+        rehearsal.inputs["decoder"],
+        rehearsal.optional_input("prior"),
     )
     towers, decoder_settings = clip_stage.settings_as(ClipSettings).network, decoder_stage.settings_as(DecoderSettings)
     prior_settings = prior_stage.settings_as(PriorSettings) if prior_stage else None
-    upsampling = [each.settings_as(UpsamplerSettings) for each in ahead.inputs["upsampler"]]
-    with ahead.building():
+    upsampling = [each.settings_as(UpsamplerSettings) for each in rehearsal.inputs["upsampler"]]
+    with rehearsal.building():
         clip = ClipModel(towers)
         prior = build_prior(prior_settings.network, towers.embed_dim, towers.context_length) if prior_settings else None
         decoder = build_decoder(decoder_settings, towers.embed_dim)

@@ -13,7 +13,7 @@ from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.make import make_prepared
 from pipeline.data.splits import Split
 from pipeline.data.write import pack
-from pipeline.forecast.ahead import ROWS, Ahead, Training
+from pipeline.forecast.rehearsal import ROWS, Rehearsal, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
@@ -40,10 +40,10 @@ def run(context: StageContext) -> StageResult:
     return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)
 
 
-def rehearse(ahead: Ahead) -> Training:
+def rehearse(rehearsal: Rehearsal) -> Training:
     """The judge, for a forecast, and how long it takes here to draw what it learns from."""
-    settings = ahead.settings_as(JudgeSettings)
-    with ahead.building():
+    settings = rehearsal.settings_as(JudgeSettings)
+    with rehearsal.building():
         judge = Judge(settings)
     labels_of_rows = torch.zeros((ROWS, len(CLASSES)), dtype=torch.int64)
     started, tried = time.monotonic(), len(list(islice(judge_samples(settings.data), DRAWN_TO_TRY)))

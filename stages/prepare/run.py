@@ -23,8 +23,8 @@ from pipeline.data.square import central_square
 from pipeline.data.summary import IndexSummary
 from pipeline.data.write import SourceSample, pack
 from pipeline.errors import ProcessKilledError
-from pipeline.forecast.ahead import Ahead, DataAhead
 from pipeline.forecast.prepared import known_of
+from pipeline.forecast.rehearsal import ExpectedData, Rehearsal
 from pipeline.training.context import StageContext, StageResult
 from stages.prepare.settings import DataNumbers, PrepareSettings, source_of
 from stages.prepare.source import MadeSourceSettings, Source, position_of
@@ -58,15 +58,15 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, metrics, len(index))
 
 
-def rehearse(ahead: Ahead) -> DataAhead:
+def rehearse(rehearsal: Rehearsal) -> ExpectedData:
     """What is known of the data, for a forecast: of those that are made, the first few are made now."""
-    if ahead.artifact is not None:
-        return known_of(ahead.artifact, ahead.place)
-    data = ahead.settings_as(PrepareSettings).data
+    if rehearsal.artifact is not None:
+        return known_of(rehearsal.artifact, rehearsal.place)
+    data = rehearsal.settings_as(PrepareSettings).data
     source = source_of(data)
     if source.summary is not None:
         summary = source.summary(data)
-        return DataAhead(summary.samples, summary.samples / max(1, len(summary.shards)))
+        return ExpectedData(summary.samples, summary.samples / max(1, len(summary.shards)))
     pieces, make = source.pieces, source.make
     assert pieces is not None, "a source makes its samples or takes them in"
     assert make is not None, "a source that says what there is to make can make it"
@@ -77,7 +77,7 @@ def rehearse(ahead: Ahead) -> DataAhead:
     counts, seconds = source.split_counts(data), (time.monotonic() - started) / len(made)
     samples = None if counts is None else counts.training + counts.validation
     picture_bytes = sum(len(sample.image) for sample in made) / len(made)
-    return DataAhead(
+    return ExpectedData(
         samples,
         data.shard_samples,
         None if samples is None else round(samples * (picture_bytes + OVERHEAD_BYTES)),

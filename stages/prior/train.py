@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import MadeAhead
-from pipeline.forecast.ahead import ROWS, Ahead, Training
+from pipeline.forecast.rehearsal import ROWS, Rehearsal, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule, within
@@ -42,10 +42,10 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, result.metrics, result.samples_seen)
 
 
-def rehearse(ahead: Ahead) -> Training:
+def rehearse(rehearsal: Rehearsal) -> Training:
     """The prior and the frozen text tower, for a forecast."""
-    settings, towers = ahead.settings_as(PriorSettings), ahead.input("clip").settings_as(ClipSettings).network
-    with ahead.building():
+    settings, towers = rehearsal.settings_as(PriorSettings), rehearsal.input("clip").settings_as(ClipSettings).network
+    with rehearsal.building():
         clip = ClipModel(towers, towers=Towers.TEXT)
         prior = build_prior(settings.network, towers.embed_dim, towers.context_length)
     return Training(PriorModule(prior, settings, clip, blank_embeddings(ROWS, towers.embed_dim)), 1, clip.tokenize)

@@ -11,7 +11,7 @@ from pipeline.data.dataset import MadeAhead
 from pipeline.data.draws import SampleDraws
 from pipeline.data.loader import evaluation_loader
 from pipeline.data.splits import Split
-from pipeline.forecast.ahead import Ahead, Training
+from pipeline.forecast.rehearsal import Rehearsal, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, SampleGrid, StageModule, within
@@ -41,12 +41,12 @@ def run(context: StageContext) -> StageResult:
     return StageResult(numbers, result.metrics, result.samples_seen)
 
 
-def rehearse(ahead: Ahead) -> Training:
+def rehearse(rehearsal: Rehearsal) -> Training:
     """The upsampler, for a forecast."""
-    settings = ahead.settings_as(UpsamplerSettings)
-    with ahead.building():
+    settings = rehearsal.settings_as(UpsamplerSettings)
+    with rehearsal.building():
         upsampler = build_upsampler(settings.network, settings.high_size)
-    shown = ahead.batch(GRID_PICTURES, settings.high_size)
+    shown = rehearsal.batch(GRID_PICTURES, settings.high_size)
     return Training(UpsamplerModule(upsampler, settings, shown), settings.high_size)
 
 

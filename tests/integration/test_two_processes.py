@@ -78,6 +78,16 @@ def rows(stage: FrozenStage) -> list[dict[str, float]]:
     return [without_measured(row) for row in tiny.rows(stage)]
 
 
+def require_the_bits_of(undisturbed: FrozenStage, stage: FrozenStage) -> None:
+    """A stage that was stopped before its end has, when it is finished, weights and rows of one that was not."""
+    stopped_at = latest_checkpoint_samples(stage.work)
+    assert stopped_at is not None
+    assert stopped_at < 8 * STEPS
+    finish(stage)
+    assert tiny.are_equal(tiny.weights(stage), tiny.weights(undisturbed))
+    assert json.dumps(rows(stage)) == json.dumps(rows(undisturbed))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_two_killed_processes_resume_to_the_bits_and_rows_of_undisturbed_ones(tmp_path: Path, strategy: str):
@@ -89,12 +99,7 @@ def test_two_killed_processes_resume_to_the_bits_and_rows_of_undisturbed_ones(tm
     for victim in victims:
         victim.kill()
     process.wait()
-    stopped_at = latest_checkpoint_samples(stage.work)
-    assert stopped_at is not None
-    assert stopped_at < 8 * STEPS
-    finish(stage)
-    assert tiny.are_equal(tiny.weights(stage), tiny.weights(undisturbed))
-    assert json.dumps(rows(stage)) == json.dumps(rows(undisturbed))
+    require_the_bits_of(undisturbed, stage)
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_another_number_of_them_goes_on(tmp_path: Path):
@@ -139,12 +144,7 @@ def test_a_process_that_is_killed_ends_the_other_one_and_both_resume_to_the_bits
         failure = read_failure(stage.work)
         assert failure is not None
         assert "stage learner: process 1 of 2 was ended by SIGKILL" in failure.message
-    stopped_at = latest_checkpoint_samples(stage.work)
-    assert stopped_at is not None
-    assert stopped_at < 8 * STEPS
-    finish(stage)
-    assert tiny.are_equal(tiny.weights(stage), tiny.weights(undisturbed))
-    assert json.dumps(rows(stage)) == json.dumps(rows(undisturbed))
+    require_the_bits_of(undisturbed, stage)
 
 
 @pytest.mark.slow

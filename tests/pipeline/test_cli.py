@@ -112,7 +112,7 @@ def tar(path: Path, names: list[str]) -> Path:
             "stage.clip.trainer.device=2",
             "stage.clip.trainer.device",
             "unknown key",
-            "accelerator, activation_checkpointing",
+            "accelerator, activation_checkpointing, cache_mib",
         ),
         (
             "data.validation_fraction=0",

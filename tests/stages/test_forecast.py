@@ -7,24 +7,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.compose import compose_members
 from pipeline.config import stage_trainer, validate
-from pipeline.forecast.ahead import Ahead, Training
 from pipeline.forecast.count import count_training
+from pipeline.forecast.rehearsal import Rehearsal, Training
 from stages.catalog import CATALOG
 
 GB = 1e9
 
 
-def ahead_of(name: str, *overrides: str) -> Ahead:
+def rehearsal_of(name: str, *overrides: str) -> Rehearsal:
     """A stage whose data is not known."""
     (member,) = compose_members("unclip plan", overrides)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    found: dict[str, Ahead] = {}
+    found: dict[str, Rehearsal] = {}
     for each, values in member.config.stage.items():
         own = {key: value for key, value in values.items() if key not in ("kind", "trainer")}
         declaration = CATALOG.stages[values["kind"]]
         if values["kind"] == "prepare":
             declaration = replace(declaration, rehearse=None)
-        found[each] = Ahead(
+        found[each] = Rehearsal(
             each,
             declaration,
             validate(declaration.settings, own, f"stage.{each}"),
@@ -48,12 +48,12 @@ def ahead_of(name: str, *overrides: str) -> Ahead:
 def test_flops_and_activations_are_within_a_fifth_of_those_on_a_gpu(
     name: str, gflop: float | None, activations_gb: float
 ):
-    ahead = ahead_of(name, "experiment=emoji")
-    training = ahead.rehearsed
+    rehearsal = rehearsal_of(name, "experiment=emoji")
+    training = rehearsal.rehearsed
     assert isinstance(training, Training)
     samples = training.module.stage_settings.global_batch_size
     count = count_training(
-        training.module, ahead.batch(samples, training.image_size, training.tokenizer), ahead.trainer.precision
+        training.module, rehearsal.batch(samples, training.image_size, training.tokenizer), rehearsal.trainer.precision
     )
     assert count.activation_bytes == pytest.approx(activations_gb * GB, rel=0.2)
     if gflop is not None:
@@ -62,11 +62,11 @@ def test_flops_and_activations_are_within_a_fifth_of_those_on_a_gpu(
 
 @pytest.mark.parametrize("name", ["clip", "prior", "decoder", "upsampler", "judge"])
 def test_every_stage_that_trains_is_counted_by_its_own_losses(name: str):
-    ahead = ahead_of(name, "experiment=smoke")
-    training = ahead.rehearsed
+    rehearsal = rehearsal_of(name, "experiment=smoke")
+    training = rehearsal.rehearsed
     assert isinstance(training, Training)
     count = count_training(
-        training.module, ahead.batch(4, training.image_size, training.tokenizer), ahead.trainer.precision
+        training.module, rehearsal.batch(4, training.image_size, training.tokenizer), rehearsal.trainer.precision
     )
     assert count.flops > 0
     assert count.activation_bytes > 0

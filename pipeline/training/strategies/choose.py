@@ -22,16 +22,13 @@ SHARE_FOR_STATE = {ActivationCheckpointing.NONE: 0.6, ActivationCheckpointing.BL
 SHARE_FOR_EVALUATION = 0.9
 """Of the first process's device: its state and, whole, the averaged weights, without which nothing is validated."""
 
-_WEIGHT, _GRADIENT, _MOMENTS, _AVERAGE = 4, 4, 8, 4
+_WEIGHT, GRADIENT_BYTES, _MOMENTS, _AVERAGE = 4, 4, 8, 4
 """Bytes per parameter, all in float32."""
-
-GRADIENT_BYTES = _GRADIENT
-"""Per parameter."""
 
 _OFFLOADED = {
     # The optimiser's weights and two sets of gradients: as they are gathered, and as the optimiser takes them.
-    Offload.OPTIMIZER: _WEIGHT + 2 * _GRADIENT + _MOMENTS + _AVERAGE,
-    Offload.PARAMETERS: 2 * _WEIGHT + 2 * _GRADIENT + _MOMENTS + _AVERAGE,
+    Offload.OPTIMIZER: _WEIGHT + 2 * GRADIENT_BYTES + _MOMENTS + _AVERAGE,
+    Offload.PARAMETERS: 2 * _WEIGHT + 2 * GRADIENT_BYTES + _MOMENTS + _AVERAGE,
 }
 """Bytes per parameter of what DeepSpeed keeps in host memory, shared between the nodes."""
 
@@ -113,15 +110,15 @@ def state_bytes_per_parameter(strategy: StrategyName, offload: Offload, shards: 
         return _WEIGHT / shards if strategy is StrategyName.ZERO3 else _WEIGHT
     match strategy:
         case StrategyName.AUTO | StrategyName.DDP:
-            return _WEIGHT + _GRADIENT + optimizer
+            return _WEIGHT + GRADIENT_BYTES + optimizer
         case StrategyName.ZERO1:
             # Of ZeRO-1 and 2 the optimiser's float32 weights are a copy, sharded too.
-            return _WEIGHT + _GRADIENT + (_WEIGHT + optimizer) / shards
+            return _WEIGHT + GRADIENT_BYTES + (_WEIGHT + optimizer) / shards
         case StrategyName.ZERO2:
-            return _WEIGHT + (_WEIGHT + _GRADIENT + optimizer) / shards
+            return _WEIGHT + (_WEIGHT + GRADIENT_BYTES + optimizer) / shards
         case StrategyName.ZERO3:
             # ZeRO-3 too copies weights that are float32 already: it compares a device with its name to see if it must.
-            return (2 * _WEIGHT + _GRADIENT + optimizer) / shards
+            return (2 * _WEIGHT + GRADIENT_BYTES + optimizer) / shards
 
 
 def _is_room_to_evaluate(bytes_per_parameter: float, parameters: int, device: Device) -> bool:

@@ -100,7 +100,7 @@ def test_an_indexing_that_is_stopped_keeps_what_it_walked(tmp_path: Path, number
     assert process.stdout is not None
     assert process.stdout.readline() == "reached\n"
     process.send_signal(number)
-    assert process.wait(60) == 75
+    assert process.wait(20) == 75
     kept = read_index(tmp_path / "shards")
     assert [shard.name for shard in kept.shards] == ["00000.tar", "00001.tar"]
 
@@ -122,7 +122,7 @@ def test_an_indexing_in_several_processes_that_is_stopped_ends_at_once(tmp_path:
     assert process.stdout.readline() == "reached\n"
     assert process.stdout.readline() == "reached\n"
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=20)
     assert process.returncode == 75
     assert errors == "stopped; the shards that were walked are kept, and the same command goes on\n"
     assert [shard.name for shard in read_index(tmp_path / "shards").shards] == ["00000.tar", "00001.tar"]

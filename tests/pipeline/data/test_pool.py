@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import signal
 import time
@@ -8,6 +7,7 @@ import pytest
 
 from pipeline.data.pool import in_order
 from pipeline.errors import UserError
+from tests.support.processes import no_process_left
 
 
 def slow_at_first(number: int) -> int:
@@ -46,15 +46,9 @@ def test_results_come_in_the_order_of_the_items(processes: int):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_an_item_raises_is_raised_here_in_its_words(processes: int):
-    before = multiprocessing.active_children()
-    with pytest.raises(UserError) as caught:
+    with no_process_left(), pytest.raises(UserError) as caught:
         list(in_order(refuse_seven, range(100), processes))
     assert str(caught.value) == "7 is refused; use 8"
-    started = [process for process in multiprocessing.active_children() if process not in before]
-    limit = time.monotonic() + 30
-    while any(process.is_alive() for process in started):
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_a_process_that_is_killed_breaks_the_work():
@@ -73,10 +67,6 @@ def test_the_work_stops_at_once_where_looking_raises():
         if time.monotonic() - began > 0.3:
             raise InterruptedError
 
-    before = multiprocessing.active_children()
-    with pytest.raises(InterruptedError):
+    with no_process_left(), pytest.raises(InterruptedError):
         list(in_order(sleep_long, range(100), 2, look))
-    for process in multiprocessing.active_children():
-        if process not in before:
-            process.join(30)
     assert time.monotonic() - began < 50

@@ -90,18 +90,23 @@ def test_a_stage_that_does_not_fit_is_told_which_micro_batch_would():
     assert re.search(r"does not fit the .* GiB of h100: set stage.prior.trainer.micro_batch_size=\d+$", prior.notes[0])
 
 
+def clip_with(*changes: str) -> tuple[float, float]:
+    """FLOPs of a sample and bytes in memory."""
+    asked = ("forecast.device=h200", "trainer.precision=bf16-mixed", *changes)
+    clip = stage(forecast(plan_run(config(*asked)), only=["clip"]), "clip")
+    assert clip.flops_per_sample
+    assert clip.memory_bytes
+    return clip.flops_per_sample, clip.memory_bytes
+
+
 @pytest.mark.parametrize("change", ["trainer.activation_checkpointing=blocks", "trainer.micro_batch_size=8"])
-def test_what_is_computed_again_costs_flops_and_spares_activations(change: str):
-    asked = ("forecast.device=h200", "trainer.precision=bf16-mixed")
-    plain = stage(forecast(plan_run(config(*asked)), only=["clip"]), "clip")
-    spared = stage(forecast(plan_run(config(*asked, change)), only=["clip"]), "clip")
-    assert plain.flops_per_sample
-    assert spared.flops_per_sample
-    assert plain.flops_per_sample < spared.flops_per_sample <= 1.34 * plain.flops_per_sample
-    assert plain.memory_bytes
-    assert spared.memory_bytes
-    # In pieces the gradient of the table of tokens is there twice for a moment, which in a tiny network is most of all.
-    assert spared.memory_bytes < plain.memory_bytes or "micro" in change
+def test_what_is_computed_again_costs_up_to_a_third_more_flops(change: str):
+    plain, again = clip_with()[0], clip_with(change)[0]
+    assert plain < again <= 1.34 * plain
+
+
+def test_checkpointed_activations_spare_memory():
+    assert clip_with("trainer.activation_checkpointing=blocks")[1] < clip_with()[1]
 
 
 def test_here_the_stages_are_tried():

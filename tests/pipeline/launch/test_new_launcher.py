@@ -45,7 +45,7 @@ class PlainLauncher(Launcher):
 
 LAUNCHER = PlainLauncher()
 '''
-NOT_NEEDED = ("clip", "embed", "prior", "decoder", "upsampler", "judge_clip", "judge", "evaluate", "export")
+NOT_NEEDED = ("embed", "prior", "decoder", "upsampler", "judge_clip", "judge", "evaluate", "export")
 PROGRAM = """
 import json, sys
 from pipeline.cli import main
@@ -68,7 +68,7 @@ def test_a_launcher_is_one_new_module_and_one_new_config(tmp_path: Path):
         ["plan", *line, "launch.nicenes=2"],
         ["plan", *line, "launch.kind=moon"],
         ["submit", *line],
-        ["run", *line, "trainer.accelerator=cpu", "data.samples=64", "data.unseen_samples=4"],
+        ["run", *line, "trainer.accelerator=cpu", "stage.clip.max_samples=16"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(commands)],
@@ -76,11 +76,12 @@ def test_a_launcher_is_one_new_module_and_one_new_config(tmp_path: Path):
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.stdout.splitlines()[-1:] == ["[0, 2, 2, 2, 0]"], said
-    assert "1 plain processes" in said
+    assert "2 plain processes" in said
     assert "launch.nicenes is an unknown key" in done.stderr
     assert "there are 'local', 'plain', 'slurm'" in done.stderr
     assert "launch.kind='plain' has no jobs" in done.stderr
     assert "prepare: finished" in said
+    assert "clip: finished" in said
     record = json.loads((house / "outputs" / "runs" / "smoke" / "run.json").read_text())
     for stage in record["stages"]:
         assert (house / "outputs" / "artifacts" / stage["name"] / stage["fingerprint"] / "manifest.json").exists()

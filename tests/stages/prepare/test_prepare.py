@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.workflow.progress import Outcome, read_failure, read_progress
+from tests.support.processes import no_process_left, started_since
 from tests.support.tiny_runs import TINY, failure_of, plan_stages, run_and_stop, run_stage_of, run_until
 
 SOURCES = {
@@ -40,10 +41,8 @@ def test_a_stop_ends_all_processes_and_the_same_command_makes_it_whole(tmp_path:
         progress = read_progress(frozen.work)
         return progress is not None and progress.samples_seen > 0
 
-    assert run_and_stop(frozen, when=has_begun) is Outcome.INTERRUPTED
-    for process in multiprocessing.active_children():
-        process.join(30)
-    assert multiprocessing.active_children() == []
+    with no_process_left():
+        assert run_and_stop(frozen, when=has_begun) is Outcome.INTERRUPTED
     assert run_stage_of(frozen) is Outcome.FINISHED
 
 
@@ -61,13 +60,14 @@ def test_what_a_process_refuses_is_said_in_one_line(tmp_path: Path):
 def test_a_process_that_is_killed_is_told_of(tmp_path: Path):
     frozen = plan_stages(tmp_path, "data.samples=20000", TWO)["prepare"]
 
-    def kill_one() -> bool:
-        children = multiprocessing.active_children()
-        if children:
-            children[0].kill()
-        return bool(children)
+    before = multiprocessing.active_children()
 
-    stage_ends = run_and_stop(frozen, when=lambda: kill_one() and False)
+    def kill_one() -> bool:
+        for process in started_since(before)[:1]:
+            process.kill()
+        return False
+
+    stage_ends = run_and_stop(frozen, when=kill_one)
     assert stage_ends is Outcome.FAILED
     failure = read_failure(frozen.work)
     assert failure is not None

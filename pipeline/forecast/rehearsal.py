@@ -26,11 +26,11 @@ ROWS = 4096
 
 
 @dataclass(frozen=True)
-class DataAhead:
+class ExpectedData:
     """What is known of the data; None is what cannot be told before it is prepared.
 
-    `captions` are some of its own, none where they are not known. `bytes_per_sample` is what a sample takes in a shard,
-    `seconds_per_sample` what making one takes here. `decode_s` measures, here and on one core, how many seconds reading
+    `captions` are some of its own, none where they are not known. `seconds_per_sample` is what making one takes here.
+    `decode_s` measures, here and on one core, how many seconds reading
     a picture at a size takes.
     """
 
@@ -76,11 +76,11 @@ class Passes:
     weight_bytes: int = 0
 
 
-Rehearsed = DataAhead | Training | Passes
+Rehearsed = ExpectedData | Training | Passes
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Rehearsal:
     """A stage before it runs: its settings, its artifact where it is finished, and the stages behind its inputs.
 
     With a `mode` networks are built without weights: their shapes are those of the real ones, and take no memory. The
@@ -91,7 +91,7 @@ class Ahead:
     declaration: StageDeclaration
     settings: Settings
     trainer: TrainerSettings
-    inputs: Mapping[str, tuple["Ahead", ...]]
+    inputs: Mapping[str, tuple["Rehearsal", ...]]
     artifact: Artifact | None = None
     place: ShardPlace | None = None
     mode: FakeTensorMode | torch.device | None = None
@@ -101,12 +101,12 @@ class Ahead:
         assert isinstance(self.settings, schema), f"{self.name} has {type(self.settings)}"
         return self.settings
 
-    def input(self, name: str) -> "Ahead":
+    def input(self, name: str) -> "Rehearsal":
         """The one stage behind an input."""
         (stage,) = self.inputs[name]
         return stage
 
-    def optional_input(self, name: str) -> "Ahead | None":
+    def optional_input(self, name: str) -> "Rehearsal | None":
         """The stage behind an input that a workflow may lack."""
         return next(iter(self.inputs[name]), None)
 
@@ -116,11 +116,11 @@ class Ahead:
         return None if self.declaration.rehearse is None else resolve(self.declaration.rehearse)(self)
 
     @cached_property
-    def data(self) -> DataAhead:
+    def data(self) -> ExpectedData:
         """What is known of the stage's data."""
         found = next(iter(self.inputs.get("data", ())), None)
         known = found.rehearsed if found is not None else None
-        return known if isinstance(known, DataAhead) else DataAhead()
+        return known if isinstance(known, ExpectedData) else ExpectedData()
 
     def knows_captions(self, samples: int) -> bool:
         """Whether enough captions are known to tell how long the longest of so many is."""
