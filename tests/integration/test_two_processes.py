@@ -127,7 +127,8 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_another_number_
     assert [row["samples_seen"] for row in rows(alone)] == [row["samples_seen"] for row in rows(whole)]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_ends_the_other_one_and_both_resume_to_the_bits_and_rows_of_undisturbed_ones(
     tmp_path: Path, rank: int
 ):

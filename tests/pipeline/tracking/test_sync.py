@@ -84,6 +84,7 @@ def test_sending_that_was_cut_off_is_gone_on_with_and_no_row_is_there_twice(
     assert server.only_run.ended_with == [0]
 
 
+@pytest.mark.slow
 def test_of_a_stage_that_was_killed_the_rows_are_sent_and_no_end(tmp_path: Path, server: WandbServer):
     stage = tracked(tmp_path, step_s=0.5)
     assert run_stage(tiny.data_of(stage), Event()) is Outcome.FINISHED

@@ -71,7 +71,8 @@ def running(outputs: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]
     return command, psutil.Process(command.pid).children()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_stops_all_that_run_and_nothing_more_is_started(tmp_path: Path, number: signal.Signals):
     command, workers = running(tmp_path)
     assert len(workers) == 2
