@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -54,7 +55,7 @@ class HostMemory:
     def release(self) -> None:
         """Give the memory back."""
         if self._buffer is not None and self._is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+            _cudart().cudaHostUnregister(self._buffer.data_ptr())
         self._buffer, self._is_pinned = None, False
 
     def _is_room(self, need: int, processes: int) -> bool:
@@ -72,7 +73,7 @@ class HostMemory:
 
 def available_bytes() -> int:
     """What this process can still take of the host's memory, within the limits of its control groups."""
-    return min(psutil.virtual_memory().available, *_left_in_groups())
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
@@ -102,4 +103,8 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _register(buffer: Tensor) -> bool:
-    return int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, _PORTABLE)) == 0
+    return int(_cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, _PORTABLE)) == 0
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()

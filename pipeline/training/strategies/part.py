@@ -81,7 +81,7 @@ def _contents(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[memoryview]:
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
     yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
     for _, tensor in tensors:
-        yield memoryview(tensor.detach().cpu().view(torch.uint8).numpy())
+        yield tensor.detach().cpu().view(torch.uint8).numpy().data
 
 
 def _write(path: Path, contents: Iterator[memoryview] | Sequence[memoryview], cancelled: Event) -> str:
