@@ -1,6 +1,7 @@
 """Host memory for copies of what a process trains, so that training can go on while they are written."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,11 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _register(buffer: Tensor) -> bool:
-    return int(_cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, _PORTABLE)) == 0
+    if int(_cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, _PORTABLE)) == 0:
+        return True
+    with suppress(RuntimeError):  # or the next kernel of training would be told of the error
+        torch.ones(1, device="cuda")
+    return False
 
 
 def _cudart() -> Any:

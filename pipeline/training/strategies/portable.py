@@ -175,9 +175,9 @@ class PortableStrategy(Strategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Take this process's part of the checkpoint, the directory `filepath`, which exists. All processes call this.
+        """Take this process's part of the checkpoint, the directory `filepath`. All processes call this.
 
-        Nothing is written: `take_part` gives what is to be.
+        Nothing is written: `take_part` gives what is to be, once the directory is there.
         """
         directory = Path(self.broadcast(str(filepath)))
         constants = self.constants()
