@@ -220,6 +220,7 @@ def test_a_kill_while_one_process_still_writes_resumes_from_the_checkpoint_befor
     require_nothing_left(stage)
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_checkpoint_when_the_slower_one_has_written_its_part(tmp_path: Path):
     stage = learner(tmp_path, 2, StrategyName.DDP)
     process = start(with_held_checkpoints(stage, from_samples=32), **{SLOW_RANK: "1"})
