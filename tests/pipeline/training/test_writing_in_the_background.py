@@ -191,14 +191,10 @@ def learner(outputs: Path, devices: int, strategy: StrategyName) -> FrozenStage:
     return stage
 
 
-RANKS = [
-    (1, StrategyName.DDP),
-    pytest.param(2, StrategyName.DDP, marks=pytest.mark.slow),
-    pytest.param(2, StrategyName.ZERO2, marks=pytest.mark.slow),
-    pytest.param(2, StrategyName.ZERO3, marks=pytest.mark.slow),
-]
+RANKS = [(1, StrategyName.DDP), (2, StrategyName.DDP), (2, StrategyName.ZERO2), (2, StrategyName.ZERO3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "strategy"), RANKS)
 def test_a_kill_while_one_process_still_writes_resumes_from_the_checkpoint_before(
     tmp_path: Path, devices: int, strategy: StrategyName
