@@ -99,7 +99,7 @@ def test_both_preprocess_pictures_of_other_sizes_almost_as_ours(tmp_path: Path):
     theirs.append(whole.get_image_features(processed.pixel_values).pooler_output)
     for each in theirs:
         assert torch.cosine_similarity(each, own) > 0.9999
-    default = image_transform_v2(open_clip.transform.PreprocessCfg(size=16), is_train=False)
+    default: Any = image_transform_v2(open_clip.transform.PreprocessCfg(size=16), is_train=False)
     torch.testing.assert_close(preprocess(wide), default(wide), rtol=0, atol=1e-6)
 
 
