@@ -7,12 +7,14 @@ from diffusers.models.transformers.prior_transformer import PriorTransformer
 from torch import Tensor
 
 from pipeline.data.draws import SampleDraws
-from stages.captions import CaptionEncoder
+from stages.captions import NO_CAPTION, CaptionEncoder
 from stages.clip.network import TextEncoding
-from stages.diffusion.guidance import guided
+from stages.diffusion.guidance import ClassifierFree, guided
 from stages.diffusion.sampler import NetworkSampler
 from stages.prior.network import denoise_prior, get_whitening
-from stages.prior.settings import PriorSettings
+from stages.prior.settings import PriorOptions, PriorSettings
+
+OWN_SAMPLER = PriorOptions()
 
 
 class PriorSampler(NetworkSampler[PriorTransformer, PriorSettings]):
@@ -23,22 +25,25 @@ class PriorSampler(NetworkSampler[PriorTransformer, PriorSettings]):
         self._captions = captions
 
     def sample(
-        self, text: TextEncoding, draws: SampleDraws, guidance_scale: float | None = None, steps: int | None = None
+        self,
+        text: TextEncoding,
+        draws: SampleDraws,
+        options: PriorOptions = OWN_SAMPLER,
+        negative_caption: str = NO_CAPTION,
     ) -> Tensor:
         """Image embeddings float32 [B, E] as CLIP's projection gives them; of the candidates, the one with the highest
-        dot product with the caption's embedding."""
-        sampler, whitening = self.settings.sampler, get_whitening(self.network)
-        scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
-        none = self._captions.encode_none(len(text.embed)) if scale != 1.0 else None
+        dot product with the caption's embedding. Guidance leads away from the negative caption."""
+        sampler, whitening = options.over(self.settings.sampler), get_whitening(self.network)
+        guidance = ClassifierFree(sampler, self.settings.schedule.timesteps)
+        negative = self._captions.encode([negative_caption] * len(text.embed)) if guidance.acts else None
         drawn = []
         for candidate in range(sampler.candidates):
             whitened = self.draw(
-                guided(partial(denoise_prior, self.network), text, none, scale),
+                guided(partial(denoise_prior, self.network), text, negative, guidance),
                 draws,
                 f"prior {candidate}",
                 (text.embed.shape[1],),
-                steps=steps or sampler.steps,
-                eta=sampler.eta,
+                sampler,
                 clip_range=sampler.clip_sample_range,
             )
             drawn.append(whitening.unwhiten(whitened))
