@@ -28,7 +28,7 @@ class CaptionEncoder:
 
     def encode_none(self, count: int) -> TextEncoding:
         """The encoding of `count` dropped captions."""
-        return self.encode([NO_CAPTION] * count)
+        return TextEncoding.stacked([self.encode([NO_CAPTION])] * count)
 
     def encode_dropping(self, tokens: Tensor, dropped: Tensor) -> tuple[TextEncoding, TextEncoding]:
         """The encoding of B captions by their token ids int64 [B, L], and the same with those dropped where `dropped`
