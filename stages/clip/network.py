@@ -97,6 +97,12 @@ class TextEncoding:
         """Some of its captions."""
         return TextEncoding(self.embed[rows], self.hidden[rows], self.mask[rows])
 
+    @classmethod
+    def stacked(cls, parts: "Sequence[TextEncoding]") -> "TextEncoding":
+        """The captions of all parts, one part after the other."""
+        embeds, hiddens, masks = zip(*((each.embed, each.hidden, each.mask) for each in parts), strict=True)
+        return cls(torch.cat(embeds), torch.cat(hiddens), torch.cat(masks))
+
     def where(self, condition: Tensor, other: "TextEncoding") -> "TextEncoding":
         """This one's captions where `condition` bool [B] is true, else the other's; one of the two may have B = 1."""
         return TextEncoding(

@@ -81,7 +81,9 @@ class DecoderSampler(NetworkSampler[Decoder, DecoderSettings]):
         negative, embed = None, condition.image_embed
         if guidance.acts:
             drop_all = torch.ones(len(embed), dtype=torch.bool, device=embed.device)
-            negative = Condition(embed, CaptionEncoder(self._clip).encode([negative_caption] * len(embed)), drop_all)
+            negative = Condition(
+                embed, CaptionEncoder(self._clip).encode_all_as(negative_caption, len(embed)), drop_all
+            )
         return guided(self.network, condition, negative, guidance)
 
     def _clip_guidance(self, text_embed: Tensor, scale: float) -> ClipGuidance | None:

@@ -1,9 +1,9 @@
 """Guidance: classifier-free, and by the gradient of the CLIP similarity."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,17 @@ from torch import Tensor
 from stages.diffusion.clip_loss import ImageEncoder, similarity
 from stages.diffusion.settings import SamplerSettings
 
-C = TypeVar("C")
+
+class Stackable(Protocol):
+    """What a batch of samples is made from."""
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Self]) -> Self:
+        """The conditions of all parts, one part after the other."""
+        ...
+
+
+C = TypeVar("C", bound=Stackable)
 
 
 def classifier_free(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -52,13 +62,19 @@ class ClassifierFree:
 def guided(
     denoise: Callable[[Tensor, Tensor, C], Tensor], condition: C, unconditional: C | None, guidance: ClassifierFree
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`denoise` (x_t, timestep, condition) under a condition, guided by what it does without; None is no guidance."""
+    """`denoise` (x_t, timestep, condition) under a condition, guided by what it does without; None is no guidance.
+
+    Both are computed as one batch, of twice the samples.
+    """
+    if unconditional is None:
+        return lambda x_t, timestep: denoise(x_t, timestep, condition)
+    both = type(condition).stacked([unconditional, condition])
 
     def guided_denoise(x_t: Tensor, timestep: Tensor) -> Tensor:
-        prediction = denoise(x_t, timestep, condition)
-        if unconditional is None or not guidance.acts_at(timestep):
-            return prediction
-        return guidance.combine(denoise(x_t, timestep, unconditional), prediction)
+        if not guidance.acts_at(timestep):
+            return denoise(x_t, timestep, condition)
+        without, conditional = denoise(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both).chunk(2)
+        return guidance.combine(without, conditional)
 
     return guided_denoise
 

@@ -145,7 +145,7 @@ def image_to_image(
 
 
 def _no_caption(chain: TextToImage, count: int) -> TextEncoding:
-    return chain.captions.encode([NO_CAPTION] * count)
+    return chain.captions.encode_all_as(NO_CAPTION, count)
 
 
 def _draws(chain: TextToImage, seeds: Sequence[int]) -> SampleDraws:
