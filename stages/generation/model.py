@@ -54,7 +54,14 @@ def load(
     Raises:
         UserError: there is no such run, or it is not finished, or was made by a newer version.
     """
-    return Model(_find(Path(outputs).absolute(), run), accelerator, batch_size, shows_progress)
+    record = read_run(Path(outputs).absolute(), run)
+    artifacts = run_artifacts(Path(outputs).absolute(), record)
+    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
+    if unfinished:
+        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
+    if not any(artifact.manifest.kind == "decoder" for artifact in artifacts.values()):
+        raise UserError(f"run {record.name} trains no decoder, and makes no pictures; sample from a run that does")
+    return _model_of(record, artifacts, accelerator, batch_size, shows_progress)
 
 
 def load_for(recipe: Recipe, *, outputs: str | Path = "outputs", batch_size: int = BATCH_SIZE) -> "Model":
@@ -73,54 +80,59 @@ def load_for(recipe: Recipe, *, outputs: str | Path = "outputs", batch_size: int
             "the --outputs that does, or train the run again with its settings"
         )
     artifacts = {stage: artifact for stage, artifact in found.items() if artifact is not None}
-    return Model(_Run(record, artifacts), batch_size=batch_size)
+    return _model_of(record, artifacts, None, batch_size, shows_progress=True)
+
+
+def _model_of(
+    record: RunRecord,
+    artifacts: Mapping[str, Artifact],
+    accelerator: str | None,
+    batch_size: int,
+    shows_progress: bool,
+) -> "Model":
+    changes = {} if accelerator is None else {"accelerator": accelerator}
+    fabric = inference_fabric(validate(TrainerSettings, {**record.config["trainer"], **changes}, "trainer"))
+    with fabric.autocast():
+        chain = chain_of_inputs(inputs_by_kind(artifacts.values()), fabric.device)
+    networks = {name: each.manifest.fingerprint for name, each in artifacts.items() if each.manifest.kind in KINDS}
+    origin = Origin(record.name, networks, code_version())
+    return Model(chain, origin, fabric, artifacts.get(Judge.JUDGE_CLIP), batch_size, shows_progress)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A recorded run with its networks' artifacts by stage."""
+class Origin:
+    """Where networks come from: the run, the fingerprints of their artifacts by stage, and the code's version."""
 
-    record: RunRecord
-    artifacts: Mapping[str, Artifact]
-
-
-def _find(outputs: Path, name: str) -> _Run:
-    record = read_run(outputs, name)
-    artifacts = run_artifacts(outputs, record)
-    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
-    if unfinished:
-        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
-    if not any(artifact.manifest.kind == "decoder" for artifact in artifacts.values()):
-        raise UserError(f"run {record.name} trains no decoder, and makes no pictures; sample from a run that does")
-    return _Run(record, artifacts)
+    run: str
+    artifacts: dict[str, str]
+    version: str
 
 
 class Model:
-    """DALL-E 2 as one run trained it. Call it with a caption; see the methods for what else it does.
+    """DALL·E 2 as one run trained it. Call it with a caption; see the methods for what else it does.
 
     Every method returns pictures that know how they were made (`Picture.recipe`), so that `again` makes them once more.
     What is drawn for a picture follows from its own seed and captions, and not from what else is made in its batch.
     """
 
     def __init__(
-        self, run: _Run, accelerator: str | None = None, batch_size: int = BATCH_SIZE, shows_progress: bool = True
+        self,
+        chain: TextToImage,
+        origin: Origin,
+        fabric: Fabric,
+        judge_clip: Artifact | None = None,
+        batch_size: int = BATCH_SIZE,
+        shows_progress: bool = True,
     ) -> None:
-        """Use `load`."""
+        """`load` makes one of a run. `judge_clip` is a CLIP that nothing was fitted to, for picking the best."""
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} makes no picture; give 1 or more")
-        changes = {} if accelerator is None else {"accelerator": accelerator}
-        trainer = validate(TrainerSettings, {**run.record.config["trainer"], **changes}, "trainer")
-        self.run = run.record.name
+        self.chain = chain
+        self.origin = origin
         self.batch_size = batch_size
         self.shows_progress = shows_progress
-        self._run = run
-        self._fabric: Fabric = inference_fabric(trainer)
-        with self._fabric.autocast():
-            self.chain: TextToImage = chain_of_inputs(inputs_by_kind(run.artifacts.values()), self._fabric.device)
-        self._fingerprints = {
-            name: each.manifest.fingerprint for name, each in run.artifacts.items() if each.manifest.kind in KINDS
-        }
-        self._version = code_version()
+        self._fabric = fabric
+        self._judge_clip = judge_clip
 
     @property
     def size(self) -> int:
@@ -306,10 +318,11 @@ class Model:
         Raises:
             UserError: other networks made it, or other pictures than these are its sources.
         """
-        other = [stage for stage, each in recipe.artifacts.items() if self._fingerprints.get(stage) != each]
+        other = [stage for stage, each in recipe.artifacts.items() if self.origin.artifacts.get(stage) != each]
         if other:
             raise UserError(
-                f"the picture was made by another {', '.join(other)} than run {self.run} has; use load_for(recipe)"
+                f"the picture was made by another {', '.join(other)} than run {self.origin.run} has; "
+                "use load_for(recipe)"
             )
         sources = [self._square(as_image(each)) for each in pictures]
         found = tuple(map(pixels_sha256, sources))
@@ -333,9 +346,9 @@ class Model:
     ) -> Recipe:
         return Recipe(
             operation=operation,
-            run=self.run,
-            artifacts=self._fingerprints,
-            version=self._version,
+            run=self.origin.run,
+            artifacts=self.origin.artifacts,
+            version=self.origin.version,
             captions=captions,
             seed=seed,
             options=options,
@@ -381,12 +394,9 @@ class Model:
         """Of each `best_of` pictures that follow each other, the one most similar to its caption."""
         clip = self.chain.clip
         if judge is Judge.JUDGE_CLIP:
-            found = next(
-                (each for each in self._run.artifacts.values() if each.manifest.stage == Judge.JUDGE_CLIP), None
-            )
-            if found is None:
-                raise UserError(f"run {self.run} has no stage {judge.value}; judge by its own clip")
-            clip = load_clip(found, device=self.chain.device)
+            if self._judge_clip is None:
+                raise UserError(f"run {self.origin.run} has no stage {judge.value}; judge by its own clip")
+            clip = load_clip(self._judge_clip, device=self.chain.device)
         best = []
         with self._fabric.autocast():
             for first in range(0, len(pictures), best_of):
