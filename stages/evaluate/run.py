@@ -25,7 +25,8 @@ from stages.evaluate.attributes import MEAN, SPLIT_OF_GROUP, AttributeAccuracy, 
 from stages.evaluate.metric import Embeds, InClip, Made
 from stages.evaluate.settings import METRICS, EvaluateNumbers, EvaluateSettings
 from stages.generation.grid import captioned_grid, to_pil
-from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage, chain_of_inputs, untrained_chain
+from stages.generation.options import GenerationOptions
+from stages.generation.text_to_image import Generated, TextToImage, chain_of_inputs, untrained_chain
 from stages.judge.labels import true_labels
 from stages.judge.network import load_judge
 from stages.pictures import peak_signal_to_noise, resize

@@ -10,6 +10,7 @@ from pipeline.report.metrics import format_number, is_bound
 from pipeline.workflow.artifacts import Artifact
 from stages.clip.settings import ContrastiveLoss, origin
 from stages.decoder.settings import DecoderSettings
+from stages.diffusion.settings import Solver
 from stages.export.settings import CONFIGS, Dtype, ExportFormat
 from stages.prior.settings import PriorSettings
 from stages.upsampler.settings import UpsamplerSettings
@@ -130,8 +131,14 @@ def _differences(card: Card) -> Iterator[str]:
                 sampler = artifact.settings(UpsamplerSettings).sampler
             case _:
                 continue
-        if sampler.eta != 1.0:
-            yield f"The {artifact.manifest.stage} is sampled with eta 1, and not {sampler.eta:g}."
+        name = artifact.manifest.stage
+        eta = sampler.solver.eta(sampler.eta)
+        if sampler.solver is Solver.DPM_SOLVER_PP_2M:
+            yield f"The {name} is sampled by DDPM, and not by {sampler.solver.value}."
+        elif eta != 1.0:
+            yield f"The {name} is sampled with eta 1, and not {eta:g}."
+        if sampler.guidance_rescale > 0.0 or sampler.guidance_interval != (0.0, 1.0):
+            yield f"The guidance of the {name} acts at all timesteps, and is not rescaled."
 
 
 def _licence(card: Card) -> str:
