@@ -12,7 +12,7 @@ from typing import Any, cast
 from PIL import Image
 
 from pipeline.picture_grid import read_layout
-from pipeline.report.metrics import format_number, is_bound
+from pipeline.report.metrics import format_interval, is_bound
 from pipeline.report.pictures import latest_grid
 from pipeline.report.records import Comparison, RunReport, StageReport
 from pipeline.report.table import format_hours, totals
@@ -139,13 +139,11 @@ def _data(run: RunReport) -> str:
 def _metrics(run: RunReport) -> str:
     rows = []
     for stage in run.stages:
-        for name, value in stage.metrics.items():
+        for name in stage.metrics:
             if is_bound(name, stage.metrics):
                 continue
-            ends = [stage.metrics.get(f"{name}_{end}") for end in ("low", "high")]
-            interval = f" ({format_number(ends[0])} to {format_number(ends[1])})" if None not in ends else ""
             so_far = "" if stage.is_finished else f", {stage.state.value}"
-            rows.append([f"{stage.name}{so_far}", name, f"{format_number(value)}{interval}"])
+            rows.append([f"{stage.name}{so_far}", name, format_interval(stage.metrics, name)])
     return _table(["stage", "metric", "value"], rows) if rows else "None yet."
 
 

@@ -53,6 +53,13 @@ def format_number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def format_interval(metrics: Mapping[str, float], name: str) -> str:
+    """A metric with its interval where it has one, as in `0.5 (0.4 to 0.6)`; nothing where it is missing."""
+    ends = [metrics.get(f"{name}{bound}") for bound in _BOUNDS]
+    interval = f" ({format_number(ends[0])} to {format_number(ends[1])})" if None not in ends else ""
+    return f"{format_number(metrics.get(name))}{interval}"
+
+
 def _catalog(reference: str) -> Mapping[str, StageDeclaration]:
     """The run's classes of stages; none where this installation does not have them, and then nothing is marked."""
     try:

@@ -64,7 +64,8 @@ class Sampled:
 
 
 class Evaluation:
-    """`made` counts the pictures that were made. A sample that cannot be used is left out, not replaced.
+    """`made` counts the pictures that were made; a `chain` that is given takes the place of the run's own.
+    A sample that cannot be used is left out, not replaced.
 
     Encoders are loaded at once: what is missing is said before anything is sampled.
     """
@@ -87,11 +88,11 @@ class Evaluation:
         self._sampled_rows = self._validation_rows(settings.samples)
         self._to_make = len(self._sampled_rows) + sum(map(len, self._judged_rows.values()))
 
-    def attributes(self) -> AttributeAccuracy:
+    def attributes(self, chain: TextToImage | None = None) -> AttributeAccuracy:
         """What the judge reads off pictures of fully described single objects, at both sizes; none without one."""
         accuracy, judge = AttributeAccuracy(), self._subject.judge
         for group, rows in self._judged_rows.items():
-            for batch, generated in self._generated(self._chain, rows, f"{group} pairs for the judge"):
+            for batch, generated in self._generated(chain or self._chain, rows, f"{group} pairs for the judge"):
                 assert judge is not None, "rows are judged where there is a judge"
                 truth = true_labels(self._images, batch.sample.tolist())
                 real = batch.image_signed()
@@ -146,10 +147,10 @@ class Evaluation:
         )
         return named({f"clip/{name}": mean_of_shares(found) for name, found in hits.items()})
 
-    def upsampling(self) -> dict[str, float]:
+    def upsampling(self, chain: TextToImage | None = None) -> dict[str, float]:
         """PSNR and SSIM of real pictures, reduced and enlarged again: by the upsamplers, and by plain bicubic
         interpolation; none without upsamplers."""
-        chain = self._subject.chain
+        chain = chain or self._subject.chain
         if chain is None or not chain.upsamplers:
             return {}
         found: dict[str, list[Tensor]] = {}
