@@ -17,9 +17,10 @@ class EvaluationRecord:
     """One evaluation. `points` are metrics by what was swept, such as "guidance=2"; one alone, "", without a sweep."""
 
     path: Path
+    made_at: str
     data: str
     samples: int
-    points: Mapping[str, Mapping[str, float]]
+    points: Mapping[str, Mapping[str, float | None]]
     plot: Path | None
 
 
@@ -52,7 +53,11 @@ def read_evaluations(outputs: Path, run: str) -> list[EvaluationRecord]:
             data = content["data"] if isinstance(content["data"], str) else " ".join(content["data"])
             plot = path.parent / content["plot"] if "plot" in content else None
             samples, points = int(content["settings"]["samples"]), content["points"]
-            found.append(EvaluationRecord(path, data, samples, points, plot if plot and plot.is_file() else None))
+            found.append(
+                EvaluationRecord(
+                    path, content["made_at"], data, samples, points, plot if plot and plot.is_file() else None
+                )
+            )
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found

@@ -1,6 +1,7 @@
 """`unclip evaluate RUN ...`: the metrics of finished runs, on their own held-out data or on other shards."""
 
 import argparse
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,6 +156,7 @@ def _write(options: argparse.Namespace, request: Request, points: Mapping[str, M
     )
     record: dict[str, Any] = {
         "run": request.name,
+        "made_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "stages": {each.manifest.stage: each.manifest.fingerprint for each in request.artifacts},
         "data": options.data or "validation",
         "settings": request.settings.model_dump(mode="json"),

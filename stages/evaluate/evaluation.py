@@ -163,7 +163,7 @@ class Evaluation:
             for name, picture in {"": enlarged, "_bicubic": resize(low, real.shape[-1])}.items():
                 found.setdefault(f"psnr{name}_db", []).append(peak_signal_to_noise_of_each(picture, real))
                 if real.shape[-1] >= SMALLEST_FOR_SSIM:
-                    found.setdefault(f"ssim{name}", []).append(_ssim_of_each(picture, real))
+                    found.setdefault(f"ssim{name}", []).append(ssim_of_each(picture, real))
             self._on_step(self.made, self._to_make, "upsampling")
         return named({f"upsampler/{name}": mean(torch.cat(values)) for name, values in found.items()})
 
@@ -254,7 +254,8 @@ def _without_replacements(batch: ImageBatch, asked: NDArray[np.int64]) -> ImageB
     return ImageBatch(batch.image[places], captions, batch.sample[places], batch.sample_seed[places])
 
 
-def _ssim_of_each(image: Tensor, truth: Tensor) -> Tensor:
+def ssim_of_each(image: Tensor, truth: Tensor) -> Tensor:
+    """SSIM of each of the pictures float [B, 3, H, W] in [-1, 1] against its truth, float32 [B]."""
     found = structural_similarity_index_measure(
         image.float().clamp(-1, 1), truth.float(), data_range=2.0, reduction="none"
     )

@@ -3,11 +3,14 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Settings, validate
 from pipeline.errors import UserError
+from pipeline.report.metrics import is_bound
+from stages.evaluate.settings import MEASURED
 from stages.generation.text_to_image import TextToImage
 
 SWEEPS = {
@@ -78,12 +81,13 @@ def swept_chain(chain: TextToImage, sweep: Sweep, value: float) -> TextToImage:
 
 
 def plot_sweep(sweep: Sweep, results: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
-    """Draw each metric against the swept setting, with its interval where it has one."""
+    """Draw what moves with the swept setting and is known to improve one way, with intervals; else all there is."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    bounds = {f"{name}{end}" for name in results[0] for end in ("_low", "_high")}
-    names = [name for name in results[0] if name not in bounds]
+    names = [name for name in results[0] if not is_bound(name, results[0])]
+    directed = [name for name in names if any(fnmatchcase(name, pattern) for pattern in MEASURED)]
+    names = [name for name in directed if len({each[name] for each in results}) > 1] or names
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     with mpl.rc_context({"font.size": 8}):
