@@ -48,6 +48,16 @@ class ClipTokenizer:
         """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept."""
         return torch.tensor([_token_ids(caption, self.context_length) for caption in captions], dtype=torch.int64)
 
+    def plain_token_ids(self, caption: str) -> list[int]:
+        """The ids of all of a caption's own tokens, without those of its begin and end, and not cut."""
+        return _tokenizer().encode(caption)
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The ids that mean a caption's begin and end, and what in a caption is read as them."""
+        tokenizer = _tokenizer()
+        return {each: tokenizer.decoder[each] for each in (tokenizer.sot_token_id, tokenizer.eot_token_id)}
+
 
 @dataclass(frozen=True)
 class ShortTokenizer(ClipTokenizer):
@@ -86,6 +96,12 @@ class TextEncoding:
     def __getitem__(self, rows: slice) -> "TextEncoding":
         """Some of its captions."""
         return TextEncoding(self.embed[rows], self.hidden[rows], self.mask[rows])
+
+    @classmethod
+    def stacked(cls, parts: "Sequence[TextEncoding]") -> "TextEncoding":
+        """The captions of all parts, one part after the other."""
+        embeds, hiddens, masks = zip(*((each.embed, each.hidden, each.mask) for each in parts), strict=True)
+        return cls(torch.cat(embeds), torch.cat(hiddens), torch.cat(masks))
 
     def where(self, condition: Tensor, other: "TextEncoding") -> "TextEncoding":
         """This one's captions where `condition` bool [B] is true, else the other's; one of the two may have B = 1."""

@@ -21,7 +21,7 @@ from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
 from stages.clip.settings import ClipSettings
 from stages.decoder.network import Condition, Decoder, build_decoder
-from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.decoder.sample import DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
 from stages.diffusion.process import NOISE, DiffusionProcess
@@ -163,6 +163,6 @@ class DecoderModule(StageModule[Decoder]):
         for piece in batch.split(self.micro_batch_size):
             text = self._captions.encode_tokens(piece.token_ids())
             condition = Condition(self._embed(piece, text), text)
-            drawn.append(sampler.sample(condition, piece.draws(), DecoderOptions()))
+            drawn.append(sampler.sample(condition, piece.draws()))
         pictures = {"real": batch.image_signed(), "sample": torch.cat(drawn)}
         return captioned_grid(pictures, batch.caption, batch.sample_seed.tolist(), columns=4)

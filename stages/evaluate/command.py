@@ -21,7 +21,7 @@ from pipeline.report.metrics import finite, format_interval, is_bound
 from pipeline.training.inference import inference_fabric
 from pipeline.workflow.artifacts import write_json_atomically
 from stages.clip.network import load_clip
-from stages.evaluate.evaluation import Evaluation, Subject, final_size
+from stages.evaluate.evaluation import OWN_SAMPLERS, Evaluation, Subject, final_size
 from stages.evaluate.request import (
     ATTRIBUTES,
     RETRIEVAL,
@@ -33,8 +33,9 @@ from stages.evaluate.request import (
     read_request,
 )
 from stages.evaluate.settings import METRICS, encoder_digests
-from stages.evaluate.sweep import SWEEPS, plot_sweep, swept_chain
-from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
+from stages.evaluate.sweep import SWEEPS, plot_sweep, swept_options
+from stages.generation.options import GenerationOptions
+from stages.generation.text_to_image import chain_of_inputs, inputs_by_kind
 from stages.judge.network import load_judge
 from stages.prepare.sources.webdataset import WebDatasetSettings, take_in
 
@@ -115,11 +116,10 @@ def _measure(request: Request, data: Path, on_activity: OnActivity) -> dict[str,
     )  # fmt: skip
     with fabric.autocast():
         if request.sweep is None:
-            return {"": _metrics(request, evaluation, subject.chain)}
-        assert subject.chain is not None, "what is swept is how pictures are made"
-        chains = {value: swept_chain(subject.chain, request.sweep, value) for value in request.sweep.values}
+            return {"": _metrics(request, evaluation, OWN_SAMPLERS)}
         return {
-            f"{request.sweep.name}={value}": _metrics(request, evaluation, chain) for value, chain in chains.items()
+            f"{request.sweep.name}={value}": _metrics(request, evaluation, swept_options(request.sweep, value))
+            for value in request.sweep.values
         }
 
 
@@ -135,14 +135,14 @@ def _load(request: Request, device: torch.device) -> Subject:
     )
 
 
-def _metrics(request: Request, evaluation: Evaluation, chain: TextToImage | None) -> dict[str, float]:
+def _metrics(request: Request, evaluation: Evaluation, options: GenerationOptions) -> dict[str, float]:
     measures: Mapping[str, Callable[[], Mapping[str, float]]] = {
-        ATTRIBUTES: lambda: evaluation.attributes(chain).metrics(),
+        ATTRIBUTES: lambda: evaluation.attributes(options).metrics(),
         RETRIEVAL: evaluation.retrieval,
         ZERO_SHOT: evaluation.zero_shot,
-        UPSAMPLING: lambda: evaluation.upsampling(chain),
+        UPSAMPLING: lambda: evaluation.upsampling(options),
     }
-    metrics = evaluation.samples(chain).metrics if request.settings.metrics else {}
+    metrics = evaluation.samples(options).metrics if request.settings.metrics else {}
     for section, measure in measures.items():
         if section in request.sections:
             metrics |= measure()

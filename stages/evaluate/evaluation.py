@@ -30,12 +30,14 @@ from stages.evaluate.estimate import Estimate, mean, mean_of_shares, proportion
 from stages.evaluate.metric import CLIP, JUDGE_CLIP, Embeds, Made
 from stages.evaluate.settings import EvaluateSettings, classes_in, metric_of, pictures_in
 from stages.generation.grid import captioned_grid, to_pil
-from stages.generation.text_to_image import Generated, GenerationOptions, TextToImage
+from stages.generation.options import GenerationOptions
+from stages.generation.text_to_image import Generated, TextToImage
 from stages.judge.labels import true_labels
 from stages.judge.network import Judge
 from stages.pictures import peak_signal_to_noise_of_each, resize
 
 GRID_COLUMNS = 4
+OWN_SAMPLERS = GenerationOptions()
 SMALLEST_FOR_SSIM = 11
 """The window of SSIM has so many pixels."""
 
@@ -64,8 +66,7 @@ class Sampled:
 
 
 class Evaluation:
-    """`made` counts the pictures that were made; a `chain` that is given takes the place of the run's own.
-    A sample that cannot be used is left out, not replaced.
+    """`made` counts the pictures that were made. A sample that cannot be used is left out, not replaced.
 
     Encoders are loaded at once: what is missing is said before anything is sampled.
     """
@@ -88,11 +89,11 @@ class Evaluation:
         self._sampled_rows = self._validation_rows(settings.samples)
         self._to_make = len(self._sampled_rows) + sum(map(len, self._judged_rows.values()))
 
-    def attributes(self, chain: TextToImage | None = None) -> AttributeAccuracy:
+    def attributes(self, options: GenerationOptions = OWN_SAMPLERS) -> AttributeAccuracy:
         """What the judge reads off pictures of fully described single objects, at both sizes; none without one."""
         accuracy, judge = AttributeAccuracy(), self._subject.judge
         for group, rows in self._judged_rows.items():
-            for batch, generated in self._generated(chain or self._chain, rows, f"{group} pairs for the judge"):
+            for batch, generated in self._generated(options, rows, f"{group} pairs for the judge"):
                 assert judge is not None, "rows are judged where there is a judge"
                 truth = true_labels(self._images, batch.sample.tolist())
                 real = batch.image_signed()
@@ -106,14 +107,13 @@ class Evaluation:
                     accuracy.add(f"{group}/{name}", judge.read(picture).cpu() == truth)
         return accuracy
 
-    def samples(self, chain: TextToImage | None = None) -> Sampled:
-        """The metrics of pictures made from validation captions, beside the real ones; by another chain if given."""
-        chain = chain or self._chain
+    def samples(self, options: GenerationOptions = OWN_SAMPLERS) -> Sampled:
+        """The metrics of pictures made from validation captions, beside the real ones."""
         metrics = [metric_of(name) for name in self._settings.metrics]
         collected = {name: Collected(encoder) for name, encoder in self._encoders.items()}
         found = Sampled({}, {"real": [], "base": [], "final": []}, [], [])
         sampled: list[Tensor] = []
-        for batch, generated in self._generated(chain, self._sampled_rows, "validation captions"):
+        for batch, generated in self._generated(options, self._sampled_rows, "validation captions"):
             made = Made(batch.caption, batch.image_signed(), generated.base, generated.final)
             for each in (*collected.values(), *metrics):
                 each.add(made)
@@ -124,7 +124,7 @@ class Evaluation:
             found.seeds.extend(batch.sample_seed.tolist())
         embeds = Embeds(
             {name: each.all() for name, each in collected.items()},
-            torch.cat(sampled) if chain.prior else None,
+            torch.cat(sampled) if self._chain.prior else None,
             self._settings.retrieval_pool,
         )
         for metric in metrics:
@@ -147,10 +147,10 @@ class Evaluation:
         )
         return named({f"clip/{name}": mean_of_shares(found) for name, found in hits.items()})
 
-    def upsampling(self, chain: TextToImage | None = None) -> dict[str, float]:
+    def upsampling(self, options: GenerationOptions = OWN_SAMPLERS) -> dict[str, float]:
         """PSNR and SSIM of real pictures, reduced and enlarged again: by the upsamplers, and by plain bicubic
         interpolation; none without upsamplers."""
-        chain = chain or self._subject.chain
+        chain = self._subject.chain
         if chain is None or not chain.upsamplers:
             return {}
         found: dict[str, list[Tensor]] = {}
@@ -158,8 +158,8 @@ class Evaluation:
             real = batch.image_signed()
             low = resize(real, chain.upsamplers[0].settings.low_size)
             enlarged = low
-            for upsampler in chain.upsamplers:
-                enlarged = upsampler.sample(enlarged, batch.draws())
+            for place, upsampler in enumerate(chain.upsamplers):
+                enlarged = upsampler.sample(enlarged, batch.draws(), options.of_upsampler(place))
             for name, picture in {"": enlarged, "_bicubic": resize(low, real.shape[-1])}.items():
                 found.setdefault(f"psnr{name}_db", []).append(peak_signal_to_noise_of_each(picture, real))
                 if real.shape[-1] >= SMALLEST_FOR_SSIM:
@@ -201,10 +201,10 @@ class Evaluation:
         return spread(self._images.data.samples_in(Split.VALIDATION), count)
 
     def _generated(
-        self, chain: TextToImage, rows: NDArray[np.int64], activity: str
+        self, options: GenerationOptions, rows: NDArray[np.int64], activity: str
     ) -> Iterator[tuple[ImageBatch, Generated]]:
         for batch in self._batches(rows):
-            generated = chain.generate(batch.caption, batch.sample_seed.tolist(), GenerationOptions())
+            generated = self._chain.generate(batch.caption, batch.sample_seed.tolist(), options)
             self.made += len(batch)
             self._on_step(self.made, self._to_make, activity)
             yield batch, generated

@@ -18,7 +18,7 @@ from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
 from stages.decoder.settings import DecoderSettings
 from stages.evaluate.metric import JUDGE_CLIP, FeatureMetric
 from stages.evaluate.settings import EvaluateSettings, classes_in, metric_of
-from stages.evaluate.sweep import Sweep, parse_sweep, swept_settings
+from stages.evaluate.sweep import Sweep, check_sweep, parse_sweep
 from stages.generation.text_to_image import KINDS
 from stages.prepare.settings import PrepareSettings, place
 from stages.prepare.sources.webdataset import WebDatasetSettings, place_of, summary
@@ -31,7 +31,7 @@ SECTIONS = (RETRIEVAL, ZERO_SHOT, UPSAMPLING, ATTRIBUTES)
 
 OF_NO_SAMPLING = (RETRIEVAL, ZERO_SHOT)
 _NEEDED = {"prior": "prior", UPSAMPLING: "upsampler", ATTRIBUTES: "judge"}
-_SAMPLED = {"prior": PriorSettings, "decoder": DecoderSettings, "upsamplers": UpsamplerSettings}
+_SAMPLED = {"prior": PriorSettings, "decoder": DecoderSettings, "upsampler": UpsamplerSettings}
 
 S = TypeVar("S", bound=Settings)
 
@@ -161,12 +161,11 @@ def _check_sweep(sweep: Sweep, chosen: Iterable[str], run: str, artifacts: Itera
     unmoved = next((each for each in chosen if each in OF_NO_SAMPLING), None)
     if unmoved is not None:
         raise UserError(f"--sweep {sweep.name}: {unmoved} does not depend on how pictures are sampled; leave it out")
-    swept = [each for each in artifacts if each.manifest.kind == sweep.part.removesuffix("s")]
+    swept = [each.settings(_SAMPLED[sweep.part]) for each in artifacts if each.manifest.kind == sweep.part]
     if not swept:
-        raise UserError(f"--sweep {sweep.name}: run {run} has no {sweep.part.removesuffix('s')}; sweep something else")
-    for artifact in swept:
-        for value in sweep.values:
-            swept_settings(artifact.settings(_SAMPLED[sweep.part]), sweep, value)
+        raise UserError(f"--sweep {sweep.name}: run {run} has no {sweep.part}; sweep something else")
+    for settings in swept:
+        check_sweep(sweep, settings, settings.sampler)
 
 
 def _of_config(schema: type[S], record: RunRecord, kind: str) -> S:

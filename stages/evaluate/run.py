@@ -13,7 +13,8 @@ from stages.clip.network import load_clip
 from stages.evaluate.attributes import SPLIT_OF_GROUP
 from stages.evaluate.evaluation import Evaluation, Sampled, Subject, final_size, grid_of
 from stages.evaluate.settings import EvaluateNumbers, EvaluateSettings
-from stages.generation.text_to_image import Generated, GenerationOptions, chain_of_inputs, untrained_chain
+from stages.generation.options import GenerationOptions
+from stages.generation.text_to_image import Generated, chain_of_inputs, untrained_chain
 from stages.judge.network import load_judge
 from stages.pictures import resize
 from stages.weights import bytes_of

@@ -1,30 +1,30 @@
 """Curves over how pictures are sampled: which of a run's samplers a name stands for, and what it is set to."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from pipeline.config import Settings, validate
+from pipeline.config import validate
 from pipeline.errors import UserError
 from pipeline.report.metrics import is_bound
+from stages.diffusion.settings import DiffusionStageSettings, SamplerSettings, check_steps
 from stages.evaluate.settings import MEASURED
-from stages.generation.text_to_image import TextToImage
+from stages.generation.options import GenerationOptions
 
 SWEEPS = {
     "guidance": ("decoder", "guidance_scale"),
+    "guidance_rescale": ("decoder", "guidance_rescale"),
     "clip_guidance": ("decoder", "clip_guidance_scale"),
     "steps": ("decoder", "steps"),
     "eta": ("decoder", "eta"),
     "prior_guidance": ("prior", "guidance_scale"),
     "prior_steps": ("prior", "steps"),
     "prior_eta": ("prior", "eta"),
-    "upsampler_steps": ("upsamplers", "steps"),
-    "upsampler_eta": ("upsamplers", "eta"),
+    "upsampler_steps": ("upsampler", "steps"),
+    "upsampler_eta": ("upsampler", "eta"),
 }
-"""What can be swept: the part of the chain, and the setting of its sampler."""
+"""What can be swept: whose sampler, and which of its settings."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sweep:
 
     @property
     def part(self) -> str:
-        """Which part of the chain is sampled otherwise."""
+        """The kind of the stage whose network is sampled otherwise."""
         return SWEEPS[self.name][0]
 
 
@@ -54,30 +54,17 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep(name, found)
 
 
-def swept_settings(settings: Any, sweep: Sweep, value: float) -> Any:
-    """A stage's settings with its sampler's setting at that value. Raises `UserError` where the sampler refuses it."""
-    field, sampler = SWEEPS[sweep.name][1], settings.sampler
-    assert isinstance(sampler, Settings), f"a {sweep.part} has a sampler"
-    changed = validate(type(sampler), {**sampler.model_dump(), field: value}, f"--sweep {sweep.name}")
-    if field == "steps" and value > settings.schedule.timesteps:
-        raise UserError(
-            f"--sweep {sweep.name}={value} exceeds the schedule's {settings.schedule.timesteps} timesteps; use less"
-        )
-    return settings.model_copy(update={"sampler": changed})
+def swept_options(sweep: Sweep, value: float) -> GenerationOptions:
+    """What is asked of the run's samplers at a value. Raises `UserError` where no sampler has it."""
+    return validate(GenerationOptions, {sweep.part: {SWEEPS[sweep.name][1]: value}}, f"--sweep {sweep.name}")
 
 
-def swept_chain(chain: TextToImage, sweep: Sweep, value: float) -> TextToImage:
-    """The chain with a sampler's setting at that value, and else as the run has it."""
-
-    def changed(sampler: Any) -> Any:
-        other = copy.copy(sampler)
-        other.settings = swept_settings(sampler.settings, sweep, value)
-        return other
-
-    part: Any = getattr(chain, sweep.part)
-    return replace(
-        chain, **{sweep.part: changed(part) if sweep.part != "upsamplers" else [changed(each) for each in part]}
-    )
+def check_sweep(sweep: Sweep, settings: DiffusionStageSettings, own: SamplerSettings) -> None:
+    """Raise `UserError` where a network that is swept, with its own sampler, cannot be sampled at a value."""
+    for value in sweep.values:
+        options = swept_options(sweep, value)
+        asked = options.of_upsampler(0) if sweep.part == "upsampler" else getattr(options, sweep.part)
+        check_steps(f"--sweep {sweep.name}", settings.schedule, asked.over(own).steps)
 
 
 def plot_sweep(sweep: Sweep, results: Sequence[Mapping[str, float]], title: str, path: Path) -> None:

@@ -163,7 +163,7 @@ def test_several_runs_are_shown_side_by_side(finished: Path):
         (["whole", "--sweep", "guidance=one,two"], "give numbers"),
         (["whole", "--sweep", "guidance=1,nan"], "guidance"),
         (["whole", "--sweep", "steps=1,2.5"], "steps"),
-        (["whole", "--sweep", "steps=1,5000"], "steps=5000 exceeds"),
+        (["whole", "--sweep", "steps=1,5000"], "steps 5000 is more than the schedule's"),
         (["whole", "--sweep", "guidance=1,2", "--metrics", "retrieval"], "retrieval does not depend on"),
         (["whole", "--data", "/nowhere"], "/nowhere"),
         (["clip", "--metrics", "similarity"], "the run has no finished decoder"),
