@@ -40,8 +40,11 @@ def evaluations_directory(outputs: Path, run: str) -> Path:
 
 
 def new_evaluation(directory: Path, swept: str) -> Path:
-    """A new record's path: they sort by when they were made."""
-    return directory / f"{time.strftime('%Y%m%d-%H%M%S')}{f'-{swept}' if swept else ''}.json"
+    """A new record's path, of which no other is: they sort by when they were made."""
+    ending = f"-{swept}.json" if swept else ".json"
+    while (path := directory / f"{time.strftime('%Y%m%d-%H%M%S')}{ending}").exists():
+        time.sleep(0.1)
+    return path
 
 
 def read_evaluations(outputs: Path, run: str) -> list[EvaluationRecord]:

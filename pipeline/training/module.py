@@ -20,6 +20,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
 from pipeline.training.strategies.portable import PortableStrategy
+from pipeline.training.weighted import weighted_means
 
 LOSS = "loss"
 
@@ -90,7 +91,7 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
             samples += len(batch)
             for name, value in self.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
-        return {name: total / samples for name, total in sums.items()}
+        return weighted_means({name: total / samples for name, total in sums.items()})
 
     @property
     def samples_seen(self) -> int:

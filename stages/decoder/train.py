@@ -127,9 +127,11 @@ class DecoderModule(StageModule[Decoder]):
         drop_image_embed = draws.uniform("image_embed") < settings.image_embed_dropout
         condition = Condition(self._embed(batch, whole_text), text, drop_image_embed)
         prediction = self.network(noised.x_t, noised.timestep, condition)
-        loss_diffusion = self.process.loss(prediction, noised).mean()
+        loss_of_each = self.process.loss(prediction, noised)
+        loss_diffusion = loss_of_each.mean()
+        diffusion = {"diffusion": loss_diffusion.detach(), **self.process.loss_by_timestep(loss_of_each, noised)}
         if settings.clip_loss.weight == 0:
-            return {LOSS: loss_diffusion, "diffusion": loss_diffusion.detach()}
+            return {LOSS: loss_diffusion, **diffusion}
         loss_clip = clip_loss(
             self.clip,
             self.process.x_0(prediction, noised),
@@ -139,7 +141,7 @@ class DecoderModule(StageModule[Decoder]):
             settings.clip_loss,
         ).mean()
         loss = loss_diffusion + settings.clip_loss.weight * loss_clip
-        losses = {LOSS: loss, "diffusion": loss_diffusion.detach(), "clip": loss_clip.detach()}
+        losses = {LOSS: loss, **diffusion, "clip": loss_clip.detach()}
         return losses | self._gradient_norms(loss_diffusion, settings.clip_loss.weight * loss_clip, prediction)
 
     def _embed(self, batch: ImageBatch, text: TextEncoding) -> Tensor:

@@ -246,6 +246,23 @@ def test_the_decoder_with_lambda_zero_loads_no_image_tower(outputs: Path, towers
     assert all(row["train/loss"] == row["train/diffusion"] for row in rows)
 
 
+@pytest.mark.parametrize("stage", ["prior", "decoder", "upsampler"])
+def test_losses_by_timestep_do_not_depend_on_how_a_batch_is_cut(outputs: Path, stage: str):
+    def binned(*overrides: str) -> list[dict[str, float]]:
+        artifact = run_until(outputs, stage, "trainer.log_every_steps=2", *overrides)
+        rows = rows_of(artifact)
+        # How a batch is cut is no part of what a stage is: without this the second time would reuse the first one's.
+        shutil.rmtree(artifact.path)
+        shutil.rmtree(outputs / "work" / stage)
+        return [{name: value for name, value in row.items() if "diffusion_t" in name} for row in rows]
+
+    whole, in_pieces = binned(), binned("trainer.micro_batch_size=1")
+    names = {name.rpartition("/")[2] for row in whole for name in row}
+    assert names
+    assert names <= {f"diffusion_t{number}" for number in range(4)}
+    assert in_pieces == [pytest.approx(row, rel=1e-3) for row in whole]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
