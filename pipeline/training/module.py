@@ -80,6 +80,15 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         """A picture of the present state, made with the averaged weights, by stages that have anything to show."""
         raise NotImplementedError
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there is more to measure than a validation does."""
+        return type(self).evaluation_metrics is not StageModule.evaluation_metrics
+
+    def evaluation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """Metrics of what the network makes now, which cost more than those of a validation; called like them."""
+        raise NotImplementedError
+
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Metrics of the validation split, which comes in batches on this device: each loss's mean over the samples.
 
