@@ -248,7 +248,7 @@ def test_the_decoder_with_lambda_zero_loads_no_image_tower(outputs: Path, towers
 
 def test_a_decoder_that_is_evaluated_as_it_trains_logs_it_and_is_no_other_for_it(outputs: Path):
     def trained(*overrides: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        artifact = run_until(outputs, "decoder", "stage.decoder.clip_loss.weight=0.2", *overrides)
+        artifact = run_until(outputs, "decoder", "stage.decoder.optimizer.learning_rate=3e-4", *overrides)
         found = rows_of(artifact), load_file(artifact.path / "weights.safetensors")
         shutil.rmtree(artifact.path)
         shutil.rmtree(outputs / "work" / "decoder")
@@ -268,7 +268,8 @@ def test_a_decoder_that_is_evaluated_as_it_trains_logs_it_and_is_no_other_for_it
 @pytest.mark.parametrize("stage", ["prior", "decoder", "upsampler"])
 def test_losses_by_timestep_do_not_depend_on_how_a_batch_is_cut(outputs: Path, stage: str):
     def binned(*overrides: str) -> list[dict[str, float]]:
-        artifact = run_until(outputs, stage, "trainer.log_every_steps=2", *overrides)
+        own = f"stage.{stage}.optimizer.learning_rate=2e-4"
+        artifact = run_until(outputs, stage, own, "trainer.log_every_steps=2", *overrides)
         rows = rows_of(artifact)
         # How a batch is cut is no part of what a stage is: without this the second time would reuse the first one's.
         shutil.rmtree(artifact.path)
