@@ -87,6 +87,7 @@ def _inception(path: Path, device: torch.device) -> Encoder:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
+        torch.load(path, weights_only=True)  # torch-fidelity itself would run code that a file brings along
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device).eval()
     except Exception as error:
         raise UserError(
