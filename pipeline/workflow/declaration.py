@@ -81,6 +81,7 @@ class StageDeclaration:
     not hold, such as the user's own shards; it is no part of what the output is.
     `usage` is a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
     the output, `origin` one (artifact) -> Markdown that says what of others' work it was made from, "" for none.
+    `notice` gives a line, or None, that a plan says of the stage's settings in the workflow, and that blocks nothing.
     `rehearse` names a function ("module:function") that gives a forecast what the stage would work with; it is imported
     when a forecast is asked for. Of a stage without one a forecast knows nothing.
     """
@@ -99,6 +100,7 @@ class StageDeclaration:
     place: Callable[[Any], Settings | None] | None = None
     usage: Callable[[str, Artifact, str], str] | None = None
     origin: Callable[[Artifact], str] | None = None
+    notice: Callable[[Any, Workflow], str | None] | None = None
     rehearse: str | None = None
 
 
