@@ -15,7 +15,15 @@ from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
-from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
+from pipeline.training.callbacks import (
+    SAMPLES,
+    Checkpoints,
+    Evaluations,
+    Pictures,
+    ResumeAtSamples,
+    SeedEveryStep,
+    Validation,
+)
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.compiling import COMPILER_CACHE, StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
@@ -134,6 +142,7 @@ def _assemble(
             *([] if compile_kind is Compile.NONE else [StopCompiling()]),
             Rows(context, settings, images, measurements),
             validation,
+            Evaluations(context, images, settings.evaluate_every_samples),
             Pictures(context, settings.sample_every_samples),
             Checkpoints(context, settings, clock),
         ],

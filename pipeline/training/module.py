@@ -20,6 +20,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
 from pipeline.training.strategies.portable import PortableStrategy
+from pipeline.training.weighted import weighted_means
 
 LOSS = "loss"
 
@@ -81,6 +82,15 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         """A picture of the present state, made with the averaged weights, by stages that have anything to show."""
         raise NotImplementedError
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there is more to measure than a validation does."""
+        return type(self).evaluation_metrics is not StageModule.evaluation_metrics
+
+    def evaluation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """Metrics of what the network makes now, which cost more than those of a validation; called like them."""
+        raise NotImplementedError
+
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Metrics of the validation split, which comes in batches on this device: each loss's mean over the samples.
 
@@ -92,7 +102,7 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
             samples += len(batch)
             for name, value in self.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
-        return {name: total / samples for name, total in sums.items()}
+        return weighted_means({name: total / samples for name, total in sums.items()})
 
     @property
     def samples_seen(self) -> int:

@@ -48,6 +48,16 @@ class ClipTokenizer:
         """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept."""
         return torch.tensor([_token_ids(caption, self.context_length) for caption in captions], dtype=torch.int64)
 
+    def plain_token_ids(self, caption: str) -> list[int]:
+        """The ids of all of a caption's own tokens, without those of its begin and end, and not cut."""
+        return _tokenizer().encode(caption)
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The ids that mean a caption's begin and end, and what in a caption is read as them."""
+        tokenizer = _tokenizer()
+        return {each: tokenizer.decoder[each] for each in (tokenizer.sot_token_id, tokenizer.eot_token_id)}
+
 
 @dataclass(frozen=True)
 class ShortTokenizer(ClipTokenizer):

@@ -7,12 +7,14 @@ from diffusers.models.transformers.prior_transformer import PriorTransformer
 from torch import Tensor
 
 from pipeline.data.draws import SampleDraws
-from stages.captions import CaptionEncoder
+from stages.captions import NO_CAPTION, CaptionEncoder
 from stages.clip.network import TextEncoding
-from stages.diffusion.guidance import guided
+from stages.diffusion.guidance import ClassifierFree, guided
 from stages.diffusion.sampler import NetworkSampler
 from stages.prior.network import denoise_prior, get_whitening
-from stages.prior.settings import PriorSettings
+from stages.prior.settings import PriorOptions, PriorSettings
+
+OWN_SAMPLER = PriorOptions()
 
 
 class PriorSampler(NetworkSampler[PriorTransformer, PriorSettings]):
@@ -23,25 +25,28 @@ class PriorSampler(NetworkSampler[PriorTransformer, PriorSettings]):
         self._captions = captions
 
     def sample(
-        self, text: TextEncoding, draws: SampleDraws, guidance_scale: float | None = None, steps: int | None = None
+        self,
+        text: TextEncoding,
+        draws: SampleDraws,
+        options: PriorOptions = OWN_SAMPLER,
+        negative_caption: str = NO_CAPTION,
     ) -> Tensor:
         """Image embeddings float32 [B, E] as CLIP's projection gives them; of the candidates, the one with the highest
-        dot product with the caption's embedding.
+        dot product with the caption's embedding. Guidance leads away from the negative caption.
 
         All candidates of the batch are drawn at once, with guidance 2 x candidates x B samples: without gradients the
         network holds the activations of one layer, not those of all that a training batch of B holds.
         """
-        sampler, whitening = self.settings.sampler, get_whitening(self.network)
-        scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
+        sampler, whitening = options.over(self.settings.sampler), get_whitening(self.network)
+        guidance = ClassifierFree(sampler, self.settings.schedule.timesteps)
         texts = TextEncoding.stacked([text] * sampler.candidates)
-        none = self._captions.encode_none(len(texts.embed)) if scale != 1.0 else None
+        negative = self._captions.encode_all_as(negative_caption, len(texts.embed)) if guidance.acts else None
         whitened = self.draw(
-            guided(partial(denoise_prior, self.network), texts, none, scale),
+            guided(partial(denoise_prior, self.network), texts, negative, guidance),
             _CandidatesDraws(draws, sampler.candidates),
             "prior {candidate}",
             (text.embed.shape[1],),
-            steps=steps or sampler.steps,
-            eta=sampler.eta,
+            sampler,
             clip_range=sampler.clip_sample_range,
         )
         drawn = whitening.unwhiten(whitened).unflatten(0, (sampler.candidates, -1))

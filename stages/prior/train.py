@@ -75,9 +75,11 @@ class PriorModule(StageModule[PriorTransformer]):
         _, text = self._captions.encode_dropping(batch.token_ids(), is_dropped)
         prediction = denoise_prior(self.network, noised.x_t, noised.timestep, text)
         z_i_hat = self._embeddings.whitening.unwhiten(self.process.x_0(prediction.detach(), noised))
+        loss = self.process.loss(prediction, noised)
         return {
-            LOSS: self.process.loss(prediction, noised).mean(),
+            LOSS: loss.mean(),
             "cosine_x_0_hat": F.cosine_similarity(z_i_hat, image_embed).mean(),
+            **self.process.loss_by_timestep(loss, noised),
         }
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:

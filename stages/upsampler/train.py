@@ -70,7 +70,8 @@ class UpsamplerModule(StageModule[UNet2DModel]):
         condition = resize(degrade(settings.degradation, low, on_cpu), settings.crop_size)
         noised = self.process.noise(x_0, batch.draws())
         prediction = denoise_upsampler(self.network, noised.x_t, noised.timestep, condition)
-        return {LOSS: self.process.loss(prediction, noised).mean()}
+        loss = self.process.loss(prediction, noised)
+        return {LOSS: loss.mean(), **self.process.loss_by_timestep(loss, noised)}
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """PSNR of sampled pictures against the truth, beside that of bicubic enlargement, and the loss."""
