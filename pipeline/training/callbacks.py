@@ -146,7 +146,7 @@ class Pictures(StepBoundary):
         if not is_last and not crosses(self._every_samples, module.samples_seen, batch):
             return
         self._context.progress.update(activity="drawing samples")
-        with module.averaged() as evaluates:
+        with module.averaged() as evaluates, trainer.precision_plugin.val_step_context():
             grid = module.sample_grid() if evaluates and not self._context.is_lost else None
         if grid is None:
             return

@@ -1,8 +1,8 @@
-"""torch.compile for what a stage trains: the whole network, or each of its repeated blocks."""
+"""torch.compile for what a stage trains and evaluates: the whole network, or each of its repeated blocks."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ def _what_is_lacking(strategy: StrategyName, *, is_cuda: bool) -> str | None:
 
 @contextmanager
 def compiled(module: StageModule, kind: Compile, cache: Path) -> Iterator[None]:
-    """Compile what `module` trains, and the blocks of what it holds frozen, as they are first called in here.
+    """Compile what `module` trains, and the blocks of what it holds frozen or evaluates, as they are first called.
 
     The compiler's own cache is the directory `cache`, unless the environment names another. It outlives the process.
     """
@@ -100,10 +100,25 @@ def compiled(module: StageModule, kind: Compile, cache: Path) -> Iterator[None]:
             for block in blocks_of(frozen, module.block_classes):
                 # How many samples carry the CLIP loss differs from step to step.
                 block.compile(dynamic=True)
+        module.evaluating = partial(_evaluating, module.block_classes)
         try:
             yield
         finally:
+            module.evaluating = nullcontext
             torch.compiler.set_stance("default")
+
+
+@contextmanager
+def _evaluating(block_classes: tuple[type[nn.Module], ...], network: nn.Module) -> Iterator[None]:
+    """Compile the blocks of a network that lives for one evaluation, which the next evaluation's find compiled.
+
+    Shapes are compiled whenever they first come, for every evaluation has the same. The number of samples is left open:
+    that of a sampler, and of the last batch, is another one.
+    """
+    for block in blocks_of(network, block_classes):
+        block.compile(dynamic=True)
+    with torch.compiler.set_stance("default"):
+        yield
 
 
 @contextmanager

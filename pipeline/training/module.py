@@ -2,8 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -62,6 +62,8 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         self.micro_batch_size = settings.global_batch_size
         self.gradient_norm = torch.zeros(())
         self.step_losses: list[Tensor] = []
+        self.evaluating: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
+        """Around what is done with a network that holds the averaged weights."""
 
     def hold_at_most(self, micro_batch_size: int) -> None:
         """Compute in pieces: never hold the activations of more than `micro_batch_size` samples."""
@@ -132,7 +134,7 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
             self.network = network
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if network is None else self.evaluating(network):
                 yield network is not None
         finally:
             self.network = trained

@@ -15,7 +15,6 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,13 +22,14 @@ from torch.nn import functional as F
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
 from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
+from stages.weights import CPU, give_weights, read_weights, without_weights
 
 ClipBlock = ResidualAttentionBlock
 """What both towers consist of."""
 
-_CPU = torch.device("cpu")
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
+LOGIT_BIAS = "logit_bias"
 _LENGTHS = 16
 _CACHED_CAPTIONS = 65536
 """Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
@@ -125,7 +125,9 @@ class ClipModel(nn.Module):
         self.settings = settings
         self.loss = loss
         self.tokenize = ClipTokenizer(settings.context_length)
-        self.network = _build_text_only(settings, loss) if towers is Towers.TEXT else _build(settings, loss)
+        self.network = _build(settings, loss)
+        if towers is Towers.TEXT:
+            self.network.visual = cast(VisionTransformer, None)
         mean = torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1)
         std = torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1)
         self.pixel_mean: Tensor
@@ -187,19 +189,20 @@ class ClipModel(nn.Module):
         (directory / SETTINGS_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path, towers: Towers = Towers.BOTH) -> Self:
-        """Read what `save` wrote. With `Towers.TEXT` the image tower is neither built nor kept."""
+    def load(cls, directory: Path, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> Self:
+        """Read what `save` wrote. With `Towers.TEXT` the image tower is not read."""
         description = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
-        model = cls(
-            ClipNetworkSettings.model_validate(description["network"]), ContrastiveLoss(description["loss"]), towers
-        )
-        _load_weights(model.network, _read_weights(directory / WEIGHTS_FILE, towers), directory / WEIGHTS_FILE)
-        return model
+        settings = ClipNetworkSettings.model_validate(description["network"])
+        model = without_weights(lambda: cls(settings, ContrastiveLoss(description["loss"]), towers))
+        path = directory / WEIGHTS_FILE
+        weights = read_weights(path, device, lambda name: towers is Towers.BOTH or not name.startswith("visual."))
+        give_weights(model.network, _fitting(model.network, weights, path))
+        return model.to(device)
 
 
-def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = _CPU) -> ClipModel:
+def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> ClipModel:
     """The CLIP of an artifact."""
-    return ClipModel.load(artifact.path, towers).to(device).eval()
+    return ClipModel.load(artifact.path, towers, device).eval()
 
 
 ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -236,7 +239,8 @@ def load_open_clip_checkpoint(
     Raises `UserError` if the file cannot be read without running code in it, or its shapes are not those of `settings`.
     """
     model = ClipModel(settings, loss)
-    _load_weights(model.network, _read_open_clip_weights(path), path)
+    weights = _fitting(model.network, _read_open_clip_weights(path), path, may_lack=(LOGIT_BIAS,))
+    model.network.load_state_dict(weights, strict=False)
     return model
 
 
@@ -263,13 +267,10 @@ def _read_open_clip_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module.").removeprefix("text."): tensor for name, tensor in weights.items()}
 
 
-def _read_weights(path: Path, towers: Towers) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        wanted = [name for name in list(file.keys()) if towers is Towers.BOTH or not name.startswith("visual.")]
-        return {name: file.get_tensor(name) for name in wanted}
-
-
-def _load_weights(network: CLIP, weights: dict[str, Tensor], path: Path) -> None:
+def _fitting(
+    network: CLIP, weights: Mapping[str, Tensor], path: Path, may_lack: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Those of a file's weights that the network has, in its shapes. Raises `UserError` where they are not all."""
     own = network.state_dict()
     loadable = {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if _fits(own, name, tensor)}
     for name, tensor in weights.items():
@@ -278,15 +279,15 @@ def _load_weights(network: CLIP, weights: dict[str, Tensor], path: Path) -> None
                 f"{path}: {name} has shape {list(tensor.shape)} but stage.clip.network describes "
                 f"{list(own[name].shape)}; set stage.clip.network to the sizes of the checkpoint"
             )
-    missing = [name for name in own if name not in loadable and name != "logit_bias"]
-    unknown = [name for name in weights if name not in own and name not in ("attn_mask", "logit_bias")]
+    missing = [name for name in own if name not in loadable and name not in may_lack]
+    unknown = [name for name in weights if name not in own and name not in ("attn_mask", LOGIT_BIAS)]
     if missing or unknown:
         odd, how = (missing[0], "lacks") if missing else (unknown[0], "has in excess")
         raise UserError(
             f"{path} {how} {odd} ({len(missing)} weights are missing, {len(unknown)} unknown); set "
             f"stage.clip.network to the layers of the checkpoint, which must be a plain open_clip ViT"
         )
-    network.load_state_dict(loadable, strict=False)
+    return loadable
 
 
 def _fits(own: dict[str, Tensor], name: str, tensor: Tensor) -> bool:
@@ -327,18 +328,6 @@ def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
     with torch.no_grad():
         for positions in (network.positional_embedding, network.visual.positional_embedding):
             cast(Tensor, positions).mul_(settings.initial_position_gain)
-    return network
-
-
-def _build_text_only(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
-    """A CLIP without an image tower, its weights not initialised: they are loaded next."""
-    with torch.device("meta"):
-        network = _build(settings, loss)
-    network.visual = cast(VisionTransformer, None)
-    network.to_empty(device="cpu")
-    # A buffer that no file holds: the causal mask.
-    length = settings.context_length
-    network.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
     return network
 
 

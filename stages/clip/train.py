@@ -32,7 +32,8 @@ RETRIEVAL_POOL = 64
 def run(context: StageContext) -> StageResult:
     """Train CLIP, or take a checkpoint in; publish `clip.safetensors`."""
     settings = context.settings_as(ClipSettings)
-    clip = _initial_clip(settings)
+    with context.building():
+        clip = _initial_clip(settings)
     metrics, samples_seen = {}, 0
     if settings.max_samples > 0:
         images = context.images(

@@ -155,8 +155,8 @@ def build_decoder(settings: DecoderSettings, embed_dim: int) -> Decoder:
 def load_decoder(artifact: Artifact, clip: Artifact, device: torch.device = CPU) -> Decoder:
     """The decoder of an artifact."""
     require_same_clip(artifact, clip)
-    decoder = build_decoder(artifact.settings(DecoderSettings), clip.numbers(ClipNumbers).embed_dim)
-    return load_weights(decoder, artifact, device)
+    settings, embed_dim = artifact.settings(DecoderSettings), clip.numbers(ClipNumbers).embed_dim
+    return load_weights(lambda: build_decoder(settings, embed_dim), artifact, device)
 
 
 def _block_types(attention: Sequence[bool], plain: str, attending: str) -> tuple[str, ...]:

@@ -39,13 +39,18 @@ def run(context: StageContext) -> StageResult:
     """Train the decoder on pictures, their CLIP embeddings and captions. With lambda = 0 no image tower is loaded."""
     settings = context.settings_as(DecoderSettings)
     clip_artifact = context.input("clip")
-    clip = load_clip(clip_artifact, _towers(settings))
+    clip = load_clip(clip_artifact, _towers(settings), context.device)
+    if clip.towers is Towers.BOTH and context.device.type == "cpu":
+        # A decoder's first weights are drawn after a CLIP's, which were once drawn to be replaced: the decoder of a
+        # fingerprint is to stay the same.
+        ClipModel(clip.settings, clip.loss)
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
     ahead = MadeAhead(clip.tokenize, {NOISE: (3, settings.image_size, settings.image_size)})
     images = context.images(settings.image_size, ahead=ahead)
-    decoder = build_decoder(settings, clip.settings.embed_dim)
+    with context.building():
+        decoder = build_decoder(settings, clip.settings.embed_dim)
     _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     module = DecoderModule(

@@ -29,9 +29,10 @@ def run(context: StageContext) -> StageResult:
     """Train the prior on cached image embeddings and the frozen text tower's states."""
     settings = context.settings_as(PriorSettings)
     clip_artifact = context.input("clip")
-    clip = load_clip(clip_artifact, Towers.TEXT)
+    clip = load_clip(clip_artifact, Towers.TEXT, context.device)
     embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
-    prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
+    with context.building():
+        prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
     set_whitening(prior, embeddings.whitening)
     # The pictures themselves are not needed: the smallest size costs next to nothing to decode.
     ahead = MadeAhead(clip.tokenize, {NOISE: (clip.settings.embed_dim,)})

@@ -33,7 +33,8 @@ def run(context: StageContext) -> StageResult:
     settings = context.settings_as(UpsamplerSettings)
     ahead = MadeAhead(normals={NOISE: (3, settings.crop_size, settings.crop_size)})
     images = context.images(settings.high_size, ahead=ahead)
-    upsampler = build_upsampler(settings.network, settings.high_size)
+    with context.building():
+        upsampler = build_upsampler(settings.network, settings.high_size)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     result = fit(context, UpsamplerModule(upsampler, settings, shown), images)
     context.save(upsampler)
