@@ -3,8 +3,9 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
 from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
+from pipeline.training.precision import CastableNetwork, casts_weights
 from pipeline.training.strategies.portable import PortableStrategy
 
 LOSS = "loss"
@@ -61,6 +63,7 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         self.micro_batch_size = settings.global_batch_size
         self.gradient_norm = torch.zeros(())
         self.step_losses: list[Tensor] = []
+        self._copies: Mapping[nn.Parameter, Tensor] = {}
 
     def hold_at_most(self, micro_batch_size: int) -> None:
         """Compute in pieces: never hold the activations of more than `micro_batch_size` samples."""
@@ -186,10 +189,45 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of a micro-batch."""
         # Here, inside of whatever wraps this module: see `ZeroPrecision.train_step_context`.
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), self._with_weights_of_step(batch_idx):
             losses = dict(self.losses(batch))
         self.step_losses.append(losses[LOSS].detach())
         return losses
+
+    def cast_for_a_piece(self) -> AbstractContextManager[None]:
+        """Compute with copies of the weights that are this piece's own, where copies are computed with.
+
+        For a network that is called several times in a step: gradients of a common copy would be added up in bf16.
+        """
+        if not casts_weights(self.trainer.precision_plugin):
+            return nullcontext()
+        return self._castable.computing_with(self._castable.cast_trained())
+
+    @contextmanager
+    def _with_weights_of_step(self, batch_idx: int) -> Iterator[None]:
+        if not casts_weights(self.trainer.precision_plugin):
+            yield
+            return
+        micro_batches = self.trainer.accumulate_grad_batches
+        if batch_idx % micro_batches == 0:
+            self._copies = self._castable.cast_trained()
+        with ExitStack() as stack:
+            stack.enter_context(self._castable.computing_with(self._copies))
+            for castable, copies in self._frozen_castables:
+                stack.enter_context(castable.computing_with(copies))
+            yield
+        if (batch_idx + 1) % micro_batches == 0:
+            # From here on the backward pass alone holds them.
+            self._copies = {}
+
+    @cached_property
+    def _castable(self) -> CastableNetwork:
+        return CastableNetwork(self.network)
+
+    @cached_property
+    def _frozen_castables(self) -> list[tuple[CastableNetwork, Mapping[nn.Parameter, Tensor]]]:
+        castables = [CastableNetwork(frozen) for frozen in self.frozen_networks]
+        return [(castable, castable.cast_frozen()) for castable in castables]
 
 
 def within(batches: Iterable[ImageBatch], samples: int) -> list[ImageBatch]:

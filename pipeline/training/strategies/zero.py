@@ -49,7 +49,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     ) -> None:
         super().__init__(
             config=_deepspeed_config(stage, offload, settings, on_cuda),
-            precision_plugin=ZeroPrecision(precision, "cuda" if on_cuda else "cpu"),
+            precision_plugin=ZeroPrecision(precision, "cuda" if on_cuda else "cpu", stage),
             timeout=timedelta(seconds=collective_timeout_s),
             title=title,
             report=report,
@@ -193,9 +193,11 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 class ZeroPrecision(DeepSpeedPrecision):
     """Float32 weights, and autocast just as under DDP. Callbacks see each step once, at its end."""
 
-    def __init__(self, precision: Precision, device_type: str) -> None:
+    def __init__(self, precision: Precision, device_type: str, stage: int) -> None:
         super().__init__("32-true")
         self._autocasts = precision is Precision.BFLOAT16_MIXED
+        # ZeRO-3 has no weights before it gathers those of a layer.
+        self.casts_weights = self._autocasts and stage < 3
         self._device_type = device_type
 
     @contextmanager

@@ -1,0 +1,116 @@
+"""bf16 with less casting than autocast alone: a step's weights are cast once, and normalisation stays in bf16."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.precision import Precision as PrecisionPlugin
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.config import Precision, TrainerSettings
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Their kernels take bf16 and compute the statistics in float32."""
+
+
+def casts_weights(plugin: PrecisionPlugin) -> bool:
+    """Whether weights are cast ahead of a forward pass: in bf16, and where whole weights are there by then."""
+    return plugin.precision == Precision.BFLOAT16_MIXED or getattr(plugin, "casts_weights", False)
+
+
+_Place = tuple[nn.Module, str, Tensor]
+"""A parameter's module, its name there, and what the module computes with in its place."""
+
+
+class CastableNetwork:
+    """A network that can compute with bf16 copies in place of its float32 weights. Autocast does the rest.
+
+    The cast is in autograd's graph: the weights stay float32, and so do their gradients, which are added up over
+    micro-batches and processes. Parameters of one element stay float32 themselves, for they are factors, and so do
+    those of batch normalisation, whose statistics are.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._places = [
+            (module, name, parameter)
+            for module in network.modules()
+            if not isinstance(module, _BatchNorm)
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+            if parameter.dtype is torch.float32 and parameter.numel() > 1
+        ]
+        for module in network.modules():
+            if isinstance(module, _NORMS):
+                module.forward = partial(_norm, module, module.forward)
+
+    def cast_trained(self) -> Mapping[nn.Parameter, Tensor]:
+        """Copies of the weights that train, with the gradient's way back.
+
+        They serve any number of backward passes until the weights change. What several uses in one pass give of a
+        gradient is added up in bf16.
+        """
+        return {weight: weight.to(torch.bfloat16) for weight in self._weights() if weight.requires_grad}
+
+    def cast_frozen(self) -> Mapping[nn.Parameter, Tensor]:
+        """Copies of the weights that do not train."""
+        frozen = [weight for weight in self._weights() if not weight.requires_grad]
+        return {weight: nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False) for weight in frozen}
+
+    def _weights(self) -> list[nn.Parameter]:
+        # A weight may have several places.
+        return list(dict.fromkeys(weight for _, _, weight in self._places))
+
+    @contextmanager
+    def computing_with(self, copies: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Have the copies in the places of their weights."""
+        places = [(module, name, copies[weight]) for module, name, weight in self._places if weight in copies]
+        with in_place(places):
+            yield
+
+
+def _norm(norm: nn.Module, forward: Any, x: Tensor) -> Tensor:
+    """Normalise in bf16 where the weights are; on GPUs autocast would have it done, and handed on, in float32."""
+    if not isinstance(norm.weight, Tensor) or norm.weight.dtype is not torch.bfloat16:
+        return forward(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x.to(torch.bfloat16))
+
+
+def copies_in(network: nn.Module) -> list[_Place]:
+    """The copies that a network has in place of weights now."""
+    return [
+        (module, name, tensor)
+        for module in network.modules()
+        for name, tensor in module._parameters.items()
+        if tensor is not None and tensor.dtype is torch.bfloat16
+    ]
+
+
+@contextmanager
+def in_place(places: Sequence[_Place]) -> Iterator[None]:
+    """Have copies in the places of their weights."""
+    before = [module._parameters[name] for module, name, _ in places]
+    for module, name, tensor in places:
+        module._parameters[name] = tensor  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for (module, name, _), weight in zip(places, before, strict=True):
+            module._parameters[name] = weight
+
+
+@contextmanager
+def float32_products(settings: TrainerSettings, *, is_cuda: bool) -> Iterator[None]:
+    """Compute what is left of float32 products in TF32 where a training rounds to bf16 anyway, and on GPUs alone."""
+    if not is_cuda or settings.precision is not Precision.BFLOAT16_MIXED:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    # Convolutions are computed so by default.
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
