@@ -15,6 +15,9 @@ from pipeline.config import Precision, TrainerSettings
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Their kernels take bf16 and compute the statistics in float32."""
 
+_KEPT = (_BatchNorm, nn.Embedding)
+"""Whose weights stay float32: statistics do too, and of a vocabulary's table a step looks up a few rows."""
+
 
 def casts_weights(plugin: PrecisionPlugin) -> bool:
     """Whether weights are cast ahead of a forward pass: in bf16, and where whole weights are there by then."""
@@ -29,21 +32,20 @@ class CastableNetwork:
     """A network that can compute with bf16 copies in place of its float32 weights. Autocast does the rest.
 
     The cast is in autograd's graph: the weights stay float32, and so do their gradients, which are added up over
-    micro-batches and processes. Parameters of one element stay float32 themselves, for they are factors, and so do
-    those of batch normalisation, whose statistics are.
+    micro-batches and processes. Parameters of one element are factors, and are computed with in float32.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._places = [
             (module, name, parameter)
             for module in network.modules()
-            if not isinstance(module, _BatchNorm)
+            if not isinstance(module, _KEPT)
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
             if parameter.dtype is torch.float32 and parameter.numel() > 1
         ]
         for module in network.modules():
             if isinstance(module, _NORMS):
-                module.forward = partial(_norm, module, module.forward)
+                module.forward = partial(_norm, module, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
 
     def cast_trained(self) -> Mapping[nn.Parameter, Tensor]:
         """Copies of the weights that train, with the gradient's way back.
