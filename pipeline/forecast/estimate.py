@@ -20,7 +20,7 @@ from pipeline.forecast.rates import Target, reckoned_rate, target_of, tried_rate
 from pipeline.forecast.rehearsal import ExpectedData, Pass, Passes, Rehearsal, Training
 from pipeline.forecast.trial import try_pass
 from pipeline.training.compiling import checkpoint_activations
-from pipeline.training.disk import artifact_bytes, training_bytes
+from pipeline.training.disk import artifact_bytes, checkpoint_bytes, training_bytes
 from pipeline.training.stage import THREADS_AT_START
 from pipeline.training.strategies.choose import (
     GRADIENT_BYTES,
@@ -302,6 +302,9 @@ def _memory(
         total = fixed + count.activation_bytes
     if not target.is_cuda:
         total += psutil.Process().memory_info().rss
+        # A checkpoint is written from a copy of the state, where there is room for one.
+        copied = checkpoint_bytes(module.network, module.stage_settings) / trainer.world_size
+        total += copied if 2 * copied <= target.memory_bytes - total else 0
     if total <= target.memory_bytes:
         return total, None
     room, of_a_sample = target.memory_bytes - fixed, count.activation_bytes / shape.micro_batch_size

@@ -17,7 +17,7 @@ from pipeline.data.mixing import named_seed
 from pipeline.data.splits import Split
 from pipeline.errors import StageInterrupted
 from pipeline.picture_grid import save_grid
-from pipeline.training.checkpoints import save_checkpoint
+from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.context import StageContext
 from pipeline.training.measurements import TrainingClock
 from pipeline.training.module import StageModule
@@ -143,39 +143,55 @@ class Pictures(StepBoundary):
 
 
 class Checkpoints(StepBoundary):
-    """Saves every so many samples or minutes, and when asked to stop. All processes stop at the same step."""
+    """Saves every so many samples or minutes, and when asked to stop. All processes stop at the same step.
+
+    Training goes on while a checkpoint is written. It waits for the last one, and for the one at which it stops.
+    """
 
     def __init__(self, context: StageContext, settings: TrainerSettings, clock: TrainingClock) -> None:
         self._context = context
         self._settings = settings
         self._clock = clock
+        self._writer = CheckpointWriter(context, settings.keep_checkpoints)
         self._last_save = time.monotonic()
 
     def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
         """Save when it is due, and stop when asked to."""
         settings = self._settings
         minutes = (time.monotonic() - self._last_save) / 60
-        is_lost, is_asked, is_late = any_of_all_ranks(
+        is_lost, is_asked, is_late, is_busy = any_of_all_ranks(
             trainer,
             self._context.is_lost,
             self._context.interruption.is_set(),
             minutes >= settings.checkpoint_every_min,
+            self._writer.is_busy,
         )
         if is_lost:
             raise StageLost(f"stage {self._context.frozen.stage} was taken over by another process")
+        if not is_busy:
+            self._writer.finish()
         is_due = crosses(
             settings.checkpoint_every_samples, module.samples_seen, module.stage_settings.global_batch_size
         )
         is_last = trainer.global_step == trainer.max_steps
         if is_asked or is_late or is_due or is_last:
-            self._save(trainer, module)
+            self._last_save = time.monotonic()
+            self._writer.begin(trainer, module.samples_seen, self._clock.elapsed_s)
+        if is_asked or is_last:
+            self._writer.finish()
         if is_asked and not is_last:
             raise StageInterrupted(f"stage {self._context.frozen.stage} stopped at {module.samples_seen} samples")
 
-    def _save(self, trainer: pl.Trainer, module: StageModule) -> None:
-        keep = self._settings.keep_checkpoints
-        save_checkpoint(trainer, self._context, module.samples_seen, self._clock.elapsed_s, keep)
-        self._last_save = time.monotonic()
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Make the checkpoint that is being written, where no other process is needed for it; else leave it."""
+        if trainer.world_size > 1 or self._context.is_lost or not isinstance(exception, Exception):
+            self._writer.give_up()
+            return
+        try:
+            self._writer.finish()
+        except (OSError, StageLost) as error:  # what ended training is the one to be told of
+            print(f"the checkpoint that was being written is lost ({error})", flush=True)
 
 
 class ResumeAtSamples(pl.Callback):

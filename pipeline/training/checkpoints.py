@@ -2,19 +2,24 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from pytorch_lightning import Trainer
 
 from pipeline.training.context import StageContext
+from pipeline.training.ranks import gather_objects
+from pipeline.training.strategies.part import CheckpointPart
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.artifacts import file_sha256, sync_directory, write_json_atomically
 from pipeline.workflow.progress import CHECKPOINTS
 
 SUFFIX = ".ckpt"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,38 +41,118 @@ class Checkpoint:
         return all(file_sha256(self.path / name) == digest for name, digest in self.files.items())
 
 
-def save_checkpoint(trainer: Trainer, context: StageContext, samples_seen: int, elapsed_s: float, keep: int) -> None:
-    """Write a checkpoint under a temporary name, flush it to disk, rename it, then write its record.
+class CheckpointWriter:
+    """Saves checkpoints while training goes on, one at a time, as far as the host has memory for a copy of the state.
 
-    All processes call this, and each writes its part. The first process does the rest and removes the oldest
-    checkpoints.
+    A checkpoint is taken at a step: all processes copy their parts, and a thread in each writes its own under a
+    temporary name and flushes it to disk. It is made at a later step, at which all of them have: the first process
+    renames it, writes its record and removes the oldest ones.
     """
-    directory = context.work / CHECKPOINTS
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"samples-{samples_seen:012}{SUFFIX}"
-    temporary = target.with_suffix(f".tmp-{context.ownership.attempt}")
-    if trainer.is_global_zero:
-        shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        trainer.save_checkpoint(temporary, weights_only=False)
-        if not trainer.is_global_zero:
+
+    def __init__(self, context: StageContext, keep: int) -> None:
+        """`keep` is how many checkpoints stay."""
+        self._context = context
+        self._keep = keep
+        self._write: _Write | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this process's part is being written now."""
+        return self._write is not None and self._write.is_running
+
+    def begin(self, trainer: Trainer, samples_seen: int, elapsed_s: float) -> None:
+        """Take a checkpoint and begin to write it, after the one before; all processes call this."""
+        self.finish()
+        target = self._context.work / CHECKPOINTS / f"samples-{samples_seen:012}{SUFFIX}"
+        attempt = self._context.ownership.attempt
+        trainer.save_checkpoint(target.with_suffix(f".tmp-{attempt}"), weights_only=False)
+        part = cast(PortableStrategy, trainer.strategy).take_part()
+        error = None
+        if trainer.is_global_zero:
+            try:
+                _remove_unfinished(target.parent, attempt)
+                shutil.rmtree(part.directory, ignore_errors=True)
+                part.directory.mkdir(parents=True)
+            except OSError as caught:
+                error = caught
+        _gather_or_fail((), error, part.directory)
+        self._write = _Write(part, target, {"samples_seen": samples_seen, "elapsed_s": round(elapsed_s, 3)})
+
+    def finish(self) -> None:
+        """Wait until all parts are written and make the checkpoint, if there is one to make; all processes call this.
+
+        Raises `OSError` on a process that could not write its part, and `RuntimeError` on the others.
+        """
+        write, self._write = self._write, None
+        if write is None:
             return
-        _remove_unfinished(directory, context.ownership.attempt)
-        sync_directory(temporary)
-        files = cast(PortableStrategy, trainer.strategy).saved_files
-        record = {"samples_seen": samples_seen, "files": dict(files), "elapsed_s": round(elapsed_s, 3)}
-        context.ownership.require()
+        try:
+            digests, error = write.wait()
+            parts = _gather_or_fail(digests, error, write.directory)
+            files = {name: digest for part in parts for name, digest in part.items()}
+            if self._context.is_first_process:
+                self._make(write, files)
+        finally:
+            self._remove(write)
+
+    def give_up(self) -> None:
+        """Leave a checkpoint that is not made yet. After this, this process writes nothing more of it."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.cancel()
+            self._remove(write)
+
+    def _make(self, write: "_Write", files: Mapping[str, str]) -> None:
+        target = write.target
+        sync_directory(write.directory)
+        self._context.ownership.require()
         if target.exists():
             shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        if trainer.is_global_zero:
-            shutil.rmtree(temporary, ignore_errors=True)
-    write_json_atomically(target.with_suffix(".json"), record)
-    sync_directory(directory)
-    for stale in sorted(directory.glob("samples-*.json"))[:-keep]:
-        stale.unlink()
-        shutil.rmtree(stale.with_suffix(SUFFIX), ignore_errors=True)
+        write.directory.rename(target)
+        write_json_atomically(target.with_suffix(".json"), {**write.record, "files": files})
+        sync_directory(target.parent)
+        for stale in sorted(target.parent.glob("samples-*.json"))[: -self._keep]:
+            stale.unlink()
+            shutil.rmtree(stale.with_suffix(SUFFIX), ignore_errors=True)
+
+    def _remove(self, write: "_Write") -> None:
+        if self._context.is_first_process:
+            shutil.rmtree(write.directory, ignore_errors=True)
+
+
+class _Write:
+    """A part on its way to disk: in a thread, or at once where training would change it meanwhile."""
+
+    def __init__(self, part: CheckpointPart, target: Path, record: Mapping[str, Any]) -> None:
+        self.directory = part.directory
+        self.target = target
+        self.record = record
+        self._cancelled = threading.Event()
+        self._digests: dict[str, str] = {}
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(part,), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not part.is_copied:
+            self._thread.join()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self) -> tuple[dict[str, str], Exception | None]:
+        """The digests of what was written, and what went wrong."""
+        self._thread.join()
+        return self._digests, self._error
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        self._thread.join()
+
+    def _run(self, part: CheckpointPart) -> None:
+        try:
+            self._digests = part.write(self._cancelled)
+        except Exception as error:  # raised where training can be stopped by it: see `wait`
+            self._error = error
 
 
 def latest_checkpoint(work: Path) -> Checkpoint | None:
@@ -82,6 +167,17 @@ def latest_checkpoint(work: Path) -> Checkpoint | None:
             pass
         print(f"warning: checkpoint {path} is damaged and passed over; the one before it is used", flush=True)
     return None
+
+
+def _gather_or_fail(own: T, error: Exception | None, directory: Path) -> list[T]:
+    """What every process has. If one of them had an error, that one raises it, and the others a `RuntimeError`."""
+    found = gather_objects((own, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    for rank, (_, failure) in enumerate(found):
+        if failure is not None:
+            raise RuntimeError(f"process {rank} could not write its part of {directory}: {failure}")
+    return [each for each, _ in found]
 
 
 def _remove_unfinished(directory: Path, attempt: int) -> None:

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from pipeline.training.optimizer import EMA, AdamWithEma
 
 WEIGHT = "weight"
 STEP = "step"
-FILE_BYTES = 2**30
 _SEPARATOR = "|"
 _STATES = ("exp_avg", "exp_avg_sq", EMA)
 
@@ -75,31 +73,13 @@ def gathered(
         yield name, whole.view(shape)
 
 
-def write_fragments(
-    directory: Path, stem: str, fragments: Iterable[Fragment], optimizer: AdamWithEma, *, file_bytes: int = FILE_BYTES
-) -> list[str]:
-    """Write fragments to safetensors files `stem`.NNN.safetensors by plain names, parameter|state|start.
-
-    Returns the files' names. A file is closed at `file_bytes`: hardly more is copied to host memory at a time.
-    """
-    names: list[str] = []
-    pending: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        names.append(f"{stem}.{len(names):03}.safetensors")
-        save_file(pending, directory / names[-1])
-        pending.clear()
-
-    for fragment in fragments:
-        for state, tensor in fragment.tensors(optimizer).items():
-            # A copy even on the host: safetensors takes no views of one partition.
-            copied = torch.empty_like(tensor, device="cpu").copy_(tensor)
-            pending[f"{fragment.name}{_SEPARATOR}{state}{_SEPARATOR}{fragment.start}"] = copied
-        if sum(each.nbytes for each in pending.values()) >= file_bytes:
-            flush()
-    if pending or not names:
-        flush()
-    return names
+def named_tensors(fragments: Iterable[Fragment], optimizer: AdamWithEma) -> list[tuple[str, Tensor]]:
+    """What of fragments is in a checkpoint, float32 [n] each, by plain names: parameter|state|start."""
+    return [
+        (_SEPARATOR.join((fragment.name, state, str(fragment.start))), tensor)
+        for fragment in fragments
+        for state, tensor in fragment.tensors(optimizer).items()
+    ]
 
 
 def read_fragments(paths: Iterable[Path], fragments: Iterable[Fragment], optimizer: AdamWithEma) -> None:

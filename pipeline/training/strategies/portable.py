@@ -1,20 +1,16 @@
 """What all strategies share: checkpoints that any other strategy, on any number of processes, resumes from."""
 
-import errno
+import io
 import json
-import os
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning_fabric.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from typing_extensions import override
@@ -22,14 +18,10 @@ from typing_extensions import override
 from pipeline.errors import UserError
 from pipeline.training.optimizer import AdamWithEma
 from pipeline.training.ranks import gather_objects, rank_of_world
-from pipeline.training.strategies.fragments import (
-    Fragment,
-    read_fragments,
-    trained_parameters,
-    write_fragments,
-)
+from pipeline.training.strategies.fragments import Fragment, named_tensors, read_fragments, trained_parameters
+from pipeline.training.strategies.host_memory import HostMemory
 from pipeline.training.strategies.launcher import StageLauncher
-from pipeline.workflow.artifacts import file_sha256
+from pipeline.training.strategies.part import CheckpointPart
 
 TRAINER_FILE = "trainer.pt"
 CONSTANTS_FILE = "constants.safetensors"
@@ -44,14 +36,13 @@ class PortableStrategy(Strategy):
     They do not depend on the strategy, so any other one reads them as they are. Reading them executes no code.
     """
 
-    saved_files: Mapping[str, str]
-    """The files of the checkpoint that was saved last, and their digests; the same on all processes."""
-
     def __init__(self, *args: Any, title: str, report: Callable[[str], object] = print, **options: Any) -> None:
         """`title` is the config's name for the strategy. `report` is told when one of the stage's processes dies."""
         super().__init__(*args, **options)
         self.title = title
         self._report = report
+        self._host_memory = HostMemory()
+        self._part: CheckpointPart | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -149,6 +140,7 @@ class PortableStrategy(Strategy):
     @override
     def teardown(self) -> None:
         """Release what training held. Lightning's own would first copy the whole state to host memory."""
+        self._host_memory.release()
         cluster_environment: ClusterEnvironment | None = getattr(self, "cluster_environment", None)
         if cluster_environment is not None:
             cluster_environment.teardown()
@@ -183,33 +175,40 @@ class PortableStrategy(Strategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write this process's part of the checkpoint, the directory `filepath`. All processes call this.
+        """Take this process's part of the checkpoint, the directory `filepath`. All processes call this.
 
-        Afterwards the files are on disk, and `saved_files` has their names and SHA-256 (hex). Raises `OSError` on the
-        process that could not write, and `RuntimeError` on the others.
+        Nothing is written: `take_part` gives what is to be, once the directory is there.
         """
         directory = Path(self.broadcast(str(filepath)))
         constants = self.constants()
-        own: list[str] = []
-        with _FailingTogether(directory):
-            if self.is_global_zero:
-                directory.mkdir()
-                own += self._write_common(directory, checkpoint, constants)
-        with _FailingTogether(directory):
-            rank, world_size = rank_of_world()
-            stem = f"fragments-{rank:05}-of-{world_size:05}"
-            own += write_fragments(directory, stem, self.fragments_to_save(), self.adamw)
-            # Each process reads back its own: the first one alone would keep all waiting for the whole state.
-            digests = {name: _flushed_sha256(directory / name) for name in own}
-        self.saved_files = {name: digest for each in gather_objects(digests) for name, digest in each.items()}
+        rank, world_size = rank_of_world()
+        named = named_tensors(self.fragments_to_save(), self.adamw)
+        tensors = [tensor for _, tensor in named]
+        copies = self._host_memory.copies(tensors, getattr(self, "num_processes", 1))
+        self._part = CheckpointPart(
+            directory,
+            self._common_files(checkpoint, constants) if self.is_global_zero else {},
+            f"fragments-{rank:05}-of-{world_size:05}",
+            [(name, tensor) for (name, _), tensor in zip(named, copies or tensors, strict=True)],
+            is_copied=copies is not None,
+        )
 
-    def _write_common(self, directory: Path, checkpoint: dict[str, Any], constants: Mapping[str, Tensor]) -> list[str]:
+    def take_part(self) -> CheckpointPart:
+        """This process's part of the checkpoint that was just saved, which is not kept here."""
+        part, self._part = self._part, None
+        assert part is not None
+        return part
+
+    def _common_files(self, checkpoint: dict[str, Any], constants: Mapping[str, Tensor]) -> dict[str, bytes]:
         kept = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-        torch.save(kept, directory / TRAINER_FILE)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_FILE)
+        trainer = io.BytesIO()
+        torch.save(kept, trainer)
         description = {"trained": self.shapes(), "constant": {name: each.shape for name, each in constants.items()}}
-        (directory / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
-        return [TRAINER_FILE, CONSTANTS_FILE, DESCRIPTION_FILE]
+        return {
+            TRAINER_FILE: trainer.getvalue(),
+            CONSTANTS_FILE: save({name: tensor.cpu().contiguous() for name, tensor in constants.items()}),
+            DESCRIPTION_FILE: json.dumps(description).encode(),
+        }
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -242,32 +241,8 @@ class PortableStrategy(Strategy):
         )
 
 
-def _flushed_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return file_sha256(path)
-
-
 def _shown(shape: torch.Size | None) -> str:
     return "no" if shape is None else str(list(shape))
-
-
-class _FailingTogether(AbstractContextManager[None]):
-    """Makes all processes wait for each other at the end. If one of them could not write, all raise an error."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None and not isinstance(error, OSError | SafetensorError):
-            return
-        failures = gather_objects(None if error is None else str(error))
-        if isinstance(error, SafetensorError):
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-        if error is None and any(failures):
-            rank = next(rank for rank, failure in enumerate(failures) if failure)
-            raise RuntimeError(f"process {rank} could not write its part of {self._directory}: {failures[rank]}")
 
 
 class _ReplicatedStrategy(PortableStrategy):

@@ -30,7 +30,7 @@ from pipeline.training.stage import UNKNOWN, code_version, run_stage
 from pipeline.training.strategies.portable import PlainStrategy
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import StageLost
-from pipeline.workflow.progress import Failure, Outcome, Phase, read_failure, read_progress
+from pipeline.workflow.progress import Failure, Outcome, Phase, latest_checkpoint_samples, read_failure, read_progress
 from tests.support import ROOT, tiny
 from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
@@ -149,6 +149,20 @@ def file_sizes_restored() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def once_checkpointed(
+    samples: int, happens: Callable[[tiny.StageContext], None]
+) -> Callable[[tiny.StageContext], None]:
+    """What happens in the first step that finds the checkpoint at `samples` made."""
+    done = threading.Event()
+
+    def look(context: tiny.StageContext) -> None:
+        if not done.is_set() and latest_checkpoint_samples(context.work) == samples:
+            done.set()
+            happens(context)
+
+    return look
+
+
 def refuse_files_past_8000_bytes(_context: object) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -156,8 +170,8 @@ def refuse_files_past_8000_bytes(_context: object) -> None:
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_a_message(tmp_path: Path):
     whole = frozen(tmp_path / "whole")
     run(whole)
-    stage = frozen(tmp_path / "full")
-    SCRIPT.at_samples, SCRIPT.happens = 40, refuse_files_past_8000_bytes
+    stage = frozen(tmp_path / "full", checkpoint_every_samples=32)
+    SCRIPT.every_step = once_checkpointed(32, refuse_files_past_8000_bytes)
     with file_sizes_restored():
         assert run(stage) is Outcome.FAILED
     failure = read_failure(stage.work)
@@ -169,7 +183,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_a_message(tmp_path: Pat
     assert kept is not None
     assert kept.samples_seen == 32
     assert not list((stage.work / "checkpoints").glob("*.tmp*"))
-    SCRIPT.at_samples = None
+    SCRIPT.every_step = lambda _context: None
     assert run(stage) is Outcome.FINISHED
     assert are_equal(weights(stage), weights(whole))
 
@@ -260,8 +274,8 @@ def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_fin
         (attempts / "000002.json").write_text(json.dumps(other))
         notice(context)
 
-    stage = frozen(tmp_path)
-    SCRIPT.at_samples, SCRIPT.happens = 40, lose
+    stage = frozen(tmp_path, checkpoint_every_samples=32)
+    SCRIPT.every_step = once_checkpointed(32, lose)
     assert run(stage) is Outcome.INTERRUPTED
     assert "stopped, as another process has the stage now" in capsys.readouterr().out
     assert stage.store.find("learner", stage.fingerprint) is None
@@ -271,7 +285,7 @@ def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_fin
     progress = read_progress(stage.work)
     assert progress is not None
     assert progress.phase is not Phase.INTERRUPTED
-    SCRIPT.at_samples = None
+    SCRIPT.every_step = lambda _context: None
     assert run(stage) is Outcome.FINISHED
     assert finished(stage).manifest.samples_seen == 80
 

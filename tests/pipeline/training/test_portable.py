@@ -1,6 +1,7 @@
 """What every strategy does at a checkpoint and at the end of training."""
 
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,9 +12,11 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.training.optimizer import EMA, AdamWithEma, build_optimizer
-from pipeline.training.strategies import portable
-from pipeline.training.strategies.fragments import Fragment, read_fragments, trained_parameters, write_fragments
+from pipeline.training.strategies import host_memory, portable
+from pipeline.training.strategies.fragments import Fragment, named_tensors, read_fragments, trained_parameters
+from pipeline.training.strategies.part import write_tensors
 from pipeline.training.strategies.portable import PlainStrategy
+from pipeline.workflow.artifacts import file_sha256
 from tests.support import tiny
 
 
@@ -33,7 +36,8 @@ def fragments(network: nn.Module) -> list[Fragment]:
 def test_a_large_state_is_written_in_several_files_and_read_from_all(tmp_path: Path):
     network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     optimizer = trained(network)
-    names = write_fragments(tmp_path, "fragments-00000-of-00001", fragments(network), optimizer, file_bytes=1024)
+    named = named_tensors(fragments(network), optimizer)
+    names = list(write_tensors(tmp_path, "fragments-00000-of-00001", named, Event(), file_bytes=1024))
     assert len(names) == 4, "each weight closes a file, and the last bias has one of its own"
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
@@ -47,8 +51,7 @@ def test_a_large_state_is_written_in_several_files_and_read_from_all(tmp_path: P
 
 
 def test_a_process_that_holds_nothing_writes_a_file_that_says_so(tmp_path: Path):
-    network = nn.Linear(2, 2)
-    (name,) = write_fragments(tmp_path, "fragments-00003-of-00004", [], trained(network))
+    (name,) = write_tensors(tmp_path, "fragments-00003-of-00004", [], Event())
     with safe_open(tmp_path / name, framework="pt") as file:
         assert list(file.keys()) == []
 
@@ -58,6 +61,13 @@ def strategy_of(network: nn.Module) -> PlainStrategy:
     strategy._lightning_module = cast(Any, SimpleNamespace(network=network))
     strategy.optimizers = [trained(network)]
     return strategy
+
+
+def files_of(strategy: PlainStrategy, directory: Path) -> dict[str, str]:
+    """Names and digests of the files of a checkpoint."""
+    directory.mkdir()
+    strategy.save_checkpoint({"lr_schedulers": []}, directory)
+    return strategy.take_part().write(Event())
 
 
 def test_training_leaves_the_averages_and_lets_go_of_everything_else():
@@ -77,7 +87,7 @@ def test_training_leaves_the_averages_and_lets_go_of_everything_else():
 def test_the_checkpoint_of_another_network_is_refused_whatever_of_it_differs(tmp_path: Path, kind: str):
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2).requires_grad_(False))
     strategy = strategy_of(network)
-    strategy.save_checkpoint({"lr_schedulers": []}, tmp_path / "saved")
+    files_of(strategy, tmp_path / "saved")
     width = 5 if kind == "trained" else 4
     other = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 2 if kind == "trained" else 3).requires_grad_(False))
     name, saved, own = ("0.weight", [4, 4], [4, 5]) if kind == "trained" else ("1.weight", [2, 4], [3, 4])
@@ -87,11 +97,50 @@ def test_the_checkpoint_of_another_network_is_refused_whatever_of_it_differs(tmp
 
 
 def test_a_checkpoint_names_its_files_with_their_digests(tmp_path: Path):
+    files = files_of(strategy_of(nn.Linear(4, 4)), tmp_path / "saved")
+    assert sorted(files) == sorted(path.name for path in (tmp_path / "saved").iterdir())
+    for name, digest in files.items():
+        assert digest == file_sha256(tmp_path / "saved" / name)
+
+
+@pytest.mark.parametrize("free_bytes", [2**40, 0])
+def test_what_was_taken_stays_as_it_was_where_there_is_memory_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free_bytes: int
+):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: free_bytes)
+    network = nn.Linear(4, 4)
+    strategy = strategy_of(network)
+    strategy.save_checkpoint({"lr_schedulers": []}, tmp_path)
+    part = strategy.take_part()
+    before = network.weight.detach().clone()
+    with torch.no_grad():
+        network.weight.zero_()
+    taken = dict(part.tensors)["weight|weight|0"]
+    assert part.is_copied is bool(free_bytes)
+    assert torch.equal(taken, before.flatten()) is part.is_copied
+    assert ("training waits while a checkpoint is written" in capsys.readouterr().out) is not part.is_copied
+
+
+def test_the_memory_for_copies_is_the_same_from_one_checkpoint_to_the_next(tmp_path: Path):
     strategy = strategy_of(nn.Linear(4, 4))
-    strategy.save_checkpoint({"lr_schedulers": []}, tmp_path / "saved")
-    assert sorted(strategy.saved_files) == sorted(path.name for path in (tmp_path / "saved").iterdir())
-    for name, digest in strategy.saved_files.items():
-        assert digest == portable.file_sha256(tmp_path / "saved" / name)
+    places = []
+    for _ in range(2):
+        strategy.save_checkpoint({"lr_schedulers": []}, tmp_path)
+        places.append([tensor.data_ptr() for _, tensor in strategy.take_part().tensors])
+    assert places[0] == places[1]
+
+
+def test_the_memory_of_the_host_is_what_its_control_groups_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host_memory, "_CGROUPS", tmp_path)
+    free = host_memory.available_bytes()
+    assert free > 3_000
+    for place, limit, used, droppable in host_memory._LIMITS:
+        group = tmp_path / place
+        group.mkdir(exist_ok=True)
+        (group / limit).write_text("5000\n")
+        (group / used).write_text("3000\n")
+        (group / "memory.stat").write_text(f"anon 2000\n{droppable} 1000\n")
+    assert host_memory.available_bytes() == 3_000
 
 
 def test_processes_that_chose_different_strategies_say_so(monkeypatch: pytest.MonkeyPatch):
