@@ -222,7 +222,8 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
 
     @cached_property
     def _castable(self) -> CastableNetwork:
-        return CastableNetwork(self.network)
+        is_whole = getattr(self.trainer.precision_plugin, "has_whole_weights", True)
+        return CastableNetwork(self.network, has_whole_weights=is_whole)
 
     @cached_property
     def _frozen_castables(self) -> list[tuple[CastableNetwork, Mapping[nn.Parameter, Tensor]]]:

@@ -20,7 +20,7 @@ _KEPT = (_BatchNorm, nn.Embedding)
 
 
 def casts_weights(plugin: PrecisionPlugin) -> bool:
-    """Whether weights are cast ahead of a forward pass: in bf16, and where whole weights are there by then."""
+    """Whether weights are cast ahead of where they are used."""
     return plugin.precision == Precision.BFLOAT16_MIXED or getattr(plugin, "casts_weights", False)
 
 
@@ -35,17 +35,19 @@ class CastableNetwork:
     micro-batches and processes. Parameters of one element are factors, and are computed with in float32.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, has_whole_weights: bool = True) -> None:
+        """Where weights are whole only while their layer is at work, norms cast their own, and autocast the others."""
         self._places = [
             (module, name, parameter)
             for module in network.modules()
-            if not isinstance(module, _KEPT)
+            if has_whole_weights and not isinstance(module, _KEPT)
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
             if parameter.dtype is torch.float32 and parameter.numel() > 1
         ]
         for module in network.modules():
             if isinstance(module, _NORMS):
-                module.forward = partial(_norm, module, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
+                norm = _norm if has_whole_weights else _norm_with_its_own_casts
+                module.forward = partial(norm, module, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
 
     def cast_trained(self) -> Mapping[nn.Parameter, Tensor]:
         """Copies of the weights that train, with the gradient's way back.
@@ -78,6 +80,13 @@ def _norm(norm: nn.Module, forward: Any, x: Tensor) -> Tensor:
         return forward(x)
     with torch.autocast(x.device.type, enabled=False):
         return forward(x.to(torch.bfloat16))
+
+
+def _norm_with_its_own_casts(norm: nn.Module, forward: Any, x: Tensor) -> Tensor:
+    """The same, with weights that are there from here on."""
+    own = [(norm, name, each.to(torch.bfloat16)) for name, each in norm.named_parameters(recurse=False)]
+    with in_place(own):
+        return _norm(norm, forward, x)
 
 
 def copies_in(network: nn.Module) -> list[_Place]:

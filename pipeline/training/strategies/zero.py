@@ -196,8 +196,9 @@ class ZeroPrecision(DeepSpeedPrecision):
     def __init__(self, precision: Precision, device_type: str, stage: int) -> None:
         super().__init__("32-true")
         self._autocasts = precision is Precision.BFLOAT16_MIXED
-        # ZeRO-3 has no weights before it gathers those of a layer.
-        self.casts_weights = self._autocasts and stage < 3
+        self.casts_weights = self._autocasts
+        # ZeRO-3 gathers those of a layer when its turn comes.
+        self.has_whole_weights = stage < 3
         self._device_type = device_type
 
     @contextmanager
