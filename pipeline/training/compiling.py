@@ -92,6 +92,8 @@ def compiled(module: StageModule, kind: Compile, cache: Path) -> Iterator[None]:
             recompile_limit=_SHAPES_OF_A_BLOCK,
             accumulated_recompile_limit=8 * _SHAPES_OF_A_BLOCK,
         ),
+        # Buffers that a backward pass would work in are lost to a second one, by which a loss's gradient is measured.
+        torch._functorch.config.patch(donated_buffer=False),
     ):
         for each in blocks or [module.network]:
             each.compile()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pipeline.training.compiling import (
     blocks_of,
     checkpoint_activations,
     choose_compile,
+    compiled,
 )
 from pipeline.workflow.progress import Outcome, read_failure
 from tests.support import ROOT, tiny
@@ -143,6 +145,25 @@ def test_blocks_are_found_wherever_they_are_and_not_inside_of_others():
     first, second = Block(), Block(inner=Block())
     network = nn.Sequential(nn.Linear(8, 8), first, nn.ModuleDict({"deep": nn.ModuleList([second])}))
     assert blocks_of(network, (Block,)) == [first, second]
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_loss_in_a_compiled_frozen_network_can_be_measured_before_the_backward_pass(tmp_path: Path):
+    torch.manual_seed(0)
+    network, frozen_network = nn.Linear(8, 8), Block().eval().requires_grad_(False)
+    module = SimpleNamespace(network=network, frozen_networks=(frozen_network,), block_classes=(Block,))
+    prediction = network(torch.ones(4, 8))
+    frozen_network(prediction).square().mean().backward()
+    expected = network.weight.grad
+    assert expected is not None
+    network.weight.grad = None
+    with compiled(module, Compile.BLOCKS, tmp_path / COMPILER_CACHE):  # pyright: ignore[reportArgumentType]
+        prediction = network(torch.ones(4, 8))
+        loss = frozen_network(prediction).square().mean()
+        (measured,) = torch.autograd.grad(loss, prediction, retain_graph=True)
+        loss.backward()
+    assert measured.norm() > 0
+    torch.testing.assert_close(network.weight.grad, expected)
 
 
 def kept_bytes_and_gradients(network: nn.Module) -> tuple[int, list[torch.Tensor]]:
