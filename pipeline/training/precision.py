@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.precision import Precision as PrecisionPlugin
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from pipeline.config import Precision, TrainerSettings
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Their kernels take bf16 and compute the statistics in float32."""
 
-_KEPT = (_BatchNorm, nn.Embedding)
-"""Whose weights stay float32: statistics do too, and of a vocabulary's table a step looks up a few rows."""
+_CAST = (nn.Linear, _ConvNd, nn.MultiheadAttention, *_NORMS)
+"""Whose weights are cast: what is added to activations stays float32, and of a vocabulary's table a step looks up few rows."""
 
 
 def casts_weights(plugin: PrecisionPlugin) -> bool:
@@ -40,7 +40,7 @@ class CastableNetwork:
         self._places = [
             (module, name, parameter)
             for module in network.modules()
-            if has_whole_weights and not isinstance(module, _KEPT)
+            if has_whole_weights and isinstance(module, _CAST)
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
             if parameter.dtype is torch.float32 and parameter.numel() > 1
         ]
