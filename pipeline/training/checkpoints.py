@@ -151,7 +151,7 @@ class _Write:
     def _run(self, part: CheckpointPart) -> None:
         try:
             self._digests = part.write(self._cancelled)
-        except Exception as error:  # raised where training can be stopped by it: see `wait`
+        except Exception as error:  # a thread's own would be lost: `finish` raises it at a step, on all processes
             self._error = error
 
 

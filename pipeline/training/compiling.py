@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch._functorch import config as functorch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 
@@ -93,7 +94,7 @@ def compiled(module: StageModule, kind: Compile, cache: Path) -> Iterator[None]:
             accumulated_recompile_limit=8 * _SHAPES_OF_A_BLOCK,
         ),
         # Buffers that a backward pass would work in are lost to a second one, by which a loss's gradient is measured.
-        torch._functorch.config.patch(donated_buffer=False),
+        functorch.patch(donated_buffer=False),
     ):
         for each in blocks or [module.network]:
             each.compile()

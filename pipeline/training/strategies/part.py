@@ -59,10 +59,13 @@ def write_tensors(
     The library's own writer would copy a file's tensors first, and let no other thread run meanwhile.
     """
     groups: list[list[tuple[str, Tensor]]] = [[]]
+    size = 0
     for named in tensors:
-        if sum(tensor.nbytes for _, tensor in groups[-1]) >= file_bytes:
+        if size >= file_bytes:
             groups.append([])
+            size = 0
         groups[-1].append(named)
+        size += named[1].nbytes
     digests = {}
     for number, group in enumerate(groups):
         name = f"{stem}.{number:03}.safetensors"

@@ -108,10 +108,11 @@ def test_an_indexing_that_is_stopped_keeps_what_it_walked(tmp_path: Path, number
 def test_an_indexing_in_several_processes_that_is_stopped_ends_at_once(tmp_path: Path):
     write_shards(tmp_path / "shards", map(source_sample, range(8)), 2)
     code = (
-        "import sys, time, pipeline.data.indexing as indexing\n"
+        "import os, sys, time, pipeline.data.indexing as indexing\n"
         "walk = indexing.walk_shard\n"
         "def slowly(path, name):\n"
-        "    if name >= '00002.tar': print('reached', flush=True); time.sleep(60)\n"
+        # Whole lines: `print` of two processes at once writes their words first, and then their ends of line.
+        "    if name >= '00002.tar': os.write(1, b'reached\\n'); time.sleep(60)\n"
         "    return walk(path, name)\n"
         "indexing.walk_shard = slowly\n"
         "from pipeline.cli import main\n"

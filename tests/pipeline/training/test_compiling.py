@@ -150,7 +150,8 @@ def test_blocks_are_found_wherever_they_are_and_not_inside_of_others():
 @pytest.mark.slow
 def test_the_gradient_of_a_loss_in_a_compiled_frozen_network_can_be_measured_before_the_backward_pass(tmp_path: Path):
     torch.manual_seed(0)
-    network, frozen_network = nn.Linear(8, 8), Block().eval().requires_grad_(False)
+    network = nn.Linear(8, 8)
+    frozen_network = Block().eval().requires_grad_(False)
     module = SimpleNamespace(network=network, frozen_networks=(frozen_network,), block_classes=(Block,))
     prediction = network(torch.ones(4, 8))
     frozen_network(prediction).square().mean().backward()

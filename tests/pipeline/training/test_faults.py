@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.non_finite import MAX_SKIPPED_IN_A_ROW, RECORD, NonFiniteGuard
 from pipeline.training.optimizer import build_optimizer
-from pipeline.training.stage import UNKNOWN, code_version, run_stage
+from pipeline.training.stage import run_stage
 from pipeline.training.strategies.portable import PlainStrategy
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import StageLost
@@ -357,49 +356,6 @@ def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tm
     published.verify()
     assert [row["samples_seen"] for row in rows(stage) if "train/loss" in row] == list(range(8, 8 * 60 + 1, 8))
     assert not list((tmp_path / "artifacts" / "learner").glob(".building-*"))
-
-
-def no_metadata(_name: str) -> str:
-    raise PackageNotFoundError("unclip")
-
-
-def lose_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.stage.version", no_metadata)
-
-
-def hide_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-
-
-def another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-
-
-@pytest.mark.parametrize("lacking", [(lose_metadata,), (hide_git,), (another_owner,), (lose_metadata, hide_git)])
-def test_a_stage_is_published_where_nothing_can_be_told_of_the_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: tuple[Callable[[pytest.MonkeyPatch], None], ...]
-):
-    stage = frozen(tmp_path, max_samples=8)
-    for lack in lacking:
-        lack(monkeypatch)
-    assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
-    release, _, commit = finished(stage).manifest.code_version.partition("+")
-    assert (release == UNKNOWN) is (lose_metadata in lacking)
-    is_checkout = (ROOT / ".git").exists()
-    assert (commit == UNKNOWN) is (is_checkout and lacking != (lose_metadata,))
-
-
-def test_the_code_s_version_is_that_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def lose_both(_context: object) -> None:
-        lose_metadata(monkeypatch)
-        hide_git(monkeypatch)
-
-    before = code_version()
-    SCRIPT.at_samples, SCRIPT.happens = 16, lose_both
-    stage = frozen(tmp_path)
-    assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
-    assert UNKNOWN in code_version()
-    assert finished(stage).manifest.code_version == before
 
 
 def test_data_without_held_out_samples_ends_a_training_before_its_first_step(

@@ -191,25 +191,26 @@ def learner(outputs: Path, devices: int, strategy: StrategyName) -> FrozenStage:
     return stage
 
 
-RANKS = [
-    (1, StrategyName.DDP),
-    pytest.param(2, StrategyName.DDP, marks=pytest.mark.slow),
-    pytest.param(2, StrategyName.ZERO2, marks=pytest.mark.slow),
-    pytest.param(2, StrategyName.ZERO3, marks=pytest.mark.slow),
-]
+def start_held(stage: FrozenStage, *, from_samples: int, slow_rank: int, until_past: int) -> subprocess.Popen[bytes]:
+    """A training that went on while one of its processes still has that checkpoint to write."""
+    process = start(with_held_checkpoints(stage, from_samples), **{SLOW_RANK: str(slow_rank)})
+    wait_until(stage, process, is_past(stage, until_past))
+    assert in_flight(stage) == [from_samples]
+    return process
 
 
+RANKS = [(1, StrategyName.DDP), (2, StrategyName.DDP), (2, StrategyName.ZERO2), (2, StrategyName.ZERO3)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "strategy"), RANKS)
 def test_a_kill_while_one_process_still_writes_resumes_from_the_checkpoint_before(
     tmp_path: Path, devices: int, strategy: StrategyName
 ):
     whole, stage = (learner(tmp_path / name, devices, strategy) for name in ("whole", "cut"))
     assert start(whole).wait(timeout=300) == 0, log_of(whole)
-    slow = with_held_checkpoints(stage, from_samples=64)
-    process = start(slow, **{SLOW_RANK: str(devices - 1)})
     # The step after the next one would begin another checkpoint or end training, and so wait.
-    wait_until(stage, process, is_past(stage, 72))
-    assert in_flight(stage) == [64]
+    process = start_held(stage, from_samples=64, slow_rank=devices - 1, until_past=72)
     process.kill()
     process.wait()
     kept = latest_checkpoint(stage.work)
@@ -220,11 +221,10 @@ def test_a_kill_while_one_process_still_writes_resumes_from_the_checkpoint_befor
     require_nothing_left(stage)
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_checkpoint_when_the_slower_one_has_written_its_part(tmp_path: Path):
     stage = learner(tmp_path, 2, StrategyName.DDP)
-    process = start(with_held_checkpoints(stage, from_samples=32), **{SLOW_RANK: "1"})
-    wait_until(stage, process, is_past(stage, 56))
-    assert in_flight(stage) == [32]
+    process = start_held(stage, from_samples=32, slow_rank=1, until_past=56)
     assert latest_checkpoint_samples(stage.work) is None
     (stage.work / GO_ON).touch()
     assert process.wait(timeout=300) == 0, log_of(stage)
@@ -239,8 +239,7 @@ def test_two_processes_make_a_checkpoint_when_the_slower_one_has_written_its_par
 @pytest.mark.slow
 def test_a_signal_while_one_process_still_writes_ends_both_with_a_checkpoint_at_their_step(tmp_path: Path):
     stage = learner(tmp_path, 2, StrategyName.DDP)
-    process = start(with_held_checkpoints(stage, from_samples=32), **{SLOW_RANK: "1"})
-    wait_until(stage, process, is_past(stage, 56))
+    process = start_held(stage, from_samples=32, slow_rank=1, until_past=56)
     process.send_signal(signal.SIGUSR1)
     (stage.work / GO_ON).touch()
     assert process.wait(timeout=300) == 75, log_of(stage)
