@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -20,7 +20,7 @@ from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
 from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
-from pipeline.training.precision import CastableNetwork, casts_weights
+from pipeline.training.precision import CastableNetwork
 from pipeline.training.strategies.portable import PortableStrategy
 
 LOSS = "loss"
@@ -63,7 +63,6 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         self.micro_batch_size = settings.global_batch_size
         self.gradient_norm = torch.zeros(())
         self.step_losses: list[Tensor] = []
-        self._copies: Mapping[nn.Parameter, Tensor] = {}
 
     def hold_at_most(self, micro_batch_size: int) -> None:
         """Compute in pieces: never hold the activations of more than `micro_batch_size` samples."""
@@ -189,46 +188,31 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of a micro-batch."""
         # Here, inside of whatever wraps this module: see `ZeroPrecision.train_step_context`.
-        with self.trainer.precision_plugin.forward_context(), self._with_weights_of_step(batch_idx):
+        with self.trainer.precision_plugin.forward_context(), self.with_cast_weights():
             losses = dict(self.losses(batch))
         self.step_losses.append(losses[LOSS].detach())
         return losses
 
-    def cast_for_a_piece(self) -> AbstractContextManager[None]:
-        """Compute with copies of the weights that are this piece's own, where copies are computed with.
-
-        For a network that is called several times in a step: gradients of a common copy would be added up in bf16.
-        """
-        if not casts_weights(self.trainer.precision_plugin):
-            return nullcontext()
-        return self._castable.computing_with(self._castable.cast_trained())
-
     @contextmanager
-    def _with_weights_of_step(self, batch_idx: int) -> Iterator[None]:
-        if not casts_weights(self.trainer.precision_plugin):
-            yield
-            return
-        micro_batches = self.trainer.accumulate_grad_batches
-        if batch_idx % micro_batches == 0:
-            self._copies = self._castable.cast_trained()
+    def with_cast_weights(self) -> Iterator[None]:
+        """Compute with bf16 copies of the weights, where training is in bf16.
+
+        Once more inside of it, it makes copies anew, so that several calls of a network in a step add up their
+        gradients in float32.
+        """
         with ExitStack() as stack:
-            stack.enter_context(self._castable.computing_with(self._copies))
-            for castable, copies in self._frozen_castables:
-                stack.enter_context(castable.computing_with(copies))
+            for castable in self._castables:
+                stack.enter_context(castable.with_cast_weights())
             yield
-        if (batch_idx + 1) % micro_batches == 0:
-            # From here on the backward pass alone holds them.
-            self._copies = {}
 
     @cached_property
-    def _castable(self) -> CastableNetwork:
-        is_whole = getattr(self.trainer.precision_plugin, "has_whole_weights", True)
-        return CastableNetwork(self.network, has_whole_weights=is_whole)
-
-    @cached_property
-    def _frozen_castables(self) -> list[tuple[CastableNetwork, Mapping[nn.Parameter, Tensor]]]:
-        castables = [CastableNetwork(frozen) for frozen in self.frozen_networks]
-        return [(castable, castable.cast_frozen()) for castable in castables]
+    def _castables(self) -> list[CastableNetwork]:
+        device = self.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is not torch.bfloat16:
+            return []
+        # ZeRO-3 gathers a layer's weights when its turn comes.
+        is_whole = getattr(self.trainer.strategy, "has_whole_weights", True)
+        return [CastableNetwork(self.network, has_whole_weights=is_whole), *map(CastableNetwork, self.frozen_networks)]
 
 
 def within(batches: Iterable[ImageBatch], samples: int) -> list[ImageBatch]:

@@ -1,12 +1,10 @@
-"""bf16 with less casting than autocast alone: a step's weights are cast once, and normalisation stays in bf16."""
+"""bf16 with less casting than autocast alone: weights are cast ahead of their use, and normalisation stays in bf16."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from pytorch_lightning.plugins.precision import Precision as PrecisionPlugin
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -16,13 +14,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Their kernels take bf16 and compute the statistics in float32."""
 
 _CAST = (nn.Linear, _ConvNd, nn.MultiheadAttention, *_NORMS)
-"""Whose weights are cast: what is added to activations stays float32, and of a vocabulary's table a step looks up few rows."""
-
-
-def casts_weights(plugin: PrecisionPlugin) -> bool:
-    """Whether weights are cast ahead of where they are used."""
-    return plugin.precision == Precision.BFLOAT16_MIXED or getattr(plugin, "casts_weights", False)
-
+"""Whose weights are cast: what is added to activations stays float32, and of a vocabulary's table few rows are read."""
 
 _Place = tuple[nn.Module, str, Tensor]
 """A parameter's module, its name there, and what the module computes with in its place."""
@@ -44,37 +36,31 @@ class CastableNetwork:
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
             if parameter.dtype is torch.float32 and parameter.numel() > 1
         ]
+        weights = dict.fromkeys(weight for _, _, weight in self._places)
+        self._trained = [weight for weight in weights if weight.requires_grad]
+        # As parameters, whose shapes a compiler takes as fixed where it leaves those of tensors open.
+        self._frozen: dict[nn.Parameter, Tensor] = {
+            weight: nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+            for weight in weights
+            if not weight.requires_grad
+        }
         for module in network.modules():
             if isinstance(module, _NORMS):
                 norm = _norm if has_whole_weights else _norm_with_its_own_casts
                 module.forward = partial(norm, module, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def cast_trained(self) -> Mapping[nn.Parameter, Tensor]:
-        """Copies of the weights that train, with the gradient's way back.
-
-        They serve any number of backward passes until the weights change. What several uses in one pass give of a
-        gradient is added up in bf16.
-        """
-        return {weight: weight.to(torch.bfloat16) for weight in self._weights() if weight.requires_grad}
-
-    def cast_frozen(self) -> Mapping[nn.Parameter, Tensor]:
-        """Copies of the weights that do not train."""
-        frozen = [weight for weight in self._weights() if not weight.requires_grad]
-        return {weight: nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False) for weight in frozen}
-
-    def _weights(self) -> list[nn.Parameter]:
-        # A weight may have several places.
-        return list(dict.fromkeys(weight for _, _, weight in self._places))
-
     @contextmanager
-    def computing_with(self, copies: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-        """Have the copies in the places of their weights."""
-        places = [(module, name, copies[weight]) for module, name, weight in self._places if weight in copies]
-        with in_place(places):
+    def with_cast_weights(self) -> Iterator[None]:
+        """Compute with copies: of what trains with new ones, of what is frozen with those made once.
+
+        What several uses of a weight in here give of its gradient is added up in bf16.
+        """
+        copies = self._frozen | {weight: weight.to(torch.bfloat16) for weight in self._trained}
+        with in_place([(module, name, copies[weight]) for module, name, weight in self._places]):
             yield
 
 
-def _norm(norm: nn.Module, forward: Any, x: Tensor) -> Tensor:
+def _norm(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Normalise in bf16 where the weights are; on GPUs autocast would have it done, and handed on, in float32."""
     if not isinstance(norm.weight, Tensor) or norm.weight.dtype is not torch.bfloat16:
         return forward(x)
@@ -82,7 +68,7 @@ def _norm(norm: nn.Module, forward: Any, x: Tensor) -> Tensor:
         return forward(x.to(torch.bfloat16))
 
 
-def _norm_with_its_own_casts(norm: nn.Module, forward: Any, x: Tensor) -> Tensor:
+def _norm_with_its_own_casts(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The same, with weights that are there from here on."""
     own = [(norm, name, each.to(torch.bfloat16)) for name, each in norm.named_parameters(recurse=False)]
     with in_place(own):

@@ -114,7 +114,7 @@ class ClipModule(StageModule[ClipModel]):
         return self.network(signed(image), tokens)
 
     def _embed_piece_of_many(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        with self.cast_for_a_piece():
+        with self.with_cast_weights():
             return self._embed_piece(image, tokens)
 
     @property

@@ -78,7 +78,7 @@ class JudgeModule(StageModule[Judge]):
         strength = settings.max_noise * draws.uniform("noise strength")[:, None, None, None]
         logits = self.network(seen + strength * draws.normal(NOISE, seen.shape[1:]))
         truth = self._labels[batch.sample].to(self.device)
-        return {LOSS: torch.stack([F.cross_entropy(each.float(), truth[:, a]) for a, each in enumerate(logits)]).sum()}
+        return {LOSS: torch.stack([F.cross_entropy(each, truth[:, a]) for a, each in enumerate(logits)]).sum()}
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Accuracy on held-out pictures without noise, at each of the sizes."""

@@ -123,7 +123,12 @@ class Tolerance:
 
 
 FLOAT32 = Tolerance(share=1e-2, elements=1e-3, rtol=1e-3, atol=1e-5, loss=1e-5, gradient_norm=1e-5)
-ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2e-3, gradient_norm=2e-2)
+ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2**-7, gradient_norm=2e-2)
+"""In bf16, of which a unit in the last place is 2^-8. The first step's losses have the same bits under all strategies,
+and so has everything under ZeRO-1 and 2. Under ZeRO-3 the gradients of attention's queries, keys and values, one tensor
+before, are added up in bf16 (see `BITS`): 0.3 % of that gradient. Seen after four steps: 1.3 to 2.6 % of the way off,
+and 0.4 % of CLIP's loss, to the bits the losses of DDP with identities there. Norms that round otherwise, as autocast's
+do, make it 6 to 13 % and 3.7 %."""
 
 
 def require_agreement(

@@ -49,12 +49,13 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     ) -> None:
         super().__init__(
             config=_deepspeed_config(stage, offload, settings, on_cuda),
-            precision_plugin=ZeroPrecision(precision, "cuda" if on_cuda else "cpu", stage),
+            precision_plugin=ZeroPrecision(precision, "cuda" if on_cuda else "cpu"),
             timeout=timedelta(seconds=collective_timeout_s),
             title=title,
             report=report,
         )
         self._stage = stage
+        self.has_whole_weights = stage < 3
         self._linear = nn.functional.linear
 
     @override
@@ -193,12 +194,9 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 class ZeroPrecision(DeepSpeedPrecision):
     """Float32 weights, and autocast just as under DDP. Callbacks see each step once, at its end."""
 
-    def __init__(self, precision: Precision, device_type: str, stage: int) -> None:
+    def __init__(self, precision: Precision, device_type: str) -> None:
         super().__init__("32-true")
         self._autocasts = precision is Precision.BFLOAT16_MIXED
-        self.casts_weights = self._autocasts
-        # ZeRO-3 gathers those of a layer when its turn comes.
-        self.has_whole_weights = stage < 3
         self._device_type = device_type
 
     @contextmanager

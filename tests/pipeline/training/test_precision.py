@@ -1,4 +1,4 @@
-"""bf16: weights are cast once a step, normalisation stays in bf16, and whatever is kept stays float32."""
+"""bf16: weights are cast once a micro-batch, normalisation stays in bf16, and whatever is kept stays float32."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,24 +61,21 @@ def gradients(network: nn.Module) -> list[Tensor]:
     return [each.grad for each in network.parameters() if each.grad is not None]
 
 
-def test_a_weight_is_cast_once_for_all_micro_batches_and_its_gradient_is_added_up_in_float32():
+def test_a_weight_is_cast_once_for_a_micro_batch_and_its_gradient_is_added_up_in_float32():
     narrow, whole, apart = networks(3)
-    castable = CastableNetwork(narrow)
+    castable, each_apart = CastableNetwork(narrow), CastableNetwork(apart)
     pieces = torch.randn(4, 16, 8).unbind()
+    sums = [torch.zeros_like(each) for each in apart.parameters()]
     with Operators() as operators:
-        copies = castable.cast_trained()
         for piece in pieces:
-            with castable.computing_with(copies):
+            with castable.with_cast_weights():
                 backward(narrow, piece)
-    assert {operators.casts[each.data_ptr()] for each in narrow.parameters() if each.numel() > 1} == {1}
+    assert {operators.casts[each.data_ptr()] for each in narrow.parameters() if each.numel() > 1} == {len(pieces)}
     assert operators.norm_types == {torch.bfloat16}
     for piece in pieces:
         whole(piece).square().mean().backward()
-    sums = [torch.zeros_like(each) for each in apart.parameters()]
-    for piece in pieces:
         apart.zero_grad()
-        again = CastableNetwork(apart)
-        with again.computing_with(again.cast_trained()):
+        with each_apart.with_cast_weights():
             backward(apart, piece)
         sums = [total + own for total, own in zip(sums, gradients(apart), strict=True)]
     for own, total, true in zip(gradients(narrow), sums, gradients(whole), strict=True):
@@ -87,14 +85,23 @@ def test_a_weight_is_cast_once_for_all_micro_batches_and_its_gradient_is_added_u
     assert all(isinstance(each, nn.Parameter) and each.dtype is torch.float32 for each in narrow.parameters())
 
 
+def test_where_weights_are_not_whole_norms_and_autocast_cast_them_to_the_same_bits():
+    ahead, at_use = networks(2)
+    x = torch.randn(16, 8)
+    castables = (CastableNetwork(ahead), CastableNetwork(at_use, has_whole_weights=False))
+    for network, castable in zip((ahead, at_use), castables, strict=True):
+        with Operators() as operators, castable.with_cast_weights():
+            backward(network, x)
+        assert operators.norm_types == {torch.bfloat16}
+    assert all(map(torch.equal, gradients(ahead), gradients(at_use)))
+
+
 def test_a_block_that_is_computed_again_has_the_weights_of_its_forward_pass():
     plain, checkpointed = networks(2)
     checkpoint_activations(checkpointed, (Block,))
     x = torch.randn(16, 8)
     for network in (plain, checkpointed):
-        castable = CastableNetwork(network)
-        copies = castable.cast_trained()
-        with castable.computing_with(copies), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with CastableNetwork(network).with_cast_weights(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             loss = network(x).float().square().mean()
         loss.backward()
     assert all(map(torch.equal, gradients(plain), gradients(checkpointed)))
@@ -113,32 +120,35 @@ def test_a_compiled_network_with_cast_weights_is_one_graph_in_all_steps():
     network.compile(backend=count)
     torch._dynamo.reset()
     for _ in range(4):
-        with castable.computing_with(castable.cast_trained()):
+        with castable.with_cast_weights():
             backward(network, torch.randn(16, 8))
     assert graphs == 1
 
 
 def test_a_frozen_network_is_cast_once_but_for_factors_and_vocabularies():
     network = nn.Sequential(nn.Embedding(5, 8), Block(), nn.Linear(8, 1)).requires_grad_(False)
-    castable = CastableNetwork(network)
-    copies = castable.cast_frozen()
-    assert not castable.cast_trained()
-    with castable.computing_with(copies):
-        types = {name: each.dtype for name, each in network.named_parameters()}
-        with Operators() as operators, torch.autocast("cpu", torch.bfloat16):
-            network(torch.arange(5))
-    assert {name for name, kind in types.items() if kind is torch.float32} == {"0.weight", "2.bias"}
-    cast = {name for name, each in network.named_parameters() if operators.casts[each.data_ptr()]}
-    assert cast <= {"2.bias"}
+    weights_of = dict(network.named_parameters())
+    with Operators() as operators:
+        castable = CastableNetwork(network)
+        for _ in range(3):
+            with castable.with_cast_weights(), torch.autocast("cpu", torch.bfloat16):
+                network(torch.arange(5))
+    casts = {name: operators.casts[each.data_ptr()] for name, each in weights_of.items()}
+    assert casts == dict.fromkeys(casts, 1) | {"0.weight": 0, "2.bias": 3}
 
 
-def test_a_training_in_bf16_that_is_stopped_resumes_to_the_same_bits(tmp_path: Path):
+def test_a_training_in_bf16_that_is_stopped_resumes_to_the_same_bits_and_keeps_all_of_its_state_in_float32(
+    tmp_path: Path,
+):
     def stage(name: str):
         return frozen(tmp_path / name, dropout=0.3, micro_batch_size=4, precision=Precision.BFLOAT16_MIXED)
 
     assert run(stage("whole")) is Outcome.FINISHED, read_failure(stage("whole").work)
     SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
     assert run(stage("stopped")) is Outcome.INTERRUPTED
+    kept = [load_file(file) for file in stage("stopped").work.glob("checkpoints/*.ckpt/*.safetensors")]
+    assert {key.split("|")[1] for state in kept for key in state} == {"weight", "ema", "exp_avg", "exp_avg_sq", "step"}
+    assert {tensor.dtype for state in kept for tensor in state.values()} == {torch.float32}
     SCRIPT.at_samples = None
     assert run(stage("stopped")) is Outcome.FINISHED
     assert are_equal(weights(stage("stopped")), weights(stage("whole")))
