@@ -1,11 +1,12 @@
 """torch.compile for what a stage trains and evaluates: the whole network, or each of its repeated blocks."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +19,7 @@ from pipeline.config import Compile, StrategyName, TrainerSettings
 from pipeline.errors import UserError
 from pipeline.training.callbacks import StepBoundary
 from pipeline.training.module import StageModule
+from pipeline.training.precision import copies_in, in_place
 
 COMPILER_CACHE = "compiler"
 STEPS_THAT_COMPILE = 64
@@ -154,7 +156,19 @@ class StopCompiling(StepBoundary):
 def checkpoint_activations(network: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
     """Have each block keep its input alone, and compute the rest again for the backward pass, to the same bits."""
     for block in blocks_of(network, block_classes):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_checkpoint, block, block.forward)
+
+
+def _checkpoint(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # A graph has the weights as its inputs, backwards too.
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, block), **kwargs)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Nothing around a block's forward pass; around the second one, the weights of the first."""
+    return nullcontext(), in_place(copies_in(block))
 
 
 def blocks_of(network: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> list[nn.Module]:

@@ -32,6 +32,7 @@ from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
+from pipeline.training.precision import float32_products
 from pipeline.training.processes import process_environment
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
@@ -100,7 +101,10 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     if settings.activation_checkpointing is ActivationCheckpointing.BLOCKS:
         checkpoint_activations(module.network, module.block_classes)
-    with compiled(module, kind, context.frozen.outputs / COMPILER_CACHE):
+    with (
+        compiled(module, kind, context.frozen.outputs / COMPILER_CACHE),
+        float32_products(settings, is_cuda=accelerator_of(settings) == "cuda"),
+    ):
         trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     strategy.leave_averaged_weights()

@@ -3,8 +3,9 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
 from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
+from pipeline.training.precision import CastableNetwork
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.training.weighted import weighted_means
 
@@ -198,10 +200,31 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of a micro-batch."""
         # Here, inside of whatever wraps this module: see `ZeroPrecision.train_step_context`.
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), self.with_cast_weights():
             losses = dict(self.losses(batch))
         self.step_losses.append(losses[LOSS].detach())
         return losses
+
+    @contextmanager
+    def with_cast_weights(self) -> Iterator[None]:
+        """Compute with bf16 copies of the weights, where training is in bf16.
+
+        One within another makes copies of its own: what several calls of a network give of a gradient is then added up
+        in float32.
+        """
+        with ExitStack() as stack:
+            for castable in self._castables:
+                stack.enter_context(castable.with_cast_weights())
+            yield
+
+    @cached_property
+    def _castables(self) -> list[CastableNetwork]:
+        device = self.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is not torch.bfloat16:
+            return []
+        # ZeRO-3 gathers a layer's weights when its turn comes.
+        is_whole = getattr(self.trainer.strategy, "has_whole_weights", True)
+        return [CastableNetwork(self.network, has_whole_weights=is_whole), *map(CastableNetwork, self.frozen_networks)]
 
 
 def within(batches: Iterable[ImageBatch], samples: int) -> list[ImageBatch]:

@@ -107,12 +107,16 @@ class ClipModule(StageModule[ClipModel]):
         if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
             return self._embed_piece(batch.image, tokens)
         pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)
-        embeds = [checkpoint(self._embed_piece, *piece, use_reentrant=False) for piece in pieces]
+        embeds = [checkpoint(self._embed_piece_of_many, *piece, use_reentrant=False) for piece in pieces]
         image_embed, text_embed = zip(*embeds, strict=True)
         return torch.cat(image_embed), torch.cat(text_embed)
 
     def _embed_piece(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.network(signed(image), tokens)
+
+    def _embed_piece_of_many(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with self.with_cast_weights():
+            return self._embed_piece(image, tokens)
 
     @property
     def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Compile
 from pipeline.training.compiling import blocks_of, checkpoint_activations, compiled
+from pipeline.training.precision import CastableNetwork
 from stages.blocks import BLOCKS
 from stages.clip.network import ClipModel, TextEncoding
 from stages.clip.settings import ClipSettings
@@ -85,8 +86,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 
 @pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler", "judge"])
 def test_a_network_that_trains_is_one_graph(trained: dict[str, Trained], stage: str):
+    require_one_graph(trained[stage].call)
+
+
+@pytest.mark.parametrize("stage", ["clip", "decoder"])
+def test_with_cast_weights_it_is_one_graph_too(trained: dict[str, Trained], stage: str):
+    castable = CastableNetwork(trained[stage].network)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), castable.with_cast_weights():
+        require_one_graph(trained[stage].call)
+
+
+def require_one_graph(call: Callable[[], Tensor]) -> None:
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(trained[stage].call)()
+    explained = torch._dynamo.explain(call)()
     assert explained.graph_break_count == 0, explained.break_reasons
     assert explained.graph_count == 1
 
