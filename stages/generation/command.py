@@ -333,7 +333,8 @@ def _write(pictures: Sequence[Picture], names: Sequence[str], output: Path) -> N
         columns=GRID_COLUMNS,
     )
     save_grid(grid.image, grid.layout, output / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png in {output}")
+    count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    print(f"{count} and grid.png in {output}")
 
 
 def _slug(caption: str) -> str:
