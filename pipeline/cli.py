@@ -15,12 +15,14 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
 _FORECAST = "--forecast"
+_ACCEPT_CODE = "--accept-code"
 
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
 
   unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2,
-                                      --members FILE over the overrides in its lines
+                                      --members FILE over the overrides in its lines; --accept-code goes on from
+                                      checkpoints of other code
   unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why; --forecast: FLOPs,
                                       memory, time, cost and disk too, on forecast.device=here or a named one
   unclip submit [key=value ...] [-m]  give a queue (Slurm) a job for each stage that is not finished, and return
@@ -114,7 +116,7 @@ def _plan(arguments: list[str]) -> int:
     if plans and not any(plan.blocked for plan in plans):
         launcher = launcher_of(plans[0].config)
         launcher.check(plans)
-        for each in launcher.preview(plans):
+        for each in launcher.preview([plan.with_code() for plan in plans]):
             console.print(each, soft_wrap=isinstance(each, str), markup=False)
     if asks_forecast:
         from pipeline.forecast.estimate import forecast
@@ -130,6 +132,10 @@ def _run(arguments: list[str]) -> int:
     from pipeline.compose import is_left_to_hydra, run_by_hydra
 
     if is_left_to_hydra(arguments):
+        if _ACCEPT_CODE in arguments:
+            raise UserError(
+                f"{_ACCEPT_CODE} is not for Hydra's own sweepers; finish the member that asks for it by itself"
+            )
         run_by_hydra("unclip run", arguments)
         return 0
     return _start("unclip run", arguments, waits=True)
@@ -146,9 +152,11 @@ def _start(program: str, arguments: list[str], *, waits: bool, default: str | No
     from pipeline.workflow.plan import plan_run
     from pipeline.workflow.progress import Outcome
 
+    accepts_code = _ACCEPT_CODE in arguments
+    arguments = [each for each in arguments if each != _ACCEPT_CODE]
     members = compose_members(program, arguments, default=default)
     plans = [plan_run(member.config, member.overrides) for member in members]
-    outcomes = start(plans, Display(), waits=waits)
+    outcomes = start(plans, Display(), waits=waits, accepts_code=accepts_code)
     failures = [each for each in outcomes if each.outcome is Outcome.FAILED]
     if any(each.outcome is Outcome.INTERRUPTED for each in outcomes):
         return EXIT_INTERRUPTED

@@ -43,6 +43,8 @@ class FrozenStage(Settings):
     trainer: TrainerSettings
     tracking: TrackingSettings
     overrides: list[str]
+    code: str | None = None
+    """The digest of the code that it was submitted with; None where whatever is imported runs it."""
 
     @property
     def store(self) -> ArtifactStore:
