@@ -32,6 +32,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip sync [RUN]                   upload W&B runs that were tracked offline, and what an outage kept back
   unclip compare RUN ...              a table of runs or a sweep; --output report.html: curves and pictures too
   unclip card RUN                     write a run's model card
+  unclip board                        the same page of all runs, served to a browser, live
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
 {registered}
@@ -92,6 +93,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "sync": _sync,
         "compare": _compare,
         "card": _card,
+        "board": _board,
         "shards": _shards,
     }
 
@@ -171,9 +173,9 @@ def _status(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
-    from pipeline.launch.launcher import LauncherUnavailableError, launchers
+    from pipeline.launch.launcher import state_tables
     from pipeline.terminal.display import shown_path
-    from pipeline.terminal.tables import status_table, unfinished_logs
+    from pipeline.terminal.tables import unfinished_logs
     from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
 
     outputs = options.outputs
@@ -181,15 +183,10 @@ def _status(arguments: list[str]) -> int:
     title = options.run or (names[0] if names else "demo")
     records = read_runs(outputs, title)
     console = Console(highlight=False)
-    tables = []
-    for launcher in launchers().values():
-        try:
-            table = launcher.state(outputs, records, f"run {title}")
-        except LauncherUnavailableError as error:
-            console.print(f"from files alone, as {error}", markup=False, soft_wrap=True)
-        else:
-            tables += [] if table is None else [table]
-    for table in tables or [status_table(outputs, record) for record in records]:
+    tables, notes = state_tables(outputs, records, f"run {title}")
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+    for table in tables:
         console.print(table)
     for record in records:
         if is_finished(outputs, record) and (pictures := gather_pictures(outputs, record)):
@@ -252,6 +249,14 @@ def _card(arguments: list[str]) -> int:
     parser = command_parser("card", "A run's model card, in Markdown.")
     add_card_options(parser)
     return card(parser.parse_args(arguments))
+
+
+def _board(arguments: list[str]) -> int:
+    from pipeline.board.command import add_board_options, board
+
+    parser = command_parser("board", "The report of all runs in a browser, live.")
+    add_board_options(parser)
+    return board(parser.parse_args(arguments))
 
 
 def _shards(arguments: list[str]) -> int:
