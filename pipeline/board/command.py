@@ -1,4 +1,4 @@
-"""`unclip board [RUN ...]`: serves the report to a browser."""
+"""`unclip board`: serves the report to a browser."""
 
 import argparse
 import hmac
