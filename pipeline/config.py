@@ -84,8 +84,9 @@ class OptimizerSettings(Settings):
 
 
 class TrainingStageSettings(Settings):
-    """What every stage that trains a network has."""
+    """What every stage that trains a network has. `initial` names the weights that it starts from: run:NAME."""
 
+    initial: Annotated[str | None, ADDED_LATER] = None
     global_batch_size: Positive
     max_samples: NotNegative
     optimizer: OptimizerSettings

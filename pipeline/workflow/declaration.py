@@ -5,6 +5,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -65,6 +66,14 @@ class Workflow:
 
 
 @dataclass(frozen=True)
+class ForeignWeights:
+    """Weights on disk that no run made: their files by name, and the settings that go with them, by dotted key."""
+
+    files: Mapping[str, Path]
+    dictated: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class StageDeclaration:
     """A class of stages. `version` goes up whenever the same settings would make something else.
 
@@ -81,6 +90,11 @@ class StageDeclaration:
     not hold, such as the user's own shards; it is no part of what the output is.
     `usage` is a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
     the output, `origin` one (artifact) -> Markdown that says what of others' work it was made from, "" for none.
+    `dictated` is given the path of the settings and these as the config has them, and returns those that names and
+    files among them dictate, by dotted key, such as the sizes of a network.
+    `inherits` are the settings, by dotted key, that go with the weights of an artifact when a stage starts from it by
+    `initial`; a stage of a class without any cannot. `foreign` finds other weights than runs' to start from: by scheme,
+    a function (path, the key that it was given as) -> `ForeignWeights`.
     `rehearse` names a function ("module:function") that gives a forecast what the stage would work with; it is imported
     when a forecast is asked for. Of a stage without one a forecast knows nothing.
     """
@@ -99,6 +113,9 @@ class StageDeclaration:
     place: Callable[[Any], Settings | None] | None = None
     usage: Callable[[str, Artifact, str], str] | None = None
     origin: Callable[[Artifact], str] | None = None
+    dictated: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    inherits: tuple[str, ...] | None = None
+    foreign: Mapping[str, Callable[[Path, str], ForeignWeights]] = field(default_factory=dict)
     rehearse: str | None = None
 
 

@@ -20,6 +20,7 @@ from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, resol
 from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.graph import Node, build_graph, declaration_of
+from pipeline.workflow.initial import Initial, find_initial, with_dictated
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
 
 MAX_DIFFERENCES_SHOWN = 3
@@ -80,8 +81,12 @@ def require_unblocked(plans: Sequence[Plan]) -> None:
 
 @dataclass(frozen=True)
 class _ValidStage:
+    """`unmet` says why the weights that it is to start from are not there yet."""
+
     stage: StageSettings
     trainer: TrainerSettings
+    initial: Initial | None
+    unmet: str | None
 
 
 def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
@@ -90,18 +95,27 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     Raises `UserError` for whatever can be known to be wrong before anything runs.
     """
     catalog: Catalog = resolve(config.catalog)
-    valid = {name: _validate_stage(name, values, config, catalog) for name, values in config.stage.items()}
+    store = ArtifactStore(config.paths.outputs.absolute())
+    valid = {
+        name: _validate_stage(name, values, config, catalog, store, overrides) for name, values in config.stage.items()
+    }
     stages = {name: each.stage for name, each in valid.items()}
     graph = build_graph(stages, catalog)
     catalog.check(stages)
-    store = ArtifactStore(config.paths.outputs.absolute())
     planned: dict[str, PlannedStage] = {}
     for node in graph:
-        planned[node.name] = _plan_stage(node, valid[node.name].trainer, planned, config, store, overrides)
+        planned[node.name] = _plan_stage(node, valid[node.name], planned, config, store, overrides)
     return Plan(config, store, tuple(planned.values()), overrides)
 
 
-def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, catalog: Catalog) -> _ValidStage:
+def _validate_stage(
+    name: str,
+    values: Mapping[str, Any],
+    config: RunConfig,
+    catalog: Catalog,
+    store: ArtifactStore,
+    overrides: tuple[str, ...],
+) -> _ValidStage:
     own = dict(values)
     kind = own.pop("kind", None)
     if kind is None:
@@ -111,6 +125,15 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
         )
     trainer_overrides = own.pop("trainer", None) or {}
     declaration = declaration_of(name, kind, catalog)
+    path, initial, unmet = f"stage.{name}", None, None
+    if declaration.dictated is not None:
+        own = with_dictated(own, declaration.dictated(path, own), path, "its weights", overrides)
+    if isinstance(own.get("initial"), str):
+        try:
+            initial = find_initial(own["initial"], name, kind, declaration, config.run.name, store)
+            own = with_dictated(own, initial.dictated, path, initial.source, overrides)
+        except Blocked as reason:
+            unmet = str(reason)
     try:
         settings: Settings = validate(declaration.settings, own, f"stage.{name}")
     except UserError as error:
@@ -121,12 +144,12 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
     trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
     if isinstance(settings, TrainingStageSettings):
         check_batch(settings.global_batch_size, trainer, f"stage.{name}")
-    return _ValidStage(StageSettings(kind, settings), trainer)
+    return _ValidStage(StageSettings(kind, settings), trainer, initial, unmet)
 
 
 def _plan_stage(
     node: Node,
-    trainer: TrainerSettings,
+    valid: _ValidStage,
     planned: Mapping[str, PlannedStage],
     config: RunConfig,
     store: ArtifactStore,
@@ -140,8 +163,10 @@ def _plan_stage(
     waiting_for = [name for name in upstream if planned[name].action is Action.BLOCKED]
     if waiting_for:
         return blocked(f"needs {', '.join(waiting_for)}")
+    if valid.unmet is not None:
+        return blocked(valid.unmet)
     try:
-        identity = _identity(node, trainer, config)
+        identity = _identity(node, valid, config)
     except Blocked as reason:
         return blocked(str(reason))
     references = {
@@ -164,18 +189,35 @@ def _plan_stage(
         settings=node.stage.settings.model_dump(mode="json"),
         seed=config.seed,
         outputs=store.outputs,
-        trainer=trainer,
+        trainer=valid.trainer,
         tracking=config.tracking,
         overrides=list(overrides),
+        initial=_reference(valid.initial),
     )
     action, reason = _decide(node, frozen, planned, store)
+    if valid.initial is not None and action is Action.RUN:
+        reason = f"{reason}; starts from {valid.initial.source}{_other_inputs(valid.initial, input_fingerprints)}"
     place = node.declaration.place(node.stage.settings) if node.declaration.place else None
     return PlannedStage(
         node.name, node.stage.kind, action, reason, upstream, frozen, place.model_dump(mode="json") if place else None
     )
 
 
-def _identity(node: Node, trainer: TrainerSettings, config: RunConfig) -> dict[str, Any]:
+def _reference(initial: Initial | None) -> ArtifactReference | None:
+    if initial is None or initial.artifact is None:
+        return None
+    manifest = initial.artifact.manifest
+    return ArtifactReference(stage=manifest.stage, fingerprint=manifest.fingerprint)
+
+
+def _other_inputs(initial: Initial, inputs: Mapping[str, list[str]]) -> str:
+    """Which inputs the weights were made with others of, in half a sentence; "" for none."""
+    made_with = initial.artifact.manifest.inputs if initial.artifact is not None else inputs
+    others = [name for name, found in inputs.items() if made_with.get(name) != found]
+    return f", made with other {' and '.join(others)}" if others else ""
+
+
+def _identity(node: Node, valid: _ValidStage, config: RunConfig) -> dict[str, Any]:
     declaration = node.declaration
     describe = declaration.identity or counted_settings
     identity: dict[str, Any] = {
@@ -183,8 +225,11 @@ def _identity(node: Node, trainer: TrainerSettings, config: RunConfig) -> dict[s
         "version": declaration.version,
         "settings": describe(node.stage.settings),
     }
+    if valid.initial is not None:
+        # By its contents, whatever it is called now.
+        identity["settings"] = {**identity["settings"], "initial": valid.initial.counted}
     if declaration.computes:
-        identity |= {"seed": config.seed, "precision": trainer.precision.value}
+        identity |= {"seed": config.seed, "precision": valid.trainer.precision.value}
     return identity
 
 
