@@ -174,8 +174,8 @@ def check_network(path: str, network: ClipNetwork) -> None:
             )
 
 
-def not_in_transformers(network: ClipNetwork) -> str | None:
-    """Why transformers and diffusers have no class for such towers; None if they do."""
+def not_in_stock_pipelines(network: ClipNetwork) -> str | None:
+    """Why diffusers' stock pipelines cannot hold such towers; None if they can."""
     if isinstance(network, OpenClipNetworkSettings):
         return "its CLIP has other towers than a ViT and a causal text transformer"
     if network.text_width != network.embed_dim:

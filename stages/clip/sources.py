@@ -237,7 +237,7 @@ def network_of_transformers(
         "vision_width": vision["hidden_size"],
         "vision_layers": vision["num_hidden_layers"],
         "vision_heads": vision["num_attention_heads"],
-        "vision_mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+        "vision_mlp_ratio": _ratio(vision["intermediate_size"], vision["hidden_size"]),
         "text_width": text["hidden_size"],
         "text_layers": text["num_hidden_layers"],
         "text_heads": text["num_attention_heads"],
@@ -245,6 +245,12 @@ def network_of_transformers(
         "quick_gelu": acts == {"quick_gelu"},
         "initial_position_gain": 1.0,
     }
+
+
+def _ratio(part: int, whole: int) -> float:
+    """What open_clip multiplies `whole` by, and rounds down, to have `part`."""
+    exact = part / whole
+    return exact if int(whole * exact) == part else (part + 0.5) / whole
 
 
 def _unusable(config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.forecast.rehearsal import Passes, Rehearsal
 from pipeline.training.context import StageContext, StageResult
+from stages.clip.settings import ClipNetworkSettings, not_in_stock_pipelines
 from stages.export.settings import CONFIGS, ExportNumbers, ExportSettings
 from stages.export.stock_pipeline import obstacle, save_stock_pipeline
 from stages.export.transformers_clip import text_to_transformers, vision_to_transformers
@@ -22,20 +23,25 @@ def run(context: StageContext) -> StageResult:
     """
     chain = chain_of_inputs(context.inputs, torch.device("cpu"))
     clip, prior, decoder, upsamplers = chain.clip, chain.prior, chain.decoder, list(chain.upsamplers)
-    in_the_way = obstacle(
+    has_transformers_class = isinstance(clip.settings, ClipNetworkSettings)
+    in_the_way = not_in_stock_pipelines(clip.settings) or obstacle(
         prior.settings if prior else None, decoder.settings, upsamplers[0].settings if upsamplers else None
     )
     if in_the_way is None:
         assert prior is not None, "as `obstacle` checked"
         save_stock_pipeline(context.output, clip, prior, decoder, upsamplers.pop(0))
     else:
-        text_to_transformers(clip).save_pretrained(context.output / "text_encoder")
+        if has_transformers_class:
+            text_to_transformers(clip).save_pretrained(context.output / "text_encoder")
+        else:
+            (context.output / "clip").mkdir()
+            clip.save(context.output / "clip")
         decoder.network.save_parts(context.output)
         if prior is not None:
             prior.network.save_pretrained(context.output / "prior")
     for upsampler in upsamplers:
         upsampler.network.save_pretrained(context.output / f"upsampler_{upsampler.settings.high_size}")
-    if context.settings_as(ExportSettings).include_clip_image_tower:
+    if has_transformers_class and context.settings_as(ExportSettings).include_clip_image_tower:
         vision_to_transformers(clip).save_pretrained(context.output / "image_encoder")
     _write_configs(context)
     return StageResult(ExportNumbers(stock_pipeline=in_the_way is None, not_stock_because=in_the_way))

@@ -4,6 +4,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stages.clip.network import ClipModel
+from stages.clip.settings import ClipNetworkSettings
 
 _TEXT_NAMES = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -34,6 +35,7 @@ _MLP_RATIO = 4
 def text_to_transformers(model: ClipModel) -> CLIPTextModelWithProjection:
     """The text tower; `text_embeds` and `last_hidden_state` equal `ClipModel.encode_text` on the same token ids."""
     settings = model.settings
+    assert isinstance(settings, ClipNetworkSettings), "there is no class for other towers"
     weights = model.network.state_dict()
     converted = {new: weights[old] for old, new in _TEXT_NAMES.items()}
     converted["text_projection.weight"] = weights["text_projection"].T.contiguous()
@@ -60,6 +62,7 @@ def text_to_transformers(model: ClipModel) -> CLIPTextModelWithProjection:
 def vision_to_transformers(model: ClipModel) -> CLIPVisionModelWithProjection:
     """The image tower; `image_embeds` equals `ClipModel.encode_image` on pictures of its size, normalised as CLIP's."""
     settings = model.settings
+    assert isinstance(settings, ClipNetworkSettings), "there is no class for other towers"
     weights = model.network.state_dict()
     converted = {new: weights[old] for old, new in _VISION_NAMES.items()}
     converted["visual_projection.weight"] = weights["visual.proj"].T.contiguous()
@@ -69,7 +72,7 @@ def vision_to_transformers(model: ClipModel) -> CLIPVisionModelWithProjection:
     tower = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=settings.vision_width,
-            intermediate_size=_MLP_RATIO * settings.vision_width,
+            intermediate_size=int(settings.vision_width * settings.vision_mlp_ratio),
             projection_dim=settings.embed_dim,
             num_hidden_layers=settings.vision_layers,
             num_attention_heads=settings.vision_heads,
