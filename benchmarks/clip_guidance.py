@@ -20,8 +20,9 @@ from pipeline.workflow.runs import read_run, run_artifacts
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, load_clip
 from stages.decoder.network import Condition
-from stages.decoder.sample import DecoderOptions
-from stages.evaluate.attributes import MEAN, AttributeAccuracy, Estimate, judged_rows
+from stages.decoder.settings import DecoderOptions
+from stages.evaluate.attributes import MEAN, AttributeAccuracy, judged_rows
+from stages.evaluate.estimate import Estimate
 from stages.generation.text_to_image import TextToImage, chain_of_inputs, inputs_by_kind
 from stages.judge.labels import true_labels
 from stages.judge.network import load_judge

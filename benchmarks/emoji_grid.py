@@ -19,7 +19,8 @@ from pipeline.data.mixing import named_seed
 from pipeline.data.splits import Split
 from pipeline.workflow.runs import read_run, run_artifacts
 from stages.generation.grid import to_pil
-from stages.generation.text_to_image import GenerationOptions, chain_of_inputs, inputs_by_kind
+from stages.generation.options import GenerationOptions
+from stages.generation.text_to_image import chain_of_inputs, inputs_by_kind
 
 COLUMNS, CELL, TEXT = 7, 112, 18
 FONTS = {

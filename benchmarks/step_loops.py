@@ -32,7 +32,8 @@ from stages.decoder.settings import DecoderSettings
 from stages.diffusion.clip_loss import similarity
 from stages.diffusion.process import DiffusionProcess, Noised
 from stages.diffusion.settings import DiffusionStageSettings
-from stages.generation.text_to_image import GenerationOptions, chain_of_inputs
+from stages.generation.options import GenerationOptions
+from stages.generation.text_to_image import chain_of_inputs
 from stages.prior.network import build_prior, denoise_prior
 from stages.prior.settings import PriorSettings
 from stages.upsampler.network import build_upsampler, denoise_upsampler

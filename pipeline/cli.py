@@ -108,6 +108,9 @@ def _plan(arguments: list[str]) -> int:
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip plan", arguments)]
     for plan in plans:
         console.print(plan_table(plan))
+        for stage in plan.stages:
+            if stage.notice is not None:
+                console.print(f"{stage.name}: {stage.notice}", soft_wrap=True, markup=False)
     if plans and not any(plan.blocked for plan in plans):
         launcher = launcher_of(plans[0].config)
         launcher.check(plans)

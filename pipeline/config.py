@@ -181,6 +181,7 @@ class TrainerSettings(Settings):
     validate_every_samples: Positive | None
     validation_samples: Positive
     sample_every_samples: Positive | None
+    evaluate_every_samples: Positive | None = None  # newer than records that lack it
     checkpoint_every_samples: Positive | None
     checkpoint_every_min: PositiveFloat
     keep_checkpoints: Positive

@@ -1,1 +1,15 @@
 """DALL·E 2 itself: what is trained, how it is sampled, how it is judged."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.generation.model import load as load
+
+
+def __getattr__(name: str) -> Any:
+    """`load` comes from `stages.generation.model` when it is first asked for: it needs torch."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from stages.generation.model import load
+
+    return load

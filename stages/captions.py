@@ -26,9 +26,9 @@ class CaptionEncoder:
         """The encoding of the token ids int64 [B, L] of B captions, on the CLIP's device."""
         return self._clip.encode_text(tokens.to(self._clip.pixel_mean.device))
 
-    def encode_none(self, count: int) -> TextEncoding:
-        """The encoding of `count` dropped captions."""
-        return self.encode([NO_CAPTION] * count)
+    def encode_all_as(self, caption: str, count: int) -> TextEncoding:
+        """The encoding of one caption, `count` times; `NO_CAPTION` is that of dropped ones."""
+        return TextEncoding.stacked([self.encode([caption])] * count)
 
     def encode_dropping(self, tokens: Tensor, dropped: Tensor) -> tuple[TextEncoding, TextEncoding]:
         """The encoding of B captions by their token ids int64 [B, L], and the same with those dropped where `dropped`

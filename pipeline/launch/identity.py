@@ -48,8 +48,10 @@ def identity_here(environment: Mapping[str, str]) -> ProcessIdentity:
     from pipeline.launch.slurm.identity import job_around
 
     # A command that somebody's own batch job runs starts again with that job.
+    rank = int(environment.get("LOCAL_RANK", "0"))
     return ProcessIdentity(
-        rank=int(environment.get("LOCAL_RANK", "0")),
+        rank=rank,
+        local_rank=rank,
         job=job_around(environment),
         stops_with_parent=LAUNCHED_BY in environment,
     )

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, cast
 from PIL import Image
 
 from pipeline.picture_grid import read_layout
-from pipeline.report.metrics import format_number, is_bound
+from pipeline.report.evaluations import EvaluationRecord, read_evaluations
+from pipeline.report.metrics import format_interval, is_bound
 from pipeline.report.pictures import latest_grid
 from pipeline.report.records import Comparison, RunReport, StageReport
 from pipeline.report.table import format_hours, totals
@@ -39,12 +41,21 @@ def write_card(comparison: Comparison, path: Path | None) -> Path:
     beside = None if target.parent == home else target.parent / f"{target.stem}_{PICTURES}"
     pictures = gather_pictures(comparison.outputs, run.record, beside)
     links = [Path(os.path.relpath(each, target.parent)).as_posix() for each in pictures]
-    target.write_text(card(comparison, links), encoding="utf-8")
+    evaluations = [
+        (each, _link(each.plot, target, beside) if each.plot else None)
+        for each in read_evaluations(comparison.outputs, run.name)
+    ]
+    target.write_text(card(comparison, links, evaluations), encoding="utf-8")
     return target
 
 
-def card(comparison: Comparison, pictures: Sequence[str]) -> str:
-    """The card as Markdown; `pictures` are links to them. What comes from configs and records is escaped."""
+def card(
+    comparison: Comparison, pictures: Sequence[str], evaluations: Sequence[tuple[EvaluationRecord, str | None]] = ()
+) -> str:
+    """The card as Markdown; `pictures` are links to them, and an evaluation has one to its plot, if any.
+
+    What comes from configs and records is escaped.
+    """
     run = comparison.runs[0]
     sections = [
         _front_matter(run),
@@ -52,6 +63,7 @@ def card(comparison: Comparison, pictures: Sequence[str]) -> str:
         f"## Use\n\n{_usage(run)}",
         f"## Data and licence\n\n{_data(run)}",
         f"## Metrics\n\n{_metrics(run)}",
+        *_evaluations(evaluations),
         f"## Pictures\n\n{_pictures(pictures)}",
         f"## Training\n\n{_training(comparison, run)}",
         f"## Config\n\n{_config(run)}",
@@ -139,14 +151,32 @@ def _data(run: RunReport) -> str:
 def _metrics(run: RunReport) -> str:
     rows = []
     for stage in run.stages:
-        for name, value in stage.metrics.items():
+        for name in stage.metrics:
             if is_bound(name, stage.metrics):
                 continue
-            ends = [stage.metrics.get(f"{name}_{end}") for end in ("low", "high")]
-            interval = f" ({format_number(ends[0])} to {format_number(ends[1])})" if None not in ends else ""
             so_far = "" if stage.is_finished else f", {stage.state.value}"
-            rows.append([f"{stage.name}{so_far}", name, f"{format_number(value)}{interval}"])
+            rows.append([f"{stage.name}{so_far}", name, format_interval(stage.metrics, name)])
     return _table(["stage", "metric", "value"], rows) if rows else "None yet."
+
+
+def _link(picture: Path, target: Path, beside: Path | None) -> str:
+    """The path from the card to a picture, which is copied to the directory `beside` the card where there is one."""
+    if beside is not None:
+        picture = Path(shutil.copy(picture, beside))
+    return Path(os.path.relpath(picture, target.parent)).as_posix()
+
+
+def _evaluations(evaluations: Sequence[tuple[EvaluationRecord, str | None]]) -> Iterator[str]:
+    """The section on what `unclip evaluate` found, if it was asked."""
+    parts = []
+    for each, plot in evaluations:
+        names = dict.fromkeys(name for found in each.points.values() for name in found if not is_bound(name, found))
+        rows = [[name, *(format_interval(found, name) for found in each.points.values())] for name in names]
+        head = f"Of {each.samples:,} pictures at most, {each.made_at}, data: {_escaped(each.data)}."
+        table = _table(["metric", *(value or "value" for value in each.points)], rows)
+        parts += [head, table, *([f"![Metrics over what was swept](<{plot}>)"] if plot else [])]
+    if parts:
+        yield "\n\n".join(["## Evaluations", *parts])
 
 
 def _pictures(links: Sequence[str]) -> str:

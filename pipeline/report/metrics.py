@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 from pipeline.errors import UserError
 from pipeline.report.records import Comparison
@@ -31,7 +31,7 @@ def directions(comparison: Comparison) -> dict[str, Better]:
     return found
 
 
-def is_bound(metric: str, metrics: Mapping[str, float]) -> bool:
+def is_bound(metric: str, metrics: Mapping[str, Any]) -> bool:
     """Whether it is an end of another metric's interval: `x_low` or `x_high` where there are `x` and both ends."""
     return any(
         metric.endswith(bound) and all(metric.removesuffix(bound) + end in metrics for end in ("", *_BOUNDS))
@@ -51,6 +51,13 @@ def format_number(value: float | None) -> str:
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.4g}"
+
+
+def format_interval(metrics: Mapping[str, float | None], name: str) -> str:
+    """A metric with its interval where it has one, as in `0.5 (0.4 to 0.6)`; nothing where it is missing."""
+    ends = [metrics.get(f"{name}{bound}") for bound in _BOUNDS]
+    interval = f" ({format_number(ends[0])} to {format_number(ends[1])})" if None not in ends else ""
+    return f"{format_number(metrics.get(name))}{interval}"
 
 
 def _catalog(reference: str) -> Mapping[str, StageDeclaration]:

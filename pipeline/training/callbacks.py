@@ -1,7 +1,7 @@
 """What happens at step boundaries: validation, pictures, checkpoints, and stopping when asked to."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -88,20 +88,9 @@ class Validation(StepBoundary):
         if not is_last and not crosses(settings.validate_every_samples, module.samples_seen, batch):
             return
         self._context.progress.update(activity="validating")
-        loader = evaluation_loader(
-            self._images,
-            split=Split.VALIDATION,
-            batch_size=largest_piece(batch, settings.micro_batch_size),
-            limit=settings.validation_samples,
-            workers=settings.loader_workers,
-            pin_memory=module.device.type == "cuda",
-        )
         with module.averaged() as evaluates, trainer.precision_plugin.val_step_context():
-            metrics = (
-                module.validation_metrics(each.to(module.device, non_blocking=True) for each in loader)
-                if evaluates
-                else {}
-            )
+            batches = _validation_batches(self._context, self._images, module)
+            metrics = module.validation_metrics(batches) if evaluates else {}
         self.latest = trainer.strategy.broadcast(metrics)
         row = {f"validation/{name}": value for name, value in self.latest.items()}
         row[f"{MEASURED}elapsed_s"] = self._clock.elapsed_s
@@ -114,6 +103,31 @@ class Validation(StepBoundary):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the last metrics back."""
         self.latest = state_dict["latest"]
+
+
+class Evaluations(StepBoundary):
+    """Measures what the network makes, with the averaged weights, at intervals of `evaluate_every_samples`.
+
+    The first process alone does, as in a validation. It does not change what is trained.
+    """
+
+    def __init__(self, context: StageContext, images: CaptionedImages, every_samples: int | None) -> None:
+        self._context = context
+        self._images = images
+        self._every_samples = every_samples
+
+    def on_step(self, trainer: pl.Trainer, module: StageModule) -> None:
+        """Measure when it is due."""
+        is_due = crosses(self._every_samples, module.samples_seen, module.stage_settings.global_batch_size)
+        if not module.has_evaluation or not is_due:
+            return
+        self._context.progress.update(activity="evaluating")
+        with module.averaged() as evaluates, trainer.precision_plugin.val_step_context():
+            batches = _validation_batches(self._context, self._images, module)
+            metrics = module.evaluation_metrics(batches) if evaluates and not self._context.is_lost else {}
+        if metrics:
+            row = {f"evaluation/{name}": value for name, value in metrics.items()}
+            self._context.tracker.log(module.samples_seen, row)
 
 
 class Pictures(StepBoundary):
@@ -132,7 +146,7 @@ class Pictures(StepBoundary):
         if not is_last and not crosses(self._every_samples, module.samples_seen, batch):
             return
         self._context.progress.update(activity="drawing samples")
-        with module.averaged() as evaluates:
+        with module.averaged() as evaluates, trainer.precision_plugin.val_step_context():
             grid = module.sample_grid() if evaluates and not self._context.is_lost else None
         if grid is None:
             return
@@ -219,6 +233,21 @@ class ResumeAtSamples(pl.Callback):
 def is_row_due(trainer: pl.Trainer, settings: TrainerSettings) -> bool:
     """Whether the step just taken is one after which a row is written."""
     return trainer.global_step % settings.log_every_steps == 0 or trainer.global_step == trainer.max_steps
+
+
+def _validation_batches(context: StageContext, images: CaptionedImages, module: StageModule) -> Iterator[ImageBatch]:
+    """The validation split's first samples, on the module's device."""
+    settings = context.frozen.trainer
+    loader = evaluation_loader(
+        images,
+        split=Split.VALIDATION,
+        batch_size=largest_piece(module.stage_settings.global_batch_size, settings.micro_batch_size),
+        limit=settings.validation_samples,
+        workers=settings.loader_workers,
+        pin_memory=module.device.type == "cuda",
+    )
+    for batch in loader:
+        yield batch.to(module.device, non_blocking=True)
 
 
 def crosses(every: int | None, samples_seen: int, batch: int) -> bool:

@@ -1,11 +1,12 @@
-"""torch.compile for what a stage trains: the whole network, or each of its repeated blocks."""
+"""torch.compile for what a stage trains and evaluates: the whole network, or each of its repeated blocks."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +19,7 @@ from pipeline.config import Compile, StrategyName, TrainerSettings
 from pipeline.errors import UserError
 from pipeline.training.callbacks import StepBoundary
 from pipeline.training.module import StageModule
+from pipeline.training.precision import copies_in, in_place
 
 COMPILER_CACHE = "compiler"
 STEPS_THAT_COMPILE = 64
@@ -75,7 +77,7 @@ def _what_is_lacking(strategy: StrategyName, *, is_cuda: bool) -> str | None:
 
 @contextmanager
 def compiled(module: StageModule, kind: Compile, cache: Path) -> Iterator[None]:
-    """Compile what `module` trains, and the blocks of what it holds frozen, as they are first called in here.
+    """Compile what `module` trains, and the blocks of what it holds frozen or evaluates, as they are first called.
 
     The compiler's own cache is the directory `cache`, unless the environment names another. It outlives the process.
     """
@@ -100,10 +102,25 @@ def compiled(module: StageModule, kind: Compile, cache: Path) -> Iterator[None]:
             for block in blocks_of(frozen, module.block_classes):
                 # How many samples carry the CLIP loss differs from step to step.
                 block.compile(dynamic=True)
+        module.evaluating = partial(_evaluating, module.block_classes)
         try:
             yield
         finally:
+            module.evaluating = nullcontext
             torch.compiler.set_stance("default")
+
+
+@contextmanager
+def _evaluating(block_classes: tuple[type[nn.Module], ...], network: nn.Module) -> Iterator[None]:
+    """Compile the blocks of a network that lives for one evaluation, which the next evaluation's find compiled.
+
+    Shapes are compiled whenever they first come, for every evaluation has the same. The number of samples is left open:
+    that of a sampler, and of the last batch, is another one.
+    """
+    for block in blocks_of(network, block_classes):
+        block.compile(dynamic=True)
+    with torch.compiler.set_stance("default"):
+        yield
 
 
 @contextmanager
@@ -139,7 +156,19 @@ class StopCompiling(StepBoundary):
 def checkpoint_activations(network: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
     """Have each block keep its input alone, and compute the rest again for the backward pass, to the same bits."""
     for block in blocks_of(network, block_classes):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_checkpoint, block, block.forward)
+
+
+def _checkpoint(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # A graph has the weights as its inputs, backwards too.
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, block), **kwargs)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Nothing around a block's forward pass; around the second one, the weights of the first."""
+    return nullcontext(), in_place(copies_in(block))
 
 
 def blocks_of(network: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> list[nn.Module]:

@@ -2,21 +2,23 @@
 
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import Settings
 from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.place import ShardPlace
-from pipeline.errors import StageInterrupted
+from pipeline.errors import StageInterrupted, UserError
 from pipeline.launch.identity import ProcessIdentity
 from pipeline.tracking import Tracker
+from pipeline.training.hardware import device_of
 from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact, Numbers
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost
@@ -150,6 +152,27 @@ class StageContext(Attempt):
         place = None if reference.place is None else ShardPlace.model_validate(reference.place)
         cache_mib = self.frozen.trainer.cache_mib if cache_mib is None else cache_mib
         return CaptionedImages(self.input("data").path, image_size, cache_mib, place, ahead or MadeAhead())
+
+    @property
+    def device(self) -> torch.device:
+        """What this process trains on."""
+        return device_of(self.frozen.trainer, self.process.local_rank)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Build the network that is to be trained in here: it comes to be on its device, and takes no host memory.
+
+        Raises `UserError` where the device cannot hold it whole.
+        """
+        device = self.device
+        try:
+            with device:
+                yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the network of stage {self.frozen.stage} does not fit on {device} whole, as validation needs it; use "
+                "a device with more memory or a smaller network"
+            ) from error
 
     def save(self, network: nn.Module, file: str = WEIGHTS_FILE) -> None:
         """Write the network's weights into the artifact, once: every process may call this, and the first one writes.

@@ -15,7 +15,15 @@ from pipeline.data.dataset import CaptionedImages
 from pipeline.data.loader import training_loader
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
-from pipeline.training.callbacks import SAMPLES, Checkpoints, Pictures, ResumeAtSamples, SeedEveryStep, Validation
+from pipeline.training.callbacks import (
+    SAMPLES,
+    Checkpoints,
+    Evaluations,
+    Pictures,
+    ResumeAtSamples,
+    SeedEveryStep,
+    Validation,
+)
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.compiling import COMPILER_CACHE, StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
@@ -24,6 +32,7 @@ from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
+from pipeline.training.precision import float32_products
 from pipeline.training.processes import process_environment
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
@@ -92,7 +101,10 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     if settings.activation_checkpointing is ActivationCheckpointing.BLOCKS:
         checkpoint_activations(module.network, module.block_classes)
-    with compiled(module, kind, context.frozen.outputs / COMPILER_CACHE):
+    with (
+        compiled(module, kind, context.frozen.outputs / COMPILER_CACHE),
+        float32_products(settings, is_cuda=accelerator_of(settings) == "cuda"),
+    ):
         trainer.fit(module, loader, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     assert trainer.global_step == stage_settings.max_steps, "training ended early, and nothing said why"
     strategy.leave_averaged_weights()
@@ -134,6 +146,7 @@ def _assemble(
             *([] if compile_kind is Compile.NONE else [StopCompiling()]),
             Rows(context, settings, images, measurements),
             validation,
+            Evaluations(context, images, settings.evaluate_every_samples),
             Pictures(context, settings.sample_every_samples),
             Checkpoints(context, settings, clock),
         ],

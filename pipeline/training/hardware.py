@@ -3,16 +3,18 @@
 import os
 import platform
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
 
 from pipeline.config import TrainerSettings
 from pipeline.errors import UserError
-from pipeline.training.context import Attempt
 from pipeline.workflow.artifacts import write_json_atomically
 from pipeline.workflow.progress import HARDWARE
+
+if TYPE_CHECKING:
+    from pipeline.training.context import Attempt
 
 
 def accelerator_of(settings: TrainerSettings) -> Literal["cpu", "cuda"]:
@@ -29,7 +31,33 @@ def accelerator_of(settings: TrainerSettings) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def record_hardware(attempt: Attempt, strategy: str = "single") -> None:
+def require_devices(settings: TrainerSettings) -> None:
+    """Raise `UserError` if there are fewer devices here than `trainer.devices` asks for."""
+    is_cuda = accelerator_of(settings) == "cuda"
+    there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
+    if settings.devices > there:
+        kind = "GPU" if is_cuda else "CPU core"
+        raise UserError(
+            f"trainer.devices={settings.devices} and this machine has {there} {kind}{'s' if there > 1 else ''}; "
+            f"use at most {there}"
+        )
+
+
+def device_of(settings: TrainerSettings, local_rank: int) -> torch.device:
+    """What the process of this number on its node trains on; a GPU is torch's current one from here on.
+
+    Raises `UserError` where there is no such device.
+    """
+    require_devices(settings)
+    if accelerator_of(settings) == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    # Or whatever names no number would come to be on the first GPU.
+    torch.cuda.set_device(device)
+    return device
+
+
+def record_hardware(attempt: "Attempt", strategy: str = "single") -> None:
     """Write what the stage runs on: device, numbers of devices and nodes, strategy, CPUs, memory, torch's version.
 
     Only the owner of the stage writes it. `strategy` is known once training begins. `devices` counts those of all

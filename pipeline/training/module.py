@@ -2,9 +2,10 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import pytorch_lightning as pl
@@ -19,7 +20,9 @@ from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
 from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
+from pipeline.training.precision import CastableNetwork
 from pipeline.training.strategies.portable import PortableStrategy
+from pipeline.training.weighted import weighted_means
 
 LOSS = "loss"
 
@@ -61,6 +64,8 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         self.micro_batch_size = settings.global_batch_size
         self.gradient_norm = torch.zeros(())
         self.step_losses: list[Tensor] = []
+        self.evaluating: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
+        """Around what is done with a network that holds the averaged weights."""
 
     def hold_at_most(self, micro_batch_size: int) -> None:
         """Compute in pieces: never hold the activations of more than `micro_batch_size` samples."""
@@ -79,6 +84,15 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         """A picture of the present state, made with the averaged weights, by stages that have anything to show."""
         raise NotImplementedError
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there is more to measure than a validation does."""
+        return type(self).evaluation_metrics is not StageModule.evaluation_metrics
+
+    def evaluation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """Metrics of what the network makes now, which cost more than those of a validation; called like them."""
+        raise NotImplementedError
+
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Metrics of the validation split, which comes in batches on this device: each loss's mean over the samples.
 
@@ -90,7 +104,7 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
             samples += len(batch)
             for name, value in self.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
-        return {name: total / samples for name, total in sums.items()}
+        return weighted_means({name: total / samples for name, total in sums.items()})
 
     @property
     def samples_seen(self) -> int:
@@ -122,7 +136,7 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
             self.network = network
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if network is None else self.evaluating(network):
                 yield network is not None
         finally:
             self.network = trained
@@ -186,10 +200,31 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of a micro-batch."""
         # Here, inside of whatever wraps this module: see `ZeroPrecision.train_step_context`.
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), self.with_cast_weights():
             losses = dict(self.losses(batch))
         self.step_losses.append(losses[LOSS].detach())
         return losses
+
+    @contextmanager
+    def with_cast_weights(self) -> Iterator[None]:
+        """Compute with bf16 copies of the weights, where training is in bf16.
+
+        One within another makes copies of its own: what several calls of a network give of a gradient is then added up
+        in float32.
+        """
+        with ExitStack() as stack:
+            for castable in self._castables:
+                stack.enter_context(castable.with_cast_weights())
+            yield
+
+    @cached_property
+    def _castables(self) -> list[CastableNetwork]:
+        device = self.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is not torch.bfloat16:
+            return []
+        # ZeRO-3 gathers a layer's weights when its turn comes.
+        is_whole = getattr(self.trainer.strategy, "has_whole_weights", True)
+        return [CastableNetwork(self.network, has_whole_weights=is_whole), *map(CastableNetwork, self.frozen_networks)]
 
 
 def within(batches: Iterable[ImageBatch], samples: int) -> list[ImageBatch]:

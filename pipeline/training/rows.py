@@ -21,6 +21,7 @@ from pipeline.training.context import StageContext
 from pipeline.training.measurements import Measurements
 from pipeline.training.module import LOSS, StageModule
 from pipeline.training.ranks import gather_objects, of_all_ranks
+from pipeline.training.weighted import weighted_means
 from pipeline.workflow.progress import Phase
 from pipeline.workflow.record import MEASURED
 
@@ -131,7 +132,8 @@ class Rows(StepBoundary):
         sums, counts = (torch.stack(list(each.values())) for each in (self._sums, self._counts))
         self._sums, self._counts = {}, {}
         means = of_all_ranks(trainer, sums / counts).mean(0).tolist()
-        return {name: mean for name, mean, count in zip(names, means, counts.tolist(), strict=True) if count}
+        counted = zip(names, means, counts.tolist(), strict=True)
+        return weighted_means({name: mean for name, mean, count in counted if count})
 
     def _tally_of_all_ranks(self, trainer: pl.Trainer) -> FaultTally:
         """The counts from before this process began, plus those of all ranks since."""

@@ -95,6 +95,7 @@ class StageDeclaration:
     `inherits` are the settings, by dotted key, that go with the weights of an artifact when a stage starts from it by
     `initial`; a stage of a class without any cannot. `foreign` finds other weights than runs' to start from: by scheme,
     a function (path, the key that it was given as) -> `ForeignWeights`.
+    `notice` gives a line, or None, that a plan says of the stage's settings in the workflow, and that blocks nothing.
     `rehearse` names a function ("module:function") that gives a forecast what the stage would work with; it is imported
     when a forecast is asked for. Of a stage without one a forecast knows nothing.
     """
@@ -116,6 +117,7 @@ class StageDeclaration:
     dictated: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
     inherits: tuple[str, ...] | None = None
     foreign: Mapping[str, Callable[[Path, str], ForeignWeights]] = field(default_factory=dict)
+    notice: Callable[[Any, Workflow], str | None] | None = None
     rehearse: str | None = None
 
 

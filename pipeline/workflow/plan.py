@@ -1,7 +1,7 @@
 """What a run will do with each stage: reuse, resume, run or blocked, and why. Imports no torch, writes nothing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.config import (
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.batch_shape import check_batch
-from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, resolve
+from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, Workflow, resolve
 from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.graph import Node, build_graph, declaration_of
@@ -39,7 +39,8 @@ class Action(StrEnum):
 class PlannedStage:
     """One stage of a plan. A blocked stage has no fingerprint and no frozen form.
 
-    `place` says where this run keeps what the stage's output refers to and does not hold.
+    `place` says where this run keeps what the stage's output refers to and does not hold, `notice` is a line on what
+    its settings cannot give.
     """
 
     name: str
@@ -49,6 +50,7 @@ class PlannedStage:
     upstream: tuple[str, ...]
     frozen: FrozenStage | None = None
     place: dict[str, Any] | None = None
+    notice: str | None = None
 
     @property
     def fingerprint(self) -> str | None:
@@ -104,7 +106,10 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     catalog.check(stages)
     planned: dict[str, PlannedStage] = {}
     for node in graph:
-        planned[node.name] = _plan_stage(node, valid[node.name], planned, config, store, overrides)
+        stage = _plan_stage(node, valid[node.name], planned, config, store, overrides)
+        notice = node.declaration.notice
+        said = notice(node.stage.settings, Workflow(stages)) if notice is not None else None
+        planned[node.name] = replace(stage, notice=said)
     return Plan(config, store, tuple(planned.values()), overrides)
 
 

@@ -14,7 +14,6 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,15 +27,17 @@ from stages.clip.settings import (
     ContrastiveLoss,
     OpenClipNetworkSettings,
     clip_network,
+    tower_configs,
 )
 from stages.clip.sources import OPENAI_MEAN, OPENAI_STD, ClipSource
+from stages.weights import CPU, give_weights, read_weights, without_weights
 
 ClipBlock = ResidualAttentionBlock
 """What both towers consist of."""
 
-_CPU = torch.device("cpu")
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
+LOGIT_BIAS = "logit_bias"
 _LENGTHS = 16
 _CACHED_CAPTIONS = 65536
 """Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
@@ -54,6 +55,16 @@ class ClipTokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Token ids int64 [B, L], padded with 0, cut to the context length with the end-of-text token kept."""
         return torch.tensor([_token_ids(caption, self.context_length) for caption in captions], dtype=torch.int64)
+
+    def plain_token_ids(self, caption: str) -> list[int]:
+        """The ids of all of a caption's own tokens, without those of its begin and end, and not cut."""
+        return _tokenizer().encode(caption)
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The ids that mean a caption's begin and end, and what in a caption is read as them."""
+        tokenizer = _tokenizer()
+        return {each: tokenizer.decoder[each] for each in (tokenizer.sot_token_id, tokenizer.eot_token_id)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,12 @@ class TextEncoding:
         """Some of its captions."""
         return TextEncoding(self.embed[rows], self.hidden[rows], self.mask[rows])
 
+    @classmethod
+    def stacked(cls, parts: "Sequence[TextEncoding]") -> "TextEncoding":
+        """The captions of all parts, one part after the other."""
+        embeds, hiddens, masks = zip(*((each.embed, each.hidden, each.mask) for each in parts), strict=True)
+        return cls(torch.cat(embeds), torch.cat(hiddens), torch.cat(masks))
+
     def where(self, condition: Tensor, other: "TextEncoding") -> "TextEncoding":
         """This one's captions where `condition` bool [B] is true, else the other's; one of the two may have B = 1."""
         return TextEncoding(
@@ -117,7 +134,9 @@ class ClipModel(nn.Module):
         self.settings = settings
         self.loss = loss
         self.tokenize = ClipTokenizer(settings.context_length)
-        self.network = _build_text_only(settings, loss) if towers is Towers.TEXT else _build(settings, loss)
+        self.network = _build(settings, loss)
+        if towers is Towers.TEXT:
+            self.network.visual = cast(VisionTransformer, None)
         of_openai = (OPENAI_MEAN, OPENAI_STD)
         of_pixels = (
             (settings.image_mean, settings.image_std) if isinstance(settings, OpenClipNetworkSettings) else of_openai
@@ -201,17 +220,20 @@ class ClipModel(nn.Module):
         (directory / SETTINGS_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path, towers: Towers = Towers.BOTH) -> Self:
-        """Read what `save` wrote. With `Towers.TEXT` the image tower is neither built nor kept."""
+    def load(cls, directory: Path, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> Self:
+        """Read what `save` wrote. With `Towers.TEXT` the image tower is not read."""
         description = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
-        model = cls(clip_network(description["network"]), ContrastiveLoss(description["loss"]), towers)
-        _load_weights(model.network, _read_weights(directory / WEIGHTS_FILE, towers), directory / WEIGHTS_FILE)
-        return model
+        settings = clip_network(description["network"])
+        model = without_weights(lambda: cls(settings, ContrastiveLoss(description["loss"]), towers))
+        path = directory / WEIGHTS_FILE
+        weights = read_weights(path, device, lambda name: towers is Towers.BOTH or not name.startswith("visual."))
+        give_weights(model.network, _fitting(model.network, weights, path))
+        return model.to(device)
 
 
-def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = _CPU) -> ClipModel:
+def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> ClipModel:
     """The CLIP of an artifact."""
-    return ClipModel.load(artifact.path, towers).to(device).eval()
+    return ClipModel.load(artifact.path, towers, device).eval()
 
 
 ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -249,17 +271,16 @@ def load_clip_source(
     `settings`.
     """
     model = ClipModel(settings, loss)
-    _load_weights(model.network, read_clip_weights(source), source.files[0])
+    counters = [name for name in model.network.state_dict() if name.endswith("num_batches_tracked")]
+    weights = _fitting(model.network, read_clip_weights(source), source.files[0], may_lack=(LOGIT_BIAS, *counters))
+    model.network.load_state_dict(weights, strict=False)
     return model
 
 
-def _read_weights(path: Path, towers: Towers) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        wanted = [name for name in list(file.keys()) if towers is Towers.BOTH or not name.startswith("visual.")]
-        return {name: file.get_tensor(name) for name in wanted}
-
-
-def _load_weights(network: CLIP, weights: dict[str, Tensor], path: Path) -> None:
+def _fitting(
+    network: CLIP, weights: Mapping[str, Tensor], path: Path, may_lack: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Those of a file's weights that the network has, in its shapes. Raises `UserError` where they are not all."""
     own = network.state_dict()
     loadable = {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if _fits(own, name, tensor)}
     for name, tensor in weights.items():
@@ -269,16 +290,15 @@ def _load_weights(network: CLIP, weights: dict[str, Tensor], path: Path) -> None
                 f"{list(own[name].shape)}; set stage.clip.model to open_clip's name of the checkpoint's model, or "
                 "stage.clip.network to its sizes"
             )
-    counters = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = [name for name in own if name not in loadable and name not in {"logit_bias", *counters}]
-    unknown = [name for name in weights if name not in own and name not in ("attn_mask", "logit_bias")]
+    missing = [name for name in own if name not in loadable and name not in may_lack]
+    unknown = [name for name in weights if name not in own and name not in ("attn_mask", LOGIT_BIAS)]
     if missing or unknown:
         odd, how = (missing[0], "lacks") if missing else (unknown[0], "has in excess")
         raise UserError(
             f"{path} {how} {odd} ({len(missing)} weights are missing, {len(unknown)} unknown); set stage.clip.model to "
             "open_clip's name of the checkpoint's model, or stage.clip.network to its layers"
         )
-    network.load_state_dict(loadable, strict=False)
+    return loadable
 
 
 def _fits(own: dict[str, Tensor], name: str, tensor: Tensor) -> bool:
@@ -287,7 +307,7 @@ def _fits(own: dict[str, Tensor], name: str, tensor: Tensor) -> bool:
 
 
 def _build(settings: ClipNetwork, loss: ContrastiveLoss) -> CLIP:
-    vision, text = _configs(settings)
+    vision, text = tower_configs(settings)
     match loss:
         case ContrastiveLoss.CONTRASTIVE:
             logit_scale, logit_bias = math.log(1 / 0.07), None
@@ -296,8 +316,8 @@ def _build(settings: ClipNetwork, loss: ContrastiveLoss) -> CLIP:
             logit_scale, logit_bias = math.log(10.0), -10.0
     network = CLIP(
         settings.embed_dim,
-        vision,
-        text,
+        CLIPVisionCfg(**vision),
+        CLIPTextCfg(**text),
         quick_gelu=settings.quick_gelu,
         init_logit_scale=logit_scale,
         init_logit_bias=logit_bias,
@@ -308,39 +328,6 @@ def _build(settings: ClipNetwork, loss: ContrastiveLoss) -> CLIP:
         with torch.no_grad():
             for positions in (network.positional_embedding, network.visual.positional_embedding):
                 cast(Tensor, positions).mul_(settings.initial_position_gain)
-    return network
-
-
-def _configs(settings: ClipNetwork) -> tuple[CLIPVisionCfg, CLIPTextCfg]:
-    if isinstance(settings, OpenClipNetworkSettings):
-        return CLIPVisionCfg(**settings.vision), CLIPTextCfg(**settings.text)
-    vision = CLIPVisionCfg(
-        layers=settings.vision_layers,
-        width=settings.vision_width,
-        head_width=settings.vision_width // settings.vision_heads,
-        mlp_ratio=settings.vision_mlp_ratio,
-        patch_size=settings.patch_size,
-        image_size=settings.image_size,
-    )
-    text = CLIPTextCfg(
-        context_length=settings.context_length,
-        width=settings.text_width,
-        heads=settings.text_heads,
-        layers=settings.text_layers,
-    )
-    return vision, text
-
-
-def _build_text_only(settings: ClipNetwork, loss: ContrastiveLoss) -> CLIP:
-    """A CLIP without an image tower, its weights not initialised: they are loaded next."""
-    with torch.device("meta"):
-        network = _build(settings, loss)
-    network.visual = cast(VisionTransformer, None)
-    network.to_empty(device="cpu")
-    # A buffer that no file holds: the causal mask.
-    length = settings.context_length
-    if cast("Tensor | None", network.attn_mask) is not None:
-        network.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
     return network
 
 

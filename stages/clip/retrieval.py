@@ -7,7 +7,12 @@ RECALL_AT = (1, 5, 10)
 
 
 def retrieval_recall(image_embed: Tensor, text_embed: Tensor, pool: int) -> dict[str, float]:
-    """Recall at 1, 5 and 10 of retrieval in both directions, averaged; in [0, 1].
+    """Recall at 1, 5 and 10 of retrieval in both directions, averaged; in [0, 1]. See `retrieval_hits`."""
+    return {name: float(hits.float().mean()) for name, hits in retrieval_hits(image_embed, text_embed, pool).items()}
+
+
+def retrieval_hits(image_embed: Tensor, text_embed: Tensor, pool: int) -> dict[str, Tensor]:
+    """Whether each pair was found among the first 1, 5 and 10, bool [N, 2]: its picture by its caption, and back.
 
     `image_embed` and `text_embed` float [N, E] are L2-normalised and belong together by row. Once among consecutive
     pools of `pool` rows (the last, smaller one is left out if there are others), as `R@1/64`, and once among all N, as
@@ -19,8 +24,8 @@ def retrieval_recall(image_embed: Tensor, text_embed: Tensor, pool: int) -> dict
     shape = (pools, size, -1)
     pooled_ranks = _ranks(image_embed[: pools * size].reshape(shape), text_embed[: pools * size].reshape(shape))
     all_ranks = _ranks(image_embed[None], text_embed[None])
-    recall = {f"R@{at}/{size}": _share_below(pooled_ranks, at) for at in RECALL_AT}
-    return recall | {f"R@{at}/all": _share_below(all_ranks, at) for at in RECALL_AT}
+    ranks = {str(size): pooled_ranks.flatten(1).T, "all": all_ranks.flatten(1).T}
+    return {f"R@{at}/{among}": found < at for among, found in ranks.items() for at in RECALL_AT}
 
 
 def _ranks(image_embed: Tensor, text_embed: Tensor) -> Tensor:
@@ -30,7 +35,3 @@ def _ranks(image_embed: Tensor, text_embed: Tensor) -> Tensor:
     text_to_image = (similarity >= right[:, :, None]).sum(2) - 1
     image_to_text = (similarity >= right[:, None, :]).sum(1) - 1
     return torch.stack([text_to_image, image_to_text])
-
-
-def _share_below(ranks: Tensor, at: int) -> float:
-    return float((ranks < at).float().mean())

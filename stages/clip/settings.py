@@ -174,13 +174,25 @@ def check_network(path: str, network: ClipNetwork) -> None:
             )
 
 
-def not_in_stock_pipelines(network: ClipNetwork) -> str | None:
-    """Why diffusers' stock pipelines cannot hold such towers; None if they can."""
+def tower_configs(network: ClipNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's `vision_cfg` and `text_cfg` of a network."""
     if isinstance(network, OpenClipNetworkSettings):
-        return "its CLIP has other towers than a ViT and a causal text transformer"
-    if network.text_width != network.embed_dim:
-        return f"its CLIP's token states are {network.text_width} wide and its embeddings {network.embed_dim}"
-    return None
+        return dict(network.vision), dict(network.text)
+    vision = {
+        "image_size": network.image_size,
+        "layers": network.vision_layers,
+        "width": network.vision_width,
+        "head_width": network.vision_width // network.vision_heads,
+        "mlp_ratio": network.vision_mlp_ratio,
+        "patch_size": network.patch_size,
+    }
+    text = {
+        "context_length": network.context_length,
+        "width": network.text_width,
+        "heads": network.text_heads,
+        "layers": network.text_layers,
+    }
+    return vision, text
 
 
 def dictated(path: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ RETRIEVAL_POOL = 64
 def run(context: StageContext) -> StageResult:
     """Train CLIP, or take a checkpoint in; publish `clip.safetensors`."""
     settings = context.settings_as(ClipSettings)
-    clip = _initial_clip(context, settings)
+    with context.building():
+        clip = _initial_clip(context, settings)
     metrics, samples_seen = {}, 0
     if settings.max_samples > 0:
         images = context.images(settings.network.image_size, ahead=MadeAhead(clip.training_tokenizer))
@@ -78,7 +79,7 @@ def _initial_clip(context: StageContext, settings: ClipSettings) -> ClipModel:
     """The CLIP to train: an artifact's, one that others made, or a new one."""
     key = f"stage.{context.frozen.stage}"
     if context.initial is not None:
-        return ClipModel.load(context.initial.path)
+        return ClipModel.load(context.initial.path, device=context.device)
     if settings.checkpoint is not None:
         return load_clip_source(clip_source(settings.checkpoint, f"{key}.checkpoint"), settings.network, settings.loss)
     if settings.initial is not None:
@@ -122,12 +123,16 @@ class ClipModule(StageModule[ClipModel]):
         if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
             return self._embed_piece(batch.image, tokens)
         pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)
-        embeds = [checkpoint(self._embed_piece, *piece, use_reentrant=False) for piece in pieces]
+        embeds = [checkpoint(self._embed_piece_of_many, *piece, use_reentrant=False) for piece in pieces]
         image_embed, text_embed = zip(*embeds, strict=True)
         return torch.cat(image_embed), torch.cat(text_embed)
 
     def _embed_piece(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.network(signed(image), tokens)
+
+    def _embed_piece_of_many(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with self.with_cast_weights():
+            return self._embed_piece(image, tokens)
 
     @property
     def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:

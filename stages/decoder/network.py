@@ -33,6 +33,22 @@ class Condition:
     text: TextEncoding
     drop_image_embed: Tensor | None = None
 
+    @classmethod
+    def stacked(cls, parts: "Sequence[Condition]") -> "Condition":
+        """The conditions of all parts, one part after the other."""
+        return cls(
+            torch.cat([each.image_embed for each in parts]),
+            TextEncoding.stacked([each.text for each in parts]),
+            torch.cat([each.is_dropped for each in parts]),
+        )
+
+    @property
+    def is_dropped(self) -> Tensor:
+        """`drop_image_embed`, bool [B], where it is None too."""
+        if self.drop_image_embed is not None:
+            return self.drop_image_embed
+        return torch.zeros(len(self.image_embed), dtype=torch.bool, device=self.image_embed.device)
+
 
 class Decoder(nn.Module, ABC):
     """What every network of the decoder has: both CLIP embeddings are to be decorrelated before it works on them."""
@@ -88,14 +104,11 @@ class UNetDecoder(Decoder):
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """As `Decoder.forward`. A learned null embedding stands for a dropped `image_embed`."""
-        text, drop_image_embed = condition.text, condition.drop_image_embed
-        null_embed = self.text_proj.learned_classifier_free_guidance_embeddings
-        if drop_image_embed is None:
-            drop_image_embed = torch.zeros(len(noisy), dtype=torch.bool, device=noisy.device)
+        text, null_embed = condition.text, self.text_proj.learned_classifier_free_guidance_embeddings
         # Through `where` in every case, so that the null embedding has a gradient on every rank in every step.
         decorrelated = self.image_decorrelation(condition.image_embed)
         hidden, time_embed = self.text_proj(
-            image_embeddings=torch.where(drop_image_embed[:, None], null_embed.to(decorrelated), decorrelated),
+            image_embeddings=torch.where(condition.is_dropped[:, None], null_embed.to(decorrelated), decorrelated),
             prompt_embeds=self.text_decorrelation(text.embed),
             text_encoder_hidden_states=text.hidden,
             do_classifier_free_guidance=False,
@@ -142,8 +155,8 @@ def build_decoder(settings: DecoderSettings, embed_dim: int) -> Decoder:
 def load_decoder(artifact: Artifact, clip: Artifact, device: torch.device = CPU) -> Decoder:
     """The decoder of an artifact."""
     require_same_clip(artifact, clip)
-    decoder = build_decoder(artifact.settings(DecoderSettings), clip.numbers(ClipNumbers).embed_dim)
-    return load_weights(decoder, artifact, device)
+    settings, embed_dim = artifact.settings(DecoderSettings), clip.numbers(ClipNumbers).embed_dim
+    return load_weights(lambda: build_decoder(settings, embed_dim), artifact, device)
 
 
 def _block_types(attention: Sequence[bool], plain: str, attending: str) -> tuple[str, ...]:

@@ -13,7 +13,13 @@ from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.declaration import Arity, Better, Input, StageDeclaration, Workflow, modules_in
 from stages.clip.settings import ClipSettings, OnClipNumbers
 from stages.decoder.choice import DecoderNetwork
-from stages.diffusion.settings import ClipLossSettings, DiffusionStageSettings, SamplerSettings, check_diffusion
+from stages.diffusion.settings import (
+    ClipLossSettings,
+    DiffusionStageSettings,
+    SamplerOptions,
+    SamplerSettings,
+    check_diffusion,
+)
 
 NETWORKS: dict[str, DecoderNetwork] = {
     name: module.NETWORK for name, module in modules_in("stages.decoder.networks").items()
@@ -36,6 +42,12 @@ class DecoderSamplerSettings(SamplerSettings):
     """`clip_guidance_scale` scales the gradient of sim(x0_hat, caption) at every step; 0 is off."""
 
     clip_guidance_scale: NotNegativeFloat
+
+
+class DecoderOptions(SamplerOptions):
+    """What may be asked for instead of `DecoderSamplerSettings`; None keeps those."""
+
+    clip_guidance_scale: NotNegativeFloat | None = None
 
 
 class DecoderSettings(DiffusionStageSettings):

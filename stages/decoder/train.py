@@ -1,10 +1,11 @@
 """The stage `decoder`: from a CLIP embedding and a caption to a picture, with L = L_diffusion + lambda L_clip."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import MadeAhead
@@ -21,11 +22,13 @@ from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
 from stages.clip.settings import ClipSettings
 from stages.decoder.network import Condition, Decoder, build_decoder
-from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.decoder.sample import DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
 from stages.diffusion.process import NOISE, DiffusionProcess
 from stages.embed.embeddings import Embeddings, blank_embeddings, load_clip_embeddings
+from stages.evaluate.distances import frechet_distance
+from stages.evaluate.estimate import mean
 from stages.generation.grid import captioned_grid
 
 GRID_PICTURES = 16
@@ -36,13 +39,18 @@ def run(context: StageContext) -> StageResult:
     """Train the decoder on pictures, their CLIP embeddings and captions. With lambda = 0 no image tower is loaded."""
     settings = context.settings_as(DecoderSettings)
     clip_artifact = context.input("clip")
-    clip = load_clip(clip_artifact, _towers(settings))
+    clip = load_clip(clip_artifact, _towers(settings), context.device)
+    if clip.towers is Towers.BOTH and context.device.type == "cpu":
+        # A decoder's first weights are drawn after a CLIP's, which were once drawn to be replaced: the decoder of a
+        # fingerprint is to stay the same.
+        ClipModel(clip.settings, clip.loss)
     embeddings = None
     if settings.condition is DecoderCondition.IMAGE_EMBED:
         embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
     ahead = MadeAhead(clip.tokenize, {NOISE: (3, settings.image_size, settings.image_size)})
     images = context.images(settings.image_size, ahead=ahead)
-    decoder = build_decoder(settings, clip.settings.embed_dim)
+    with context.building():
+        decoder = build_decoder(settings, clip.settings.embed_dim)
     _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     module = DecoderModule(
@@ -127,9 +135,11 @@ class DecoderModule(StageModule[Decoder]):
         drop_image_embed = draws.uniform("image_embed") < settings.image_embed_dropout
         condition = Condition(self._embed(batch, whole_text), text, drop_image_embed)
         prediction = self.network(noised.x_t, noised.timestep, condition)
-        loss_diffusion = self.process.loss(prediction, noised).mean()
+        loss_of_each = self.process.loss(prediction, noised)
+        loss_diffusion = loss_of_each.mean()
+        diffusion = {"diffusion": loss_diffusion.detach(), **self.process.loss_by_timestep(loss_of_each, noised)}
         if settings.clip_loss.weight == 0:
-            return {LOSS: loss_diffusion, "diffusion": loss_diffusion.detach()}
+            return {LOSS: loss_diffusion, **diffusion}
         loss_clip = clip_loss(
             self.clip,
             self.process.x_0(prediction, noised),
@@ -139,7 +149,7 @@ class DecoderModule(StageModule[Decoder]):
             settings.clip_loss,
         ).mean()
         loss = loss_diffusion + settings.clip_loss.weight * loss_clip
-        losses = {LOSS: loss, "diffusion": loss_diffusion.detach(), "clip": loss_clip.detach()}
+        losses = {LOSS: loss, **diffusion, "clip": loss_clip.detach()}
         return losses | self._gradient_norms(loss_diffusion, settings.clip_loss.weight * loss_clip, prediction)
 
     def _embed(self, batch: ImageBatch, text: TextEncoding) -> Tensor:
@@ -155,14 +165,36 @@ class DecoderModule(StageModule[Decoder]):
         diffusion_norm, clip_norm = output_gradient_norms(loss_diffusion, loss_clip, prediction)
         return {"gradient_norm_diffusion": diffusion_norm, "gradient_norm_clip": clip_norm}
 
+    def evaluation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
+        """Of pictures drawn from their own embeddings and captions, in the run's CLIP: cosines to the caption and to
+        the real picture, and the Fréchet distance from the real ones, which flatters a decoder that the CLIP guided.
+
+        None where nothing needs CLIP's image tower, which is then not loaded.
+        """
+        if self.clip.towers is Towers.TEXT:
+            return {}
+        texts, made, real = [], [], []
+        for batch in batches:
+            drawn, text = self._drawn(batch)
+            for found, embed in (
+                (texts, text.embed), (made, self.clip.encode_image(drawn)),
+                (real, self.clip.encode_image(batch.image_signed())),
+            ):  # fmt: skip
+                found.append(F.normalize(embed.float(), dim=-1))
+        text_embed, made_embed, real_embed = map(torch.cat, (texts, made, real))
+        metrics = mean((made_embed * text_embed).sum(1)).named("sample_to_caption")
+        metrics |= mean((made_embed * real_embed).sum(1)).named("sample_to_real")
+        return metrics | ({"frechet": frechet_distance(made_embed, real_embed)} if len(real_embed) > 1 else {})
+
+    def _drawn(self, batch: ImageBatch) -> tuple[Tensor, TextEncoding]:
+        """Pictures [B, 3, S, S] from the samples' own embeddings and captions, and the captions' encoding."""
+        text = self._captions.encode_tokens(batch.token_ids())
+        sampler = DecoderSampler(self.network, self.settings, self.clip)
+        return sampler.sample(Condition(self._embed(batch, text), text), batch.draws()), text
+
     def sample_grid(self) -> SampleGrid:
         """Validation pictures, each beside a sample from its own embedding and caption."""
         batch = self._shown.to(self.device)
-        sampler = DecoderSampler(self.network, self.settings, self.clip)
-        drawn = []
-        for piece in batch.split(self.micro_batch_size):
-            text = self._captions.encode_tokens(piece.token_ids())
-            condition = Condition(self._embed(piece, text), text)
-            drawn.append(sampler.sample(condition, piece.draws(), DecoderOptions()))
+        drawn = [self._drawn(piece)[0] for piece in batch.split(self.micro_batch_size)]
         pictures = {"real": batch.image_signed(), "sample": torch.cat(drawn)}
         return captioned_grid(pictures, batch.caption, batch.sample_seed.tolist(), columns=4)

@@ -1,15 +1,27 @@
 """Guidance: classifier-free, and by the gradient of the CLIP similarity."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from stages.diffusion.clip_loss import ImageEncoder, similarity
+from stages.diffusion.settings import SamplerSettings
 
-C = TypeVar("C")
+
+class Stackable(Protocol):
+    """What a batch of samples is made from."""
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Self]) -> Self:
+        """The conditions of all parts, one part after the other."""
+        ...
+
+
+C = TypeVar("C", bound=Stackable)
 
 
 def classifier_free(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -17,16 +29,52 @@ def classifier_free(unconditional: Tensor, conditional: Tensor, scale: float) ->
     return unconditional + scale * (conditional - unconditional)
 
 
+class ClassifierFree:
+    """Classifier-free guidance as a sampler's settings have it, on a schedule of T timesteps."""
+
+    def __init__(self, sampler: SamplerSettings, timesteps: int) -> None:
+        self._scale = sampler.guidance_scale
+        self._rescale = sampler.guidance_rescale
+        low, high = sampler.guidance_interval
+        self._is_everywhere = (low, high) == (0.0, 1.0)
+        self._lowest, self._highest = math.floor(low * timesteps), math.floor(high * timesteps)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it ever changes a prediction."""
+        return self._scale != 1.0
+
+    def acts_at(self, timestep: Tensor) -> bool:
+        """Whether it changes predictions at a timestep that all samples share, int64 [B]."""
+        return self._is_everywhere or self._lowest <= int(timestep[0]) < self._highest
+
+    def combine(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
+        """The guided prediction [B, ...]; where that is asked for, its deviation is moved towards the conditional one's
+        (arXiv 2305.08891, eq. 15 and 16)."""
+        prediction = classifier_free(unconditional, conditional, self._scale)
+        if self._rescale == 0.0:
+            return prediction
+        over = tuple(range(1, prediction.ndim))
+        rescaled = prediction * (conditional.std(over, keepdim=True) / prediction.std(over, keepdim=True))
+        return self._rescale * rescaled + (1.0 - self._rescale) * prediction
+
+
 def guided(
-    denoise: Callable[[Tensor, Tensor, C], Tensor], condition: C, unconditional: C | None, scale: float
+    denoise: Callable[[Tensor, Tensor, C], Tensor], condition: C, unconditional: C | None, guidance: ClassifierFree
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`denoise` (x_t, timestep, condition) under a condition, guided by what it does without; None is no guidance."""
+    """`denoise` (x_t, timestep, condition) under a condition, guided by what it does without; None is no guidance.
+
+    Both are computed as one batch, of twice the samples.
+    """
+    if unconditional is None:
+        return lambda x_t, timestep: denoise(x_t, timestep, condition)
+    both = type(condition).stacked([unconditional, condition])
 
     def guided_denoise(x_t: Tensor, timestep: Tensor) -> Tensor:
-        prediction = denoise(x_t, timestep, condition)
-        if unconditional is None:
-            return prediction
-        return classifier_free(denoise(x_t, timestep, unconditional), prediction, scale)
+        if not guidance.acts_at(timestep):
+            return denoise(x_t, timestep, condition)
+        without, conditional = denoise(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both).chunk(2)
+        return guidance.combine(without, conditional)
 
     return guided_denoise
 

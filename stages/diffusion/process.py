@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.draws import SampleDraws
+from pipeline.training.weighted import weighted
 from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleSettings
 
+TIMESTEP_BINS = 4
 NOISE = "noise"
 """The purpose of the normal draw that data is noised with; its shape is that of the data."""
 
@@ -50,6 +52,19 @@ class DiffusionProcess(nn.Module):
         """The weighted squared error of each sample, float32 [B]: the mean over everything but the batch."""
         error = prediction.float() - self.target(noised).float()
         return self.weight(noised.timestep) * error.square().flatten(1).mean(1)
+
+    def loss_by_timestep(self, loss: Tensor, noised: Noised) -> dict[str, Tensor]:
+        """Each sample's loss float [B] as means over quarters of the timesteps, `diffusion_t0` (the least noisy) to
+        `diffusion_t3`, with the weights that `weighted_means` takes; without gradient."""
+        edges = torch.arange(TIMESTEP_BINS, device=loss.device)
+        is_in = noised.timestep[:, None] * TIMESTEP_BINS // self.schedule.timesteps == edges
+        sums, weights = torch.where(is_in, loss.detach()[:, None], 0.0).mean(0), is_in.float().mean(0)
+        means = zip(sums.unbind(), weights.unbind(), strict=True)
+        return {
+            name: value
+            for number, (total, weight) in enumerate(means)
+            for name, value in weighted(f"diffusion_t{number}", total, weight).items()
+        }
 
     def target(self, noised: Noised) -> Tensor:
         """What the network should have predicted, float [B, ...].

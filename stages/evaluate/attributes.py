@@ -1,7 +1,5 @@
 """Attribute accuracy: how often a judge reads off a picture what its caption asked for."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.splits import Split
+from stages.evaluate.estimate import Estimate, mean_of_shares, proportion
 from stages.judge.labels import CLASSES, labels
 
 MEAN = "mean"
@@ -29,36 +28,6 @@ def judged_rows(images: CaptionedImages, samples: int) -> dict[str, NDArray[np.i
     return {group: np.array(rows, np.int64) for group, rows in found.items() if rows}
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-_Z_95 = 1.959964
-"""The 97.5 % quantile of the standard normal distribution."""
-
-
-def proportion(right: Tensor) -> Estimate:
-    """The share of true values in bool [N], with Wilson's score interval (which holds near 0 and 1 too)."""
-    samples, share = len(right), float(right.float().mean())
-    spread = _Z_95**2 / samples
-    centre = (share + spread / 2) / (1 + spread)
-    half = _Z_95 * ((share * (1 - share) + spread / 4) / samples) ** 0.5 / (1 + spread)
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
-def mean_of_shares(right: Tensor) -> Estimate:
-    """The mean of bool [N, A], with the normal interval over the N rows, within which values depend on each other."""
-    of_row = right.float().mean(1)
-    half = float(of_row.std() / len(of_row) ** 0.5) * _Z_95
-    value = float(of_row.mean())
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half))
-
-
 class AttributeAccuracy:
     """Collects which attributes were right, by group of pictures, such as "seen/final"."""
 
@@ -74,13 +43,15 @@ class AttributeAccuracy:
         return {group: _estimates(torch.cat(found)) for group, found in self._right.items()}
 
     def metrics(self) -> dict[str, float]:
-        """`<group>/<attribute>`, and `_low` and `_high` of their 95 % intervals."""
+        """`<group>/<attribute>`, and `_low` and `_high` of their 95 % intervals; means of made pictures first."""
         flat: dict[str, float] = {}
         for group, estimates in self.estimates().items():
             for name, estimate in estimates.items():
-                flat[f"{group}/{name}"] = estimate.value
-                flat[f"{group}/{name}_low"], flat[f"{group}/{name}_high"] = estimate.low, estimate.high
-        return flat
+                flat |= estimate.named(f"{group}/{name}")
+        most_telling = [
+            f"{group}/{MEAN}" for made in ("final", "base") for group in self._right if group.endswith(f"/{made}")
+        ]
+        return {name: flat[name] for name in most_telling} | flat
 
     def table(self) -> str:
         """A Markdown table in per cent, with the intervals."""

@@ -10,6 +10,12 @@ from pipeline.workflow.declaration import Better
 if TYPE_CHECKING:
     from torch import Tensor
 
+CLIP, JUDGE_CLIP = "clip", "judge_clip"
+INCEPTION, DINOV2, OPEN_CLIP = "inception", "dinov2", "open_clip"
+OF_FILES = (INCEPTION, DINOV2, OPEN_CLIP)
+ENCODERS = (CLIP, JUDGE_CLIP, *OF_FILES)
+"""What turns pictures into features: the run's own CLIP, the one that nothing was fitted to, and those of files."""
+
 
 @dataclass(frozen=True, eq=False)
 class Made:
@@ -22,23 +28,25 @@ class Made:
 
 
 @dataclass(frozen=True, eq=False)
-class InClip:
-    """Embeddings of N captions, real pictures and those made, in one CLIP: float32 [N, E] each, of length 1."""
+class Features:
+    """N real pictures and those made from their captions in one encoder: float32 [N, F] each.
 
-    text: "Tensor"
+    A CLIP's are of length 1, and it has the captions too, as `text`.
+    """
+
     real: "Tensor"
     made: "Tensor"
+    text: "Tensor | None" = None
 
 
 @dataclass(frozen=True, eq=False)
 class Embeds:
-    """The embeddings of all pictures that were made: `sampled` are the prior's, not normalised, None without one.
+    """The features of all pictures that were made, by encoder: `CLIP` always, the others where there is one.
 
-    `in_clip` has those in the run's own CLIP under "", and those in the one that nothing was fitted to under
-    "judge_clip/", where there is one. `retrieval_pool` is the stage's setting.
+    `sampled` are the prior's embeddings, not normalised, None without one. `retrieval_pool` is the stage's setting.
     """
 
-    in_clip: Mapping[str, InClip]
+    by_encoder: Mapping[str, Features]
     sampled: "Tensor | None"  # float32 [N, E]
     retrieval_pool: int
 
@@ -57,4 +65,46 @@ class Metric(ABC):
 
     @abstractmethod
     def results(self, embeds: Embeds) -> dict[str, float]:
-        """The metrics of all pictures by name, most telling first; none where they cannot be told."""
+        """The metrics of all pictures by name, most telling first; none where they cannot be told.
+
+        `x_low` and `x_high` are the ends of x's 95 % interval.
+        """
+
+
+class FeatureMetric(Metric):
+    """A metric of the features in one encoder: its usual one, or the one after the @ of `name@encoder`.
+
+    In another one than the usual its results are named `encoder/name`.
+    """
+
+    usual_encoder: ClassVar[str]
+
+    def __init__(self, encoder: str | None = None) -> None:
+        self.encoder = encoder or self.usual_encoder
+        self.prefix = "" if self.encoder == self.usual_encoder else f"{self.encoder}/"
+
+    def results(self, embeds: Embeds) -> dict[str, float]:
+        """None without the encoder."""
+        found = embeds.by_encoder.get(self.encoder)
+        return {f"{self.prefix}{name}": value for name, value in (self.of(found) if found else {}).items()}
+
+    @abstractmethod
+    def of(self, features: Features) -> dict[str, float]:
+        """The results by their plain names."""
+
+
+class Distance(FeatureMetric):
+    """How far the made pictures are from the real ones, with intervals by the jackknife."""
+
+    def of(self, features: Features) -> dict[str, float]:
+        """None of fewer than four pictures."""
+        from stages.evaluate.estimate import jackknife
+
+        if len(features.real) < 4:
+            return {}
+        found = jackknife(lambda rows: self.between(features.made[rows], features.real[rows]), len(features.real))
+        return {key: value for name, estimate in found.items() for key, value in estimate.named(name).items()}
+
+    @abstractmethod
+    def between(self, made: "Tensor", real: "Tensor") -> dict[str, float]:
+        """By name, of features float [N, F] and [M, F]."""

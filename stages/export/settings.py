@@ -1,23 +1,41 @@
 """The stage `export`: settings, what it needs and gives, and how its output is used. Imports no torch."""
 
 import json
+from enum import StrEnum
 from typing import Any
 
 from pipeline.config import Settings
 from pipeline.workflow.artifacts import Artifact, Numbers
-from pipeline.workflow.declaration import Arity, Input, StageDeclaration
+from pipeline.workflow.declaration import Arity, Input, StageDeclaration, Workflow
+from stages.export.obstacle import obstacle_of
 
 CONFIGS = "configs"
 
 
+class ExportFormat(StrEnum):
+    """Whose loader reads what `unclip export` writes."""
+
+    DIFFUSERS = "diffusers"
+    OPEN_CLIP = "open_clip"
+    TRANSFORMERS = "transformers"
+
+
+class Dtype(StrEnum):
+    """The floating-point type of exported weights."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
 class ExportSettings(Settings):
-    """Gathers a run's weights and configs in one directory; unCLIP runs load in diffusers' stock `UnCLIPPipeline`."""
+    """Gathers a run's weights and configs in one directory; unCLIP runs load in diffusers' stock pipelines."""
 
     include_clip_image_tower: bool
 
 
 class ExportNumbers(Numbers):
-    """Whether diffusers' stock pipeline holds the run, and if not, why."""
+    """Whether diffusers' stock pipelines hold the run, and if not, why."""
 
     stock_pipeline: bool
     not_stock_because: str | None = None
@@ -53,8 +71,19 @@ def _guidance(artifact: Artifact, kind: str) -> float | None:
     return None
 
 
+def notice(_settings: ExportSettings, workflow: Workflow) -> str | None:
+    """What a plan says where the stock pipelines will not hold the run."""
+    in_the_way = obstacle_of(workflow)
+    if in_the_way is None:
+        return None
+    return (
+        f"diffusers' stock UnCLIPPipeline will not hold this run ({in_the_way}); each network is exported by itself, "
+        "and unclip export --format diffusers will refuse"
+    )
+
+
 EXPORT = StageDeclaration(
-    version=1,
+    version=2,
     settings=ExportSettings,
     run="stages.export.run:run",
     rehearse="stages.export.run:rehearse",
@@ -62,4 +91,5 @@ EXPORT = StageDeclaration(
     inputs=(Input("clip"), Input("prior", Arity.OPTIONAL), Input("decoder"), Input("upsampler", Arity.ANY)),
     numbers=ExportNumbers,
     usage=usage,
+    notice=notice,
 )

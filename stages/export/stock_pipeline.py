@@ -1,60 +1,60 @@
-"""A run's networks as diffusers' stock `UnCLIPPipeline`, which loads them with no code of this project."""
+"""A run's networks for diffusers' stock unCLIP pipelines, which load them with no code of this project."""
 
 import json
+import shutil
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
 from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
-from transformers import CLIPTokenizer
+from torch import nn
 
-from stages.clip.network import ClipModel, bpe_vocabulary
+from stages.clip.network import ClipModel
 from stages.decoder.network import UNetDecoder
-from stages.decoder.networks.unet import UNetDecoderSettings
 from stages.decoder.sample import DecoderSampler
-from stages.decoder.settings import DecoderCondition, DecoderSettings
-from stages.diffusion.settings import DiffusionStageSettings, PredictionType, ScheduleKind
-from stages.export.transformers_clip import text_to_transformers
+from stages.diffusion.settings import DiffusionStageSettings
+from stages.export.transformers_clip import (
+    image_processor_of,
+    text_to_transformers,
+    tokenizer_of,
+    vision_to_transformers,
+)
 from stages.prior.sample import PriorSampler
-from stages.prior.settings import PriorSettings
 from stages.upsampler.sample import UpsamplerSampler
-from stages.upsampler.settings import UpsamplerSettings
 
 TEXT_PROJ_CLASS = ["diffusers.pipelines.deprecated.unclip.text_proj", "UnCLIPTextProjModel"]
 """Where stock diffusers (0.38 and later) finds the class; what `save_pretrained` writes by itself does not load."""
-
-
-def obstacle(prior: PriorSettings | None, decoder: DecoderSettings, upsampler: UpsamplerSettings | None) -> str | None:
-    """Why the stock pipeline cannot hold networks of these settings; None if it can."""
-    if prior is None or decoder.condition is not DecoderCondition.IMAGE_EMBED:
-        return "it needs a prior, and a decoder on image embeddings"
-    if not isinstance(decoder.network, UNetDecoderSettings):
-        return "its decoder is a U-Net, and this one is another network"
-    if upsampler is None:
-        return "it needs an upsampler"
-    for name, settings in (("prior", prior), ("decoder", decoder), ("upsampler", upsampler)):
-        if settings.schedule.kind is not ScheduleKind.COSINE or settings.schedule.zero_terminal_snr:
-            return f"its scheduler knows the cosine schedule alone, and that of the {name} is another"
-        if settings.objective.prediction_type is PredictionType.V_PREDICTION:
-            return f"its scheduler knows no v_prediction, and the {name} predicts v"
-    return None
+PIPELINES = Path(__file__).parent / "pipelines"
+"""Pipelines that take their defaults from the run; they go along with it."""
+_LEAST_STEPS = 2
+"""`UnCLIPScheduler` divides by the number of steps less one."""
 
 
 def save_stock_pipeline(
-    directory: Path, clip: ClipModel, prior: PriorSampler, decoder: DecoderSampler, upsampler: UpsamplerSampler
+    directory: Path,
+    clip: ClipModel,
+    prior: PriorSampler,
+    decoder: DecoderSampler,
+    upsampler: UpsamplerSampler,
+    *,
+    dtype: torch.dtype = torch.float32,
+    with_image_tower: bool = True,
 ) -> None:
-    """Write a directory for `UnCLIPPipeline.from_pretrained`. Call only where `obstacle` is None.
+    """Write a directory for `UnCLIPPipeline` and, with the image tower, for `UnCLIPImageVariationPipeline`.
 
-    The pipeline samples with ancestral steps; `super_res_last`, which takes only its last step, is a copy.
+    Call only where `stages.export.obstacle` sees none. The pipelines sample with ancestral steps; `super_res_last`,
+    which takes only their last step, is a copy. Each of the two leaves out what only the other one has a place for.
     """
     assert isinstance(decoder.network, UNetDecoder), "as `obstacle` checked"
     pipeline = UnCLIPPipeline(
         prior=prior.network,
         decoder=_with_learned_range(decoder.network.unet),
         text_encoder=text_to_transformers(clip),
-        tokenizer=_tokenizer(clip.settings.context_length),
+        tokenizer=tokenizer_of(clip),
         text_proj=decoder.network.plain_text_proj(),
         super_res_first=upsampler.network,
         super_res_last=upsampler.network,
@@ -62,10 +62,48 @@ def save_stock_pipeline(
         decoder_scheduler=_scheduler(decoder.settings, variance_type="learned_range"),
         super_res_scheduler=_scheduler(upsampler.settings),
     )
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            setattr(pipeline, name, in_dtype(part, dtype))
     pipeline.save_pretrained(directory, safe_serialization=True)
+    _load_as_float32(directory / "text_encoder")
+    _add_to_index(directory, {"text_proj": TEXT_PROJ_CLASS, "sampling": sampling_of(prior, decoder, upsampler)})
+    shutil.copy(PIPELINES / "text_to_image.py", directory)
+    if with_image_tower:
+        in_dtype(vision_to_transformers(clip), dtype).save_pretrained(directory / "image_encoder")
+        _load_as_float32(directory / "image_encoder")
+        image_processor_of(clip).save_pretrained(directory / "feature_extractor")
+        classes = {"image_encoder": "CLIPVisionModelWithProjection", "feature_extractor": "CLIPImageProcessor"}
+        _add_to_index(directory, {name: ["transformers", kind] for name, kind in classes.items()})
+        shutil.copy(PIPELINES / "image_variation.py", directory)
+
+
+def sampling_of(prior: PriorSampler, decoder: DecoderSampler, upsampler: UpsamplerSampler) -> dict[str, float]:
+    """What `UnCLIPPipeline.__call__` must be given to sample as the run is sampled, as far as it can."""
+    samplers = {"prior": prior.settings.sampler, "decoder": decoder.settings.sampler}
+    scales = {f"{name}_guidance_scale": each.guidance_scale for name, each in samplers.items()}
+    steps = {name: each.steps for name, each in {**samplers, "super_res": upsampler.settings.sampler}.items()}
+    return {**scales, **{f"{name}_num_inference_steps": max(each, _LEAST_STEPS) for name, each in steps.items()}}
+
+
+def in_dtype(network: nn.Module, dtype: torch.dtype) -> Any:
+    """The network itself where it has that type already, else a copy in it."""
+    if all(each.dtype is dtype for each in network.parameters()):
+        return network
+    # Past diffusers' own `to`, which warns of networks that keep some layers in float32; none of these does.
+    return nn.Module.to(deepcopy(network), dtype=dtype)
+
+
+def _load_as_float32(tower: Path) -> None:
+    """transformers' part of a pipeline is loaded as its config says, diffusers' as float32, where nothing is asked."""
+    config_file = tower / "config.json"
+    config = {**json.loads(config_file.read_text(encoding="utf-8")), "dtype": "float32"}
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _add_to_index(directory: Path, entries: Mapping[str, Any]) -> None:
     index_file = directory / "model_index.json"
-    index = json.loads(index_file.read_text(encoding="utf-8"))
-    index["text_proj"] = TEXT_PROJ_CLASS
+    index = {**json.loads(index_file.read_text(encoding="utf-8")), **entries}
     index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -89,11 +127,4 @@ def _scheduler(
         variance_type=variance_type,  # pyright: ignore[reportArgumentType]
         clip_sample_range=clip_range,
         prediction_type=settings.objective.prediction_type.value,  # pyright: ignore[reportArgumentType]
-    )
-
-
-def _tokenizer(context_length: int) -> CLIPTokenizer:
-    vocabulary = bpe_vocabulary()
-    return CLIPTokenizer(
-        vocab=dict(vocabulary.ids), merges=cast(Any, list(vocabulary.merges)), model_max_length=context_length
     )

@@ -1,9 +1,23 @@
-"""A trained CLIP as transformers' classes, which diffusers' pipelines load."""
+"""A trained CLIP as transformers' classes, which diffusers' pipelines load too."""
 
+from pathlib import Path
+from typing import Any, cast
+
+import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from stages.clip.network import ClipModel
+from stages.clip.network import ClipModel, bpe_vocabulary
 from stages.clip.settings import ClipNetworkSettings
 
 _TEXT_NAMES = {
@@ -30,6 +44,49 @@ _BLOCK_NAMES = {
     "attn.out_proj": "self_attn.out_proj",
 }
 _MLP_RATIO = 4
+_BICUBIC = 3  # Pillow's number
+
+
+def save_transformers_clip(directory: Path, clip: ClipModel, dtype: torch.dtype) -> None:
+    """Write a directory for `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`.
+
+    `CLIPModel` has no place for SigLIP's `logit_bias`: its logits are ours without it.
+    """
+    text, vision = text_to_transformers(clip), vision_to_transformers(clip)
+    whole = CLIPModel(
+        CLIPConfig(
+            text_config=text.config.to_dict(),
+            vision_config=vision.config.to_dict(),
+            projection_dim=clip.settings.embed_dim,
+        )
+    )
+    whole.load_state_dict(
+        {**text.state_dict(), **vision.state_dict(), "logit_scale": clip.network.logit_scale.detach().reshape(())}
+    )
+    whole.eval().to(dtype).save_pretrained(directory)
+    CLIPProcessor(image_processor_of(clip), tokenizer_of(clip)).save_pretrained(directory)
+
+
+def tokenizer_of(clip: ClipModel) -> CLIPTokenizer:
+    """The tokenizer; of captions that open_clip's has cleaned it makes the same tokens, padded otherwise."""
+    vocabulary = bpe_vocabulary()
+    return CLIPTokenizer(
+        vocab=dict(vocabulary.ids),
+        merges=cast(Any, list(vocabulary.merges)),
+        model_max_length=clip.settings.context_length,
+    )
+
+
+def image_processor_of(clip: ClipModel) -> CLIPImageProcessor:
+    """Pictures of any size -> the central square in the tower's size (bicubic), normalised as the tower takes it."""
+    size = clip.settings.image_size
+    return CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        resample=_BICUBIC,
+        image_mean=clip.pixel_mean.flatten().tolist(),
+        image_std=clip.pixel_std.flatten().tolist(),
+    )
 
 
 def text_to_transformers(model: ClipModel) -> CLIPTextModelWithProjection:

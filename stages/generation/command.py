@@ -1,111 +1,339 @@
-"""`unclip sample RUN CAPTION ...`: PNGs and a grid from the networks of a run."""
+"""`unclip sample` and `unclip edit`: PNGs and a grid by the networks of a run. Thin over `stages.generation.model`."""
 
 import argparse
 import math
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
+import yaml
 
 from pipeline.cli import command_parser
-from pipeline.config import SEED_LIMIT, TrainerSettings
-from pipeline.data.mixing import named_seed
+from pipeline.config import SEED_LIMIT, validate
 from pipeline.errors import UserError
 from pipeline.picture_grid import save_grid
-from pipeline.training.inference import inference_fabric
-from pipeline.workflow.runs import read_run, run_artifacts
-from stages.decoder.sample import DecoderOptions
-from stages.generation.grid import captioned_grid, to_pil
-from stages.generation.text_to_image import KINDS, GenerationOptions, TextToImage, chain_of_inputs, inputs_by_kind
+from pipeline.workflow.runs import read_run, run_directory
+from stages.generation.options import GenerationOptions, Judge, Preset
+from stages.generation.picture import Noise, Picture, read_recipe
 
-BATCH_SIZE = 16
+if TYPE_CHECKING:
+    from stages.generation.model import Model
+
+Given = argparse.Namespace
+
 GRID_COLUMNS = 4
+SAMPLES = "samples"
+EDITS_DIRECTORY = "edits"
 
-
-@dataclass(frozen=True)
-class Request:
-    """One picture that was asked for: its caption, the seed of what it draws, and its file's name."""
-
-    caption: str
-    seed: int
-    file_name: str
+_KEYS = {
+    "guidance": "decoder.guidance_scale",
+    "prior_guidance": "prior.guidance_scale",
+    "clip_guidance": "decoder.clip_guidance_scale",
+    "steps": "decoder.steps",
+    "solver": "decoder.solver",
+    "negative": "negative_caption",
+}
+"""The keys of `GenerationOptions` that have an argument of their own."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, load the run's networks, sample, write."""
-    options = _parser().parse_args(arguments)
-    _check(options)
-    outputs = options.outputs
-    record = read_run(outputs, options.run)
-    artifacts = run_artifacts(outputs, record)
-    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
-    if unfinished:
-        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
-    fabric = inference_fabric(TrainerSettings.model_validate(record.config["trainer"]))
-    with fabric.autocast():
-        chain = chain_of_inputs(inputs_by_kind(artifacts.values()), fabric.device)
-        requests = list(_requests(options.captions, options.count, options.seed))
-        decoder = DecoderOptions(options.guidance, options.clip_guidance, options.steps)
-        pictures = _sample(chain, requests, GenerationOptions(decoder, options.prior_guidance))
-    output = options.output or outputs / "runs" / record.name / "samples"
-    output.mkdir(parents=True, exist_ok=True)
-    for request, picture in zip(requests, pictures, strict=True):
-        picture.save(output / request.file_name)
-    captions, seeds = [each.caption for each in requests], [each.seed for each in requests]
-    grid = captioned_grid({"sample": pictures}, captions, seeds, columns=GRID_COLUMNS)
-    save_grid(grid.image, grid.layout, output / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png in {output}")
+    """`unclip sample`: parse, load the run's networks, sample, write."""
+    given = _sample_parser().parse_args(arguments)
+    if given.source is not None:
+        return _make_again(given)
+    if given.run is None or not given.captions:
+        raise UserError("no caption is given; write: unclip sample RUN 'a caption', or: unclip sample --from PNG")
+    if given.best_of < 1:
+        raise UserError(f"--best-of {given.best_of} leaves no picture; give 1 or more")
+    options = _options(given)
+    with _output(given, SAMPLES) as output, _loaded(given) as model:
+        pictures = model(
+            given.captions,
+            count=given.count,
+            seed=given.seed,
+            options=options,
+            best_of=given.best_of,
+            judge=Judge(given.judge),
+        )
+        names = [
+            f"{position:02}-{_slug(caption)}-{number:02}.png"
+            for position, caption in enumerate(given.captions)
+            for number in range(given.count)
+        ]
+        _write(pictures, names, output)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def edit(arguments: Sequence[str]) -> int:
+    """`unclip edit`: variations of pictures, ways between them, and pictures that are drawn anew in part."""
+    given = _edit_parser().parse_args(arguments)
+    options = _options(given)
+    with _output(given, f"{EDITS_DIRECTORY}/{given.operation}") as output, _loaded(given) as model:
+        pictures = EDITS[given.operation].make(model, given, options)
+        _write(pictures, [f"{place:02}.png" for place in range(len(pictures))], output)
+    return 0
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An operation of `unclip edit`: what is given after the run, and its numbers with their defaults."""
+
+    description: str
+    inputs: tuple[str, ...]
+    make: "Callable[[Model, Given, GenerationOptions], list[Picture]]"
+    count: int = 5
+    shares: Mapping[str, float] = field(default_factory=dict)
+    noise: Noise | None = None
+
+
+EDITS = {
+    "variations": Edit(
+        "Pictures with the embedding of one; --eta says how much they differ.",
+        ("picture",),
+        lambda model, given, options: model.variations(
+            given.picture, count=given.count, seed=given.seed, eta=given.eta, options=options
+        ),
+        count=4,
+        shares={"eta": 1.0},
+    ),
+    "interpolate": Edit(
+        "Pictures on the way from one to another.",
+        ("picture", "other_picture"),
+        lambda model, given, options: model.interpolate(
+            given.picture,
+            given.other_picture,
+            count=given.count,
+            seed=given.seed,
+            noise=Noise(given.noise),
+            options=options,
+        ),
+        noise=Noise.INTERPOLATED,
+    ),
+    "interpolate-captions": Edit(
+        "Pictures on the way from one caption to another.",
+        ("caption", "other_caption"),
+        lambda model, given, options: model.interpolate_captions(
+            given.caption,
+            given.other_caption,
+            count=given.count,
+            seed=given.seed,
+            noise=Noise(given.noise),
+            options=options,
+        ),
+        noise=Noise.FIXED,
+    ),
+    "text-diff": Edit(
+        "A picture of what one caption says on its way to what another says.",
+        ("picture", "source", "target"),
+        lambda model, given, options: model.text_diff(
+            given.picture,
+            given.source,
+            given.target,
+            count=given.count,
+            strength=given.strength,
+            seed=given.seed,
+            options=options,
+        ),
+        shares={"strength": 0.5},
+    ),
+    "inpaint": Edit(
+        "Pictures for a caption in which the white part of a mask alone is drawn.",
+        ("picture", "mask", "caption"),
+        lambda model, given, options: model.inpaint(
+            given.picture, given.mask, given.caption, count=given.count, seed=given.seed, options=options
+        ),
+        count=4,
+    ),
+    "image-to-image": Edit(
+        "Pictures for a caption that are begun from a picture; --strength says how little of it is left.",
+        ("picture", "caption"),
+        lambda model, given, options: model.image_to_image(
+            given.picture,
+            given.caption,
+            strength=given.strength,
+            count=given.count,
+            seed=given.seed,
+            options=options,
+        ),
+        count=4,
+        shares={"strength": 0.6},
+    ),
+}
+
+
+def _sample_parser() -> argparse.ArgumentParser:
     parser = command_parser("sample", "Pictures from captions by the networks of a run.")
-    parser.add_argument("run", help="name of a finished run")
-    parser.add_argument("captions", nargs="+", metavar="caption")
-    parser.add_argument("--count", type=int, default=1, help="pictures for each caption")
+    parser.add_argument("run", nargs="?", help="name of a finished run")
+    parser.add_argument("captions", nargs="*", metavar="caption")
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="keep the best of N pictures, by a CLIP")
+    parser.add_argument("--judge", default=Judge.CLIP.value, choices=[each.value for each in Judge])
+    parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help="make a picture of unclip's again")
+    parser.add_argument(
+        "--picture", type=Path, action="append", default=[], help="with --from: what it was made from, in its order"
+    )
+    _add_options(parser, count=1)
+    return parser
+
+
+def _edit_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("unclip edit", description="Pictures from pictures by the networks of a run.")
+    chosen = parser.add_subparsers(dest="operation", required=True)
+    for name, each in EDITS.items():
+        one = chosen.add_parser(name, help=each.description, description=each.description)
+        one.add_argument("run", help="name of a finished run")
+        for given in each.inputs:
+            one.add_argument(given, metavar=given.replace("_", "-"))
+        for share, default in each.shares.items():
+            one.add_argument(f"--{share}", type=float, default=default, help=f"0 to 1 (default: {default:g})")
+        if each.noise is not None:
+            one.add_argument("--noise", default=each.noise.value, choices=[kind.value for kind in Noise])
+        one.add_argument("--outputs", type=lambda text: Path(text).absolute(), default=Path("outputs").absolute())
+        _add_options(one, each.count)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, count: int) -> None:
+    parser.add_argument("--count", type=int, default=count, help=f"pictures (default: {count}), of each caption")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance of the decoder; 1 is none")
     parser.add_argument("--prior-guidance", type=float, help="classifier-free guidance of the prior; 1 is none")
     parser.add_argument("--clip-guidance", type=float, metavar="S", help="scale of the CLIP similarity's gradient")
     parser.add_argument("--steps", type=int, help="sampling steps of the decoder")
-    parser.add_argument("--output", type=Path, help="directory for the PNGs (default: runs/RUN/samples)")
-    return parser
+    parser.add_argument("--solver", help="of the decoder: ddim, ddpm, euler or dpmpp_2m")
+    parser.add_argument("--negative", metavar="CAPTION", help="what guidance leads away from")
+    parser.add_argument("--preset", choices=[each.value for each in Preset], help="numbers of steps of all networks")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any option, such as prior.candidates=2 upsampler.eta=1",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--output", type=Path, help="directory for the PNGs (default: one below runs/RUN)")
 
 
-def _check(options: argparse.Namespace) -> None:
-    if options.count < 1:
-        raise UserError(f"--count {options.count} makes no picture; give 1 or more")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps {options.steps} is no number of sampling steps; give 1 or more")
-    if not 0 <= options.seed < SEED_LIMIT:
-        raise UserError(f"--seed {options.seed} is no seed of 64 bits; give 0 to {SEED_LIMIT - 1}")
+def _options(given: Given) -> GenerationOptions:
+    """What was asked for. Raises `UserError` for what no network could use."""
+    if given.count < 1:
+        raise UserError(f"--count {given.count} makes no picture; give 1 or more")
+    if not 0 <= given.seed < SEED_LIMIT:
+        raise UserError(f"--seed {given.seed} is no seed of 64 bits; give 0 to {SEED_LIMIT - 1}")
+    if given.steps is not None and given.steps < 1:
+        raise UserError(f"--steps {given.steps} is no number of sampling steps; give 1 or more")
     for name in ("guidance", "prior_guidance", "clip_guidance"):
-        scale = getattr(options, name)
-        if scale is not None and not math.isfinite(scale):
-            raise UserError(f"--{name.replace('_', '-')} {scale} is no scale; give a finite number")
+        scale = getattr(given, name)
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise UserError(f"--{name.replace('_', '-')} {scale} is no scale; give a finite number of 0 or more")
+    asked: dict[str, Any] = Preset(given.preset).options.model_dump(exclude_none=True) if given.preset else {}
+    by_name = {key: getattr(given, name) for name, key in _KEYS.items() if getattr(given, name) is not None}
+    for each in given.set:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise UserError(f"--set {each} has no value; write KEY=VALUE, such as decoder.steps=27")
+        if key in by_name:
+            raise UserError(f"{key} is given twice; give it once")
+        by_name[key] = _value(key, value)
+    for key, value in by_name.items():
+        _put(asked, key, value)
+    return validate(GenerationOptions, asked)
 
 
-def _requests(captions: Sequence[str], count: int, seed: int) -> list[Request]:
-    """Picture n of a caption has a seed of its own, whatever other captions are asked for."""
-    return [
-        Request(caption, named_seed(seed, caption, number), f"{position:02}-{_slug(caption)}-{number:02}.png")
-        for position, caption in enumerate(captions)
-        for number in range(count)
-    ]
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--set {key}={text} cannot be read; write a number, a name or a list such as [0,0.8]"
+        ) from error
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; where a preset has a list, the one value is for all of it."""
+    first, _, rest = key.partition(".")
+    if not rest:
+        values[first] = value
+        return
+    inner = values.setdefault(first, {})
+    for each in inner if isinstance(inner, list | tuple) else [inner]:
+        if not isinstance(each, dict):
+            raise UserError(f"{first}={each!r} has no {rest}; give the one or the other")
+        _put(each, rest, value)
+
+
+def _make_again(given: Given) -> int:
+    unused = [f"--{name.replace('_', '-')}" for name in (*_KEYS, "preset", "set") if getattr(given, name)]
+    if given.run is not None or unused:
+        said = ", ".join([*([given.run] if given.run else []), *unused])
+        raise UserError(f"--from {given.source} says all of how its picture was made; leave out {said}")
+    recipe = read_recipe(given.source)
+    from stages.generation.model import load_for
+
+    given.run = recipe.run
+    with _output(given, SAMPLES) as output, _said_in_lines():
+        model = load_for(recipe, outputs=given.outputs, batch_size=given.batch_size)
+        _write([model.again(recipe, given.picture)], [f"again-{given.source.stem}.png"], output)
+    return 0
+
+
+@contextmanager
+def _loaded(given: Given) -> "Iterator[Model]":
+    from stages.generation.model import load
+
+    with _said_in_lines():
+        yield load(given.run, outputs=given.outputs, batch_size=given.batch_size)
+
+
+@contextmanager
+def _said_in_lines() -> Iterator[None]:
+    """Warnings of our own as lines of this command."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="stages.generation")
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+            if category is UserWarning and "generation" in filename:
+                print(f"unclip: {message}", flush=True)
+            else:
+                shown(message, category, filename, *rest)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _output(given: Given, name: str) -> Iterator[Path]:
+    """The directory for the pictures, which can be written to. Raises `UserError` if it is none."""
+    read_run(given.outputs, given.run)  # or a directory would be made for a run that is none
+    output: Path = given.output or run_directory(given.outputs, given.run) / name
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be a directory ({error.strerror}); give another one") from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output} cannot be written to; give another one")
+    yield output
+
+
+def _write(pictures: Sequence[Picture], names: Sequence[str], output: Path) -> None:
+    from stages.generation.grid import captioned_grid
+
+    for picture, name in zip(pictures, names, strict=True):
+        picture.save(output / name)
+    grid = captioned_grid(
+        {"sample": [each.image for each in pictures]},
+        [each.recipe.title for each in pictures],
+        [each.recipe.seed for each in pictures],
+        columns=GRID_COLUMNS,
+    )
+    save_grid(grid.image, grid.layout, output / "grid.png")
+    print(f"{len(pictures)} pictures and grid.png in {output}")
 
 
 def _slug(caption: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "caption"
-
-
-def _sample(chain: TextToImage, requests: Sequence[Request], options: GenerationOptions) -> list[Image.Image]:
-    pictures = []
-    for first in range(0, len(requests), BATCH_SIZE):
-        batch = requests[first : first + BATCH_SIZE]
-        with torch.no_grad():
-            generated = chain.generate([each.caption for each in batch], [each.seed for each in batch], options)
-        pictures += [to_pil(picture) for picture in generated.final]
-    return pictures

@@ -1,7 +1,8 @@
 """The whole chain of one run: caption, text embedding, prior, decoder, upsamplers."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from pipeline.errors import UserError
 from pipeline.forecast.rehearsal import Rehearsal
 from pipeline.workflow.artifacts import Artifact
 from stages.captions import CaptionEncoder
-from stages.clip.network import ClipModel, load_clip
+from stages.clip.network import ClipModel, TextEncoding, load_clip
 from stages.clip.settings import ClipSettings
 from stages.decoder.network import Condition, build_decoder, load_decoder
-from stages.decoder.sample import DecoderOptions, DecoderSampler
+from stages.decoder.sample import FROM_NOISE, Beginning, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderSettings
+from stages.diffusion.sampler import Constrain, NetworkSampler
+from stages.generation.options import GenerationOptions
 from stages.prior.network import build_prior, load_prior
 from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
@@ -25,14 +28,6 @@ from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
 
 KINDS = ("clip", "prior", "decoder", "upsampler")
 """The kinds of stages whose networks make the chain."""
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """What a caller may ask for instead of the run's own samplers; None keeps those."""
-
-    decoder: DecoderOptions = field(default_factory=DecoderOptions)
-    prior_guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,19 +58,48 @@ class TextToImage:
         """Where the networks are."""
         return self.clip.pixel_mean.device
 
+    @property
+    def samplers(self) -> list[NetworkSampler[Any, Any]]:
+        """Those of all its networks, in the order of their work."""
+        return [*([self.prior] if self.prior else []), self.decoder, *self.upsamplers]
+
+    @property
+    def final_size(self) -> int:
+        """The side of its pictures in pixels."""
+        return self.upsamplers[-1].settings.high_size if self.upsamplers else self.decoder.settings.image_size
+
     @torch.no_grad()
     def generate(self, captions: Sequence[str], seeds: Sequence[int], options: GenerationOptions) -> Generated:
         """Pictures for B captions with B seeds; a picture does not depend on the others of its batch."""
         draws = SampleDraws(torch.tensor(list(seeds), dtype=torch.int64), self.device)
         text = self.captions.encode(captions)
-        condition_embed = text.embed
-        if self.prior is not None:
-            condition_embed = self.prior.sample(text, draws, options.prior_guidance_scale)
-        base = self.decoder.sample(Condition(condition_embed, text), draws, options.decoder)
+        return self.draw(self.image_embed(text, draws, options), text, draws, options)
+
+    @torch.no_grad()
+    def image_embed(self, text: TextEncoding, draws: SampleDraws, options: GenerationOptions) -> Tensor:
+        """What the decoder is conditioned on for B captions, float32 [B, E]: the prior's, or the captions' own."""
+        if self.prior is None:
+            return text.embed
+        return self.prior.sample(text, draws, options.prior, options.negative_caption)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        image_embed: Tensor,
+        text: TextEncoding,
+        draws: SampleDraws,
+        options: GenerationOptions,
+        beginning: Beginning = FROM_NOISE,
+        known: Constrain | None = None,
+    ) -> Generated:
+        """Pictures for embeddings float [B, E] and captions; `known` is what must stay at the upsamplers' sizes."""
+        base = self.decoder.sample(
+            Condition(image_embed, text), draws, options.decoder, options.negative_caption, beginning
+        )
         final = base
-        for upsampler in self.upsamplers:
-            final = upsampler.sample(final, draws)
-        return Generated(condition_embed, base, final)
+        for place, upsampler in enumerate(self.upsamplers):
+            final = upsampler.sample(final, draws, options.of_upsampler(place), known)
+        return Generated(image_embed, base, final)
 
 
 def untrained_chain(rehearsal: Rehearsal) -> TextToImage:

@@ -41,7 +41,8 @@ class Judge(nn.Module):
 
 def load_judge(artifact: Artifact, device: torch.device = CPU) -> Judge:
     """The judge of an artifact."""
-    return load_weights(Judge(artifact.settings(JudgeSettings)), artifact, device)
+    settings = artifact.settings(JudgeSettings)
+    return load_weights(lambda: Judge(settings), artifact, device)
 
 
 def _block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -34,7 +34,8 @@ def run(context: StageContext) -> StageResult:
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
     ahead = MadeAhead(normals={NOISE: (3, settings.image_size, settings.image_size)})
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib, ahead=ahead)
-    judge = Judge(settings)
+    with context.building():
+        judge = Judge(settings)
     result = fit(context, JudgeModule(judge, settings, true_labels(images, range(len(images)))), images)
     context.save(judge)
     return StageResult(JudgeNumbers(attributes=tuple(CLASSES)), result.metrics, result.samples_seen)

@@ -46,8 +46,8 @@ def load_prior(artifact: Artifact, clip: Artifact, device: torch.device = CPU) -
     """The prior of an artifact, with the statistics of its embeddings in it."""
     require_same_clip(artifact, clip)
     sizes = clip.numbers(ClipNumbers)
-    prior = build_prior(artifact.settings(PriorSettings).network, sizes.embed_dim, sizes.context_length)
-    return load_weights(prior, artifact, device)
+    network = artifact.settings(PriorSettings).network
+    return load_weights(lambda: build_prior(network, sizes.embed_dim, sizes.context_length), artifact, device)
 
 
 def denoise_prior(prior: PriorTransformer, noisy: Tensor, timestep: Tensor, text: TextEncoding) -> Tensor:

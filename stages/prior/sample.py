@@ -7,12 +7,14 @@ from diffusers.models.transformers.prior_transformer import PriorTransformer
 from torch import Tensor
 
 from pipeline.data.draws import SampleDraws
-from stages.captions import CaptionEncoder
+from stages.captions import NO_CAPTION, CaptionEncoder
 from stages.clip.network import TextEncoding
-from stages.diffusion.guidance import guided
+from stages.diffusion.guidance import ClassifierFree, guided
 from stages.diffusion.sampler import NetworkSampler
 from stages.prior.network import denoise_prior, get_whitening
-from stages.prior.settings import PriorSettings
+from stages.prior.settings import PriorOptions, PriorSettings
+
+OWN_SAMPLER = PriorOptions()
 
 
 class PriorSampler(NetworkSampler[PriorTransformer, PriorSettings]):
@@ -23,25 +25,44 @@ class PriorSampler(NetworkSampler[PriorTransformer, PriorSettings]):
         self._captions = captions
 
     def sample(
-        self, text: TextEncoding, draws: SampleDraws, guidance_scale: float | None = None, steps: int | None = None
+        self,
+        text: TextEncoding,
+        draws: SampleDraws,
+        options: PriorOptions = OWN_SAMPLER,
+        negative_caption: str = NO_CAPTION,
     ) -> Tensor:
         """Image embeddings float32 [B, E] as CLIP's projection gives them; of the candidates, the one with the highest
-        dot product with the caption's embedding."""
-        sampler, whitening = self.settings.sampler, get_whitening(self.network)
-        scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
-        none = self._captions.encode_none(len(text.embed)) if scale != 1.0 else None
-        drawn = []
-        for candidate in range(sampler.candidates):
-            whitened = self.draw(
-                guided(partial(denoise_prior, self.network), text, none, scale),
-                draws,
-                f"prior {candidate}",
-                (text.embed.shape[1],),
-                steps=steps or sampler.steps,
-                eta=sampler.eta,
-                clip_range=sampler.clip_sample_range,
-            )
-            drawn.append(whitening.unwhiten(whitened))
-        scores = torch.stack([(z_i * text.embed).sum(1) for z_i in drawn])
-        best = scores.argmax(0)
-        return torch.stack(drawn)[best, torch.arange(len(best), device=best.device)]
+        dot product with the caption's embedding. Guidance leads away from the negative caption.
+
+        All candidates of the batch are drawn at once, with guidance 2 x candidates x B samples: without gradients the
+        network holds the activations of one layer, not those of all that a training batch of B holds.
+        """
+        sampler, whitening = options.over(self.settings.sampler), get_whitening(self.network)
+        guidance = ClassifierFree(sampler, self.settings.schedule.timesteps)
+        texts = TextEncoding.stacked([text] * sampler.candidates)
+        negative = self._captions.encode_all_as(negative_caption, len(texts.embed)) if guidance.acts else None
+        whitened = self.draw(
+            guided(partial(denoise_prior, self.network), texts, negative, guidance),
+            _CandidatesDraws(draws, sampler.candidates),
+            "prior {candidate}",
+            (text.embed.shape[1],),
+            sampler,
+            clip_range=sampler.clip_sample_range,
+        )
+        drawn = whitening.unwhiten(whitened).unflatten(0, (sampler.candidates, -1))
+        best = (drawn * text.embed).sum(2).argmax(0)
+        return drawn[best, torch.arange(len(best), device=best.device)]
+
+
+class _CandidatesDraws(SampleDraws):
+    """The draws of all candidates [candidates * B, ...], one after the other; a purpose has `{candidate}` in it."""
+
+    def __init__(self, draws: SampleDraws, candidates: int) -> None:
+        super().__init__(draws.sample_seed.repeat(candidates))
+        self._draws = draws
+        self._candidates = candidates
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """As `SampleDraws.normal`."""
+        drawn = [self._draws.normal(purpose.format(candidate=each), shape) for each in range(self._candidates)]
+        return torch.cat(drawn)

@@ -3,7 +3,7 @@
 from pipeline.config import Fraction, Positive, PositiveFloat, Settings
 from pipeline.workflow.declaration import Better, Input, StageDeclaration
 from stages.clip.settings import OnClipNumbers
-from stages.diffusion.settings import DiffusionStageSettings, SamplerSettings, check_diffusion
+from stages.diffusion.settings import DiffusionStageSettings, SamplerOptions, SamplerSettings, check_diffusion
 
 
 class PriorNetworkSettings(Settings):
@@ -19,6 +19,12 @@ class PriorSamplerSettings(SamplerSettings):
 
     candidates: Positive
     clip_sample_range: PositiveFloat
+
+
+class PriorOptions(SamplerOptions):
+    """What may be asked for instead of `PriorSamplerSettings`; None keeps those."""
+
+    candidates: Positive | None = None
 
 
 class PriorSettings(DiffusionStageSettings):

@@ -29,9 +29,10 @@ def run(context: StageContext) -> StageResult:
     """Train the prior on cached image embeddings and the frozen text tower's states."""
     settings = context.settings_as(PriorSettings)
     clip_artifact = context.input("clip")
-    clip = load_clip(clip_artifact, Towers.TEXT)
+    clip = load_clip(clip_artifact, Towers.TEXT, context.device)
     embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
-    prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
+    with context.building():
+        prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
     set_whitening(prior, embeddings.whitening)
     # The pictures themselves are not needed: the smallest size costs next to nothing to decode.
     ahead = MadeAhead(clip.tokenize, {NOISE: (clip.settings.embed_dim,)})
@@ -74,9 +75,11 @@ class PriorModule(StageModule[PriorTransformer]):
         _, text = self._captions.encode_dropping(batch.token_ids(), is_dropped)
         prediction = denoise_prior(self.network, noised.x_t, noised.timestep, text)
         z_i_hat = self._embeddings.whitening.unwhiten(self.process.x_0(prediction.detach(), noised))
+        loss = self.process.loss(prediction, noised)
         return {
-            LOSS: self.process.loss(prediction, noised).mean(),
+            LOSS: loss.mean(),
             "cosine_x_0_hat": F.cosine_similarity(z_i_hat, image_embed).mean(),
+            **self.process.loss_by_timestep(loss, noised),
         }
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:

@@ -37,7 +37,7 @@ def build_upsampler(network: UNetSettings, high_size: int) -> UNet2DModel:
 def load_upsampler(artifact: Artifact, device: torch.device = CPU) -> UNet2DModel:
     """The upsampler of an artifact."""
     settings = artifact.settings(UpsamplerSettings)
-    return load_weights(build_upsampler(settings.network, settings.high_size), artifact, device)
+    return load_weights(lambda: build_upsampler(settings.network, settings.high_size), artifact, device)
 
 
 def denoise_upsampler(upsampler: UNet2DModel, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ def run(context: StageContext) -> StageResult:
     settings = context.settings_as(UpsamplerSettings)
     ahead = MadeAhead(normals={NOISE: (3, settings.crop_size, settings.crop_size)})
     images = context.images(settings.high_size, ahead=ahead)
-    upsampler = build_upsampler(settings.network, settings.high_size)
+    with context.building():
+        upsampler = build_upsampler(settings.network, settings.high_size)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     result = fit(context, UpsamplerModule(upsampler, settings, shown), images)
     context.save(upsampler)
@@ -69,7 +70,8 @@ class UpsamplerModule(StageModule[UNet2DModel]):
         condition = resize(degrade(settings.degradation, low, on_cpu), settings.crop_size)
         noised = self.process.noise(x_0, batch.draws())
         prediction = denoise_upsampler(self.network, noised.x_t, noised.timestep, condition)
-        return {LOSS: self.process.loss(prediction, noised).mean()}
+        loss = self.process.loss(prediction, noised)
+        return {LOSS: loss.mean(), **self.process.loss_by_timestep(loss, noised)}
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """PSNR of sampled pictures against the truth, beside that of bicubic enlargement, and the loss."""

@@ -123,7 +123,13 @@ class Tolerance:
 
 
 FLOAT32 = Tolerance(share=1e-2, elements=1e-3, rtol=1e-3, atol=1e-5, loss=1e-5, gradient_norm=1e-5)
-ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2e-3, gradient_norm=2e-2)
+ROUGH = Tolerance(share=5e-2, elements=1e-3, rtol=5e-2, atol=1e-3, loss=2**-7, gradient_norm=2e-2)
+"""In bf16, whose unit in the last place is 2^-8: losses may be two of them off.
+
+The first step's losses are the same bits under all strategies, and later ones under ZeRO-1 and 2 too. ZeRO-3 adds up
+the gradient of attention's input in another way (see `BITS`), which rounds 0.3 % of it; DDP with identities in front of
+CLIP's attention has the losses and gradients of ZeRO-3 bit for bit. Seen after four steps: 1.3 to 2.6 % of the way, and
+0.4 % of CLIP's loss. With norms that round otherwise, as autocast alone has them, these were 6 to 13 % and 3.7 %."""
 
 
 def require_agreement(

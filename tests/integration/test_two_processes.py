@@ -179,11 +179,13 @@ def test_a_gradient_in_shards_that_is_not_finite_stops_both_and_names_their_samp
 
 
 @pytest.mark.slow
-def test_clip_in_pieces_on_two_devices_learns_what_it_learns_on_one(tmp_path: Path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clip_in_pieces_on_two_devices_learns_what_it_learns_on_one(tmp_path: Path, precision: str):
     """The contrastive loss over both devices' pairs, and the activations of two pairs at a time."""
     networks = []
     for name, trainer in (("one", []), ("two", ["trainer.devices=2", "stage.clip.trainer.micro_batch_size=2"])):
-        stages = plan_stages(tmp_path / name, "stage.clip.max_samples=48", *trainer)
+        settings = ["stage.clip.max_samples=48", f"stage.clip.trainer.precision={precision}", *trainer]
+        stages = plan_stages(tmp_path / name, *settings)
         assert run_stage(stages["prepare"], Event()).value == "finished"
         if trainer:
             finish(stages["clip"])

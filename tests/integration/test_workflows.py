@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.cli import main
 from pipeline.compose import compose_members
@@ -181,6 +183,41 @@ def test_sampling_gives_the_same_bytes_for_the_same_seed_and_others_for_another(
     assert pictures["first"] == pictures["again"]
     assert len(set(pictures["first"] + pictures["other"])) == 4
     assert (tmp_path / "first" / "grid.png").exists()
+
+
+def test_a_picture_is_made_again_and_edited_by_the_command(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    at, made = ["--outputs", str(outputs)], tmp_path / "made"
+    assert main(["sample", *SAMPLE, *at, "--output", str(made), "--set", "prior.candidates=2", "upsampler.eta=1"]) == 0
+    first = made / "00-a-red-circle-00.png"
+    assert main(["sample", "--from", str(first), *at, "--output", str(tmp_path / "again")]) == 0
+    (again,) = (tmp_path / "again").glob("again-*.png")
+    before, after = (np.asarray(Image.open(path)).astype(int) for path in (first, again))
+    assert np.abs(before - after).max() <= 1
+
+    assert (
+        main(["edit", "variations", "base", str(first), *at, "--count", "2", "--output", str(tmp_path / "edit")]) == 0
+    )
+    varied = tmp_path / "edit" / "01.png"
+    assert main(["sample", "--from", str(varied), "--picture", str(first), *at, "--output", str(tmp_path)]) == 0
+
+    capsys.readouterr()
+    for arguments, reason in [
+        (["sample", "base", "x", *at, "--output", str(first)], "cannot be a directory"),
+        (["sample", "base", "x", *at, "--preset", "paper", "--set", "decoder.steps=0"], "decoder.steps=0"),
+        (["sample", "base", "x", *at, "--steps", "2", "--set", "decoder.steps=3"], "decoder.steps is given twice"),
+        (["sample", "base", "x", *at, "--set", "decoder.colour=3"], "decoder.colour is an unknown key"),
+        (["sample", "base", *at], "no caption is given"),
+        (["sample", "base", "x", "--from", str(first), *at], "leave out base"),
+        (["sample", "--from", str(outputs / "runs" / "base" / "run.json"), *at], "is no PNG"),
+        (["sample", "--from", str(varied), *at], "made from 1 others"),
+        (["edit", "variations", "base", str(outputs), *at], "cannot be read"),
+        (["edit", "text-diff", "base", str(first), "a", "b", "--strength", "nan", *at], "strength=nan"),
+    ]:
+        assert main(arguments) == 2, arguments
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
 
 
 def test_status_shows_a_finished_run(outputs: Path):

@@ -202,7 +202,9 @@ def test_sampling_from_a_run_that_does_not_exist_is_refused(capsys):
     [
         ("--seed", str(2**64), f"give 0 to {2**64 - 1}"),
         ("--seed", "-1", f"give 0 to {2**64 - 1}"),
-        ("--guidance", "nan", "give a finite number"),
+        ("--guidance", "nan", "give a finite number of 0 or more"),
+        ("--guidance", "-1.0", "give a finite number of 0 or more"),
+        ("--steps", "0", "give 1 or more"),
         ("--prior-guidance", "inf", "give a finite number"),
         ("--clip-guidance", "-inf", "give a finite number"),
     ],

@@ -246,6 +246,43 @@ def test_the_decoder_with_lambda_zero_loads_no_image_tower(outputs: Path, towers
     assert all(row["train/loss"] == row["train/diffusion"] for row in rows)
 
 
+def test_a_decoder_that_is_evaluated_as_it_trains_logs_it_and_is_no_other_for_it(outputs: Path):
+    def trained(*overrides: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        artifact = run_until(outputs, "decoder", "stage.decoder.optimizer.learning_rate=3e-4", *overrides)
+        found = rows_of(artifact), load_file(artifact.path / "weights.safetensors")
+        shutil.rmtree(artifact.path)
+        shutil.rmtree(outputs / "work" / "decoder")
+        return found
+
+    (plain, weights), (rows, evaluated) = trained(), trained("trainer.evaluate_every_samples=8")
+    assert not any(name.startswith("evaluation/") for row in plain for name in row)
+    measured = [row for row in rows if "evaluation/frechet" in row]
+    assert [row["samples_seen"] for row in measured] == [8, 16]
+    for row in measured:
+        assert row["evaluation/frechet"] > 0
+        assert row["evaluation/sample_to_caption_low"] < row["evaluation/sample_to_caption"] < 1
+        assert -1 < row["evaluation/sample_to_real"] < 1
+    assert all(torch.equal(weights[name], evaluated[name]) for name in weights)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "upsampler"])
+def test_losses_by_timestep_do_not_depend_on_how_a_batch_is_cut(outputs: Path, stage: str):
+    def binned(*overrides: str) -> list[dict[str, float]]:
+        own = f"stage.{stage}.optimizer.learning_rate=2e-4"
+        artifact = run_until(outputs, stage, own, "trainer.log_every_steps=2", *overrides)
+        rows = rows_of(artifact)
+        # How a batch is cut is no part of what a stage is: without this the second time would reuse the first one's.
+        shutil.rmtree(artifact.path)
+        shutil.rmtree(outputs / "work" / stage)
+        return [{name: value for name, value in row.items() if "diffusion_t" in name} for row in rows]
+
+    whole, in_pieces = binned(), binned("trainer.micro_batch_size=1")
+    names = {name.rpartition("/")[2] for row in whole for name in row}
+    assert names
+    assert names <= {f"diffusion_t{number}" for number in range(4)}
+    assert in_pieces == [pytest.approx(row, rel=1e-3) for row in whole]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

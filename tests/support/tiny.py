@@ -98,9 +98,10 @@ def source_sample(number: int) -> SourceSample:
 def learn(context: StageContext) -> StageResult:
     settings = context.settings_as(LearnerSettings)
     images = context.images(SIZE)
-    network = nn.Sequential(
-        nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 16), nn.GELU(), nn.Dropout(settings.dropout), nn.Linear(16, 3)
-    )
+    with context.building():
+        network = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 16), nn.GELU(), nn.Dropout(settings.dropout), nn.Linear(16, 3)
+        )
     module = LearnerModule(network, settings, context)
     result = fit(context, module, images)
     context.save(network)

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.config import ActivationCheckpointing, Offload, Precision, StrategyName, TrainerSettings
 from pipeline.errors import UserError
 from pipeline.launch.identity import this_process
-from pipeline.training.hardware import accelerator_of
+from pipeline.training.hardware import accelerator_of, require_devices
 from pipeline.training.strategies.fragments import trained_parameters
 from pipeline.training.strategies.portable import PlainStrategy, PortableStrategy, ReplicatedStrategy
 
@@ -60,21 +60,14 @@ class StrategyChoice:
 
 def find_device(settings: TrainerSettings) -> Device:
     """The device of this process. Raises `UserError` if there are fewer devices than `trainer.devices` asks for."""
-    is_cuda = accelerator_of(settings) == "cuda"
-    there = torch.cuda.device_count() if is_cuda else os.cpu_count() or 1
-    if settings.devices > there:
-        kind = "GPU" if is_cuda else "CPU core"
-        raise UserError(
-            f"trainer.devices={settings.devices} and this machine has {there} {kind}{'s' if there > 1 else ''}; "
-            f"use at most {there}"
-        )
+    require_devices(settings)
     started = this_process().world_size
     if started is not None and started != settings.world_size:
         raise UserError(
             f"trainer.devices={settings.devices} x trainer.num_nodes={settings.num_nodes} is {settings.world_size} "
             f"processes and the launcher started {started}; `unclip submit` asks for the right number"
         )
-    if is_cuda:
+    if accelerator_of(settings) == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return Device(properties.name, properties.total_memory, is_cuda=True)
     return Device("CPU", psutil.virtual_memory().total // settings.devices, is_cuda=False)

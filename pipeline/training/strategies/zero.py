@@ -55,6 +55,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             report=report,
         )
         self._stage = stage
+        self.has_whole_weights = stage < 3
         self._linear = nn.functional.linear
 
     @override

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from pipeline.workflow.declaration import Better
-from stages.evaluate.metric import Embeds, Metric
+from stages.evaluate.metric import CLIP, Embeds, Metric
 
 
 class PriorCosines(Metric):
@@ -15,15 +15,19 @@ class PriorCosines(Metric):
         """None without a prior."""
         from torch.nn.functional import cosine_similarity
 
+        from stages.evaluate.estimate import mean
+
         if embeds.sampled is None:
             return {}
-        real, text = embeds.in_clip[""].real, embeds.in_clip[""].text
-        return {
-            "prior/to_image": float(cosine_similarity(embeds.sampled, real).mean()),
-            "prior/to_other_image": float(cosine_similarity(embeds.sampled, real.roll(1, 0)).mean()),
-            "prior/to_caption": float(cosine_similarity(embeds.sampled, text).mean()),
-            "prior/caption_to_image": float((text * real).sum(1).mean()),
+        own = embeds.by_encoder[CLIP]
+        assert own.text is not None, "a CLIP has captions"
+        cosines = {
+            "prior/to_image": cosine_similarity(embeds.sampled, own.real),
+            "prior/to_other_image": cosine_similarity(embeds.sampled, own.real.roll(1, 0)),
+            "prior/to_caption": cosine_similarity(embeds.sampled, own.text),
+            "prior/caption_to_image": (own.text * own.real).sum(1),
         }
+        return {key: value for name, each in cosines.items() for key, value in mean(each).named(name).items()}
 
 
 METRIC = PriorCosines

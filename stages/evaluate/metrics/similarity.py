@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from pipeline.workflow.declaration import Better
-from stages.evaluate.metric import Embeds, InClip, Metric
+from stages.evaluate.metric import CLIP, JUDGE_CLIP, Embeds, Features, Metric
 
 
 class Similarity(Metric):
@@ -11,29 +11,36 @@ class Similarity(Metric):
 
     better: ClassVar = {
         f"{clip}{name}": Better.HIGH
-        for clip in ("", "judge_clip/")
+        for clip in ("", f"{JUDGE_CLIP}/")
         for name in ("sample_to_caption", "sample_to_real", "sample_R@*")
     }
 
     def results(self, embeds: Embeds) -> dict[str, float]:
         """Those in the run's own CLIP, then those in the other one."""
+        prefixes = {CLIP: "", JUDGE_CLIP: f"{JUDGE_CLIP}/"}
         return {
-            f"{clip}{name}": value
-            for clip, found in embeds.in_clip.items()
-            for name, value in _cosines(found, embeds.retrieval_pool).items()
+            f"{prefix}{name}": value
+            for encoder, prefix in prefixes.items()
+            if encoder in embeds.by_encoder
+            for name, value in _cosines(embeds.by_encoder[encoder], embeds.retrieval_pool).items()
         }
 
 
-def _cosines(found: InClip, pool: int) -> dict[str, float]:
-    from stages.clip.retrieval import retrieval_recall
+def _cosines(found: Features, pool: int) -> dict[str, float]:
+    from stages.clip.retrieval import retrieval_hits
+    from stages.evaluate.estimate import mean, mean_of_shares
 
-    return {
-        "sample_to_caption": float((found.made * found.text).sum(1).mean()),
-        "real_to_caption": float((found.real * found.text).sum(1).mean()),
-        "sample_to_other_caption": float((found.made * found.text.roll(1, 0)).sum(1).mean()),
-        "sample_to_real": float((found.made * found.real).sum(1).mean()),
-        **{f"sample_{name}": value for name, value in retrieval_recall(found.made, found.text, pool).items()},
+    assert found.text is not None, "a CLIP has captions"
+    cosines = {
+        "sample_to_caption": found.made * found.text,
+        "real_to_caption": found.real * found.text,
+        "sample_to_other_caption": found.made * found.text.roll(1, 0),
+        "sample_to_real": found.made * found.real,
     }
+    estimates = {name: mean(each.sum(1)) for name, each in cosines.items()} | {
+        f"sample_{name}": mean_of_shares(hits) for name, hits in retrieval_hits(found.made, found.text, pool).items()
+    }
+    return {key: value for name, estimate in estimates.items() for key, value in estimate.named(name).items()}
 
 
 METRIC = Similarity

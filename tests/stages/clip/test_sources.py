@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from stages.clip.network import ClipModel, ClipTokenizer, ShortTokenizer, load_clip_source
 from stages.clip.settings import clip_network, dictated
 from stages.clip.sources import OPENAI_MEAN, OPENAI_STD, clip_source, network_of_model, open_clip_models
+from stages.export.open_clip_directory import save_open_clip
 from stages.export.transformers_clip import text_to_transformers, vision_to_transformers
 
 KEY = "stage.clip.checkpoint"
@@ -145,6 +146,24 @@ def test_pixels_are_normalised_as_the_directory_says(tmp_path: Path):
     image = torch.rand(1, 3, 16, 16) * 2 - 1
 
     torch.testing.assert_close(load(tmp_path).encode_image(image), theirs.encode_image(image))
+
+
+@pytest.mark.parametrize("name", ["vit", "wide blocks", "resnet", "custom text"])
+@torch.no_grad()
+def test_what_is_exported_for_open_clip_loads_there_and_comes_back_bit_for_bit(name: str, tmp_path: Path):
+    write_local_dir(tmp_path / "theirs", CONFIGS[name])
+    ours = load(tmp_path / "theirs")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    save_open_clip(exported, ours, torch.float32)
+
+    theirs = open_clip.create_model(f"local-dir:{exported}").eval()
+    again = load(exported)
+
+    tokens = ours.tokenize(CAPTIONS)
+    torch.testing.assert_close(theirs.encode_text(tokens), ours.encode_text(tokens).embed)
+    weights = again.network.state_dict()
+    assert all(torch.equal(each, weights[key]) for key, each in ours.network.state_dict().items())
 
 
 @torch.no_grad()

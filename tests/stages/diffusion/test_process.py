@@ -4,6 +4,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch.nn import functional as F
 
 from pipeline.data.draws import SampleDraws
+from pipeline.training.weighted import weighted_means
 from stages.diffusion.process import DiffusionProcess, Noised, Noisy
 from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleKind, ScheduleSettings
 
@@ -103,3 +104,11 @@ def test_without_gamma_the_loss_is_the_mean_squared_error_of_each_sample():
 
     assert loss.shape == (5,)
     assert loss.mean().item() == pytest.approx(F.mse_loss(prediction, noised.noise).item(), rel=1e-5)
+
+
+def test_losses_by_timestep_are_means_of_the_samples_of_each_quarter():
+    process = make_process(PredictionType.SAMPLE)
+    noised = noised_at(process, torch.tensor([0, 249, 250, 999]))
+    found = process.loss_by_timestep(torch.tensor([1.0, 3.0, 5.0, 7.0]), noised)
+    means = weighted_means({name: float(value) for name, value in found.items()})
+    assert means == {"diffusion_t0": 2.0, "diffusion_t1": 5.0, "diffusion_t3": 7.0}

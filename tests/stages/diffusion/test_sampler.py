@@ -1,11 +1,14 @@
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from stages.diffusion.guidance import ClipGuidance, classifier_free
 from stages.diffusion.process import DiffusionProcess, Noised, Noisy
 from stages.diffusion.sampler import invert, sample, sampling_timesteps
-from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleKind, ScheduleSettings
+from stages.diffusion.settings import ObjectiveSettings, PredictionType, ScheduleKind, ScheduleSettings, Solver
 
 DATA_MEAN, DATA_STD = 0.4, 0.2
 
@@ -193,3 +196,130 @@ def test_clip_guidance_raises_the_similarity_of_what_is_sampled(prediction_type)
         torch.cosine_similarity(clip.encode_image(plain), text_embed).mean().item(), abs=1e-5
     )
     assert similarity_with(0.0) < similarity_with(5.0) < similarity_with(50.0)
+
+
+def test_ddpm_is_that_of_diffusers_at_every_timestep():
+    process, steps = make_process(PredictionType.SAMPLE), 1000
+    x_T = torch.randn(2, 3, 4, 4)  # noqa: N806
+    reference = DDPMScheduler(
+        num_train_timesteps=steps,
+        trained_betas=process.schedule.betas.numpy(),
+        prediction_type="sample",
+        clip_sample=True,
+        variance_type="fixed_small",
+    )
+    theirs, noises = x_T, []
+    for timestep in reversed(range(steps)):
+        torch.manual_seed(timestep)
+        noises.append(torch.randn_like(x_T))
+        torch.manual_seed(timestep)
+        theirs = reference.step(wiggly_denoiser(theirs, torch.tensor(timestep)), timestep, theirs, return_dict=False)[0]
+
+    ours = sample(wiggly_denoiser, x_T, process, steps, solver=Solver.DDPM, step_noise=lambda index: noises[index])
+
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+def test_euler_is_that_of_diffusers():
+    process, steps = make_process(PredictionType.SAMPLE), 25
+    x_T = torch.randn(2, 3, 4, 4)  # noqa: N806
+    reference = EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        trained_betas=process.schedule.betas.tolist(),
+        prediction_type="sample",
+        timestep_spacing="trailing",
+    )
+    reference.set_timesteps(steps)
+    theirs = x_T * reference.init_noise_sigma
+    for timestep in reference.timesteps:
+        x_t = reference.scale_model_input(theirs, timestep)
+        theirs = reference.step(wiggly_denoiser(x_t, timestep), timestep, theirs, return_dict=False)[0]
+
+    ours = sample(wiggly_denoiser, x_T, process, steps, solver=Solver.EULER, clip_range=None, eta=1.0)
+
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_dpm_solver_is_that_of_diffusers(steps):
+    process = make_process(PredictionType.SAMPLE)
+    x_T = torch.randn(2, 3, 4, 4)  # noqa: N806
+    reference = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000,
+        trained_betas=process.schedule.betas.tolist(),
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+    reference.set_timesteps(steps)
+    theirs = x_T
+    for timestep in reference.timesteps:
+        theirs = reference.step(wiggly_denoiser(theirs, timestep), timestep, theirs, return_dict=False)[0]
+
+    ours = sample(wiggly_denoiser, x_T, process, steps, solver=Solver.DPM_SOLVER_PP_2M, clip_range=None)
+
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("is_zero_snr", [False, True])
+@pytest.mark.parametrize("prediction_type", [PredictionType.SAMPLE, PredictionType.V_PREDICTION])
+def test_dpm_solver_needs_fewer_steps_than_ddim_for_the_flow_of_gaussian_data(prediction_type, is_zero_snr):
+    process = make_process(prediction_type, zero_terminal_snr=is_zero_snr)
+    denoise, x_T = ideal_denoiser(process), torch.randn(4, 3, 8, 8)  # noqa: N806
+
+    def error(solver):
+        made = sample(denoise, x_T, process, 12, solver=solver, clip_range=None)
+        # The flow of Gaussian data is a shift and a scale.
+        return float((made - (DATA_MEAN + DATA_STD * x_T)).square().mean().sqrt())
+
+    # Half of it is that of the last step, which is the same for both: the prediction at the lowest timestep.
+    assert error(Solver.DPM_SOLVER_PP_2M) < 0.8 * error(Solver.DDIM)
+
+
+def test_what_is_begun_at_a_later_step_goes_on_as_the_whole_does():
+    process = make_process(PredictionType.SAMPLE)
+    seen, steps = [], 10
+    x_T = torch.randn(2, 3, 4, 4)  # noqa: N806
+
+    def denoise(x_t, timestep):
+        seen.append(x_t)
+        return wiggly_denoiser(x_t, timestep)
+
+    whole = sample(denoise, x_T, process, steps)
+
+    torch.testing.assert_close(sample(wiggly_denoiser, seen[6], process, steps, first=6), whole)
+
+
+def test_what_is_known_of_a_picture_stays_and_the_rest_is_drawn():
+    process = make_process(PredictionType.SAMPLE)
+    known = torch.linspace(-0.9, 0.9, 16).reshape(1, 1, 4, 4).expand(2, 3, 4, 4)
+    is_known = torch.arange(4)[None, None, None] < 2
+
+    for solver in Solver:
+        pictures = sample(
+            wiggly_denoiser,
+            torch.randn(2, 3, 4, 4),
+            process,
+            6,
+            solver=solver,
+            step_noise=lambda _: torch.randn(2, 3, 4, 4),
+            constrain=lambda x_0: torch.where(is_known, known, x_0),
+        )
+        assert torch.equal(pictures[..., :2], known[..., :2])
+        assert (pictures[..., 2:] - known[..., 2:]).abs().max() > 0.01
+
+
+def test_refined_inversion_comes_back_to_the_picture_in_few_steps():
+    process, steps = make_process(PredictionType.SAMPLE), 25
+    picture = 0.6 * torch.randn(2, 3, 4, 4).clamp(-1, 1)
+
+    def denoise(x_t, timestep):
+        alpha_bar = process.schedule.alpha_bar[timestep].float().reshape(-1, 1, 1, 1)
+        return (torch.tanh(2.0 * x_t / alpha_bar.sqrt().clamp(min=0.05)) * alpha_bar + 0.3 * (1 - alpha_bar)).float()
+
+    def error(refinements):
+        x_T = invert(denoise, picture, process, steps, refinements=refinements)  # noqa: N806
+        again = sample(denoise, x_T, process, steps, clip_range=None)
+        return float((again - denoise(picture, torch.full((2,), 39))).square().mean().sqrt())
+
+    assert error(3) < 0.5 * error(0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.errors import UserError
 from pipeline.picture_grid import read_layout
 from pipeline.workflow.artifacts import Artifact
 from stages.evaluate.attributes import AttributeAccuracy
@@ -13,7 +14,7 @@ from stages.judge.labels import CLASSES, judge_samples, labels
 from stages.judge.network import load_judge
 from stages.judge.settings import JudgeDataSettings
 from stages.prepare.sources.scenes import ALL_PAIRS, Attribute
-from tests.support.tiny_runs import run_until
+from tests.support.tiny_runs import plan_stages, run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 JUDGED = ("colour", "shape", "size", "position", "background")
@@ -109,6 +110,32 @@ def test_a_clip_that_trained_nothing_judges_too(evaluation: Artifact):
     assert metrics["judge_clip/sample_to_caption"] != metrics["sample_to_caption"]
     assert metrics["judge_clip/frechet"] > 0
     assert metrics["judge_clip/frechet_of_real"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage.evaluate.metrics=[fid]"], "neither given by stage.evaluate.encoders.inception nor in"),
+        (["stage.evaluate.metrics=[cmmd]"], "give where it is by stage.evaluate.encoders.open_clip"),
+        (["stage.evaluate.metrics=[fid@judge_clip]", "~stage.judge_clip"], "the workflow no stage judge_clip"),
+        (["stage.evaluate.classes=/nowhere"], "stage.evaluate.classes /nowhere is no directory"),
+    ],
+)
+def test_what_evaluate_will_lack_is_said_when_planning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        plan_stages(tmp_path, *overrides)
+
+
+def test_an_encoder_s_file_counts_by_its_contents(tmp_path: Path):
+    def fingerprint(name: str, content: str) -> str:
+        (tmp_path / name).write_text(content)
+        chosen = ["stage.evaluate.metrics=[fid]", f"stage.evaluate.encoders.inception={tmp_path / name}"]
+        return plan_stages(tmp_path, *chosen)["evaluate"].fingerprint
+
+    assert fingerprint("one", "weights") == fingerprint("moved", "weights") != fingerprint("other", "others")
 
 
 def test_without_judges_evaluate_says_less(outputs: Path):

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from stages.clip.retrieval import retrieval_recall
-from stages.evaluate.attributes import mean_of_shares, proportion
-from stages.evaluate.metrics.frechet import frechet_distance
+from stages.evaluate.distances import frechet_distance
+from stages.evaluate.estimate import mean_of_shares, proportion
 from stages.pictures import peak_signal_to_noise
 
 

@@ -1,0 +1,431 @@
+"""The door for Python: the networks of a finished run, and all that they make of captions and pictures."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config import SEED_LIMIT, TrainerSettings, validate
+from pipeline.data.mixing import named_seed
+from pipeline.data.square import resized_square
+from pipeline.errors import UserError
+from pipeline.training.inference import inference_fabric
+from pipeline.training.stage import code_version
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
+from stages.clip.network import load_clip
+from stages.generation.captions import require_captions
+from stages.generation.making import evaluations, make
+from stages.generation.options import GenerationOptions, Judge
+from stages.generation.picture import Noise, Operation, Picture, Recipe, as_image, pixels_sha256
+from stages.generation.text_to_image import KINDS, TextToImage, chain_of_inputs, inputs_by_kind
+
+GivenPicture = str | Path | Image.Image | Picture
+"""A picture of the user's: a file of any usual format, Pillow's, or one that was made here."""
+
+BATCH_SIZE = 16
+OWN_SAMPLERS = GenerationOptions()
+_MAX_COUNT = 100_000
+
+
+def load(
+    run: str,
+    *,
+    outputs: str | Path = "outputs",
+    accelerator: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    shows_progress: bool = True,
+) -> "Model":
+    """The model that a finished run trained.
+
+    `outputs` is the `paths.outputs` of the run, `accelerator` "cpu", "gpu" or "auto" instead of the run's own,
+    `batch_size` how many pictures are made at a time (it changes none of them but for rounding).
+
+    Raises:
+        UserError: there is no such run, or it is not finished, or was made by a newer version.
+    """
+    record = read_run(Path(outputs).absolute(), run)
+    artifacts = run_artifacts(Path(outputs).absolute(), record)
+    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
+    if unfinished:
+        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
+    if not any(artifact.manifest.kind == "decoder" for artifact in artifacts.values()):
+        raise UserError(f"run {record.name} trains no decoder, and makes no pictures; sample from a run that does")
+    return _model_of(record, artifacts, accelerator, batch_size, shows_progress)
+
+
+def load_for(recipe: Recipe, *, outputs: str | Path = "outputs", batch_size: int = BATCH_SIZE) -> "Model":
+    """The model that made a picture: the very networks that its recipe names, though its run has others by now.
+
+    Raises:
+        UserError: its run or one of the networks is not there.
+    """
+    outputs = Path(outputs).absolute()
+    record, store = read_run(outputs, recipe.run), ArtifactStore(outputs)
+    found = {stage: store.find(stage, fingerprint) for stage, fingerprint in recipe.artifacts.items()}
+    missing = [f"{stage} {recipe.artifacts[stage][:12]}" for stage, artifact in found.items() if artifact is None]
+    if missing:
+        raise UserError(
+            f"the picture was made by {', '.join(missing)} of run {recipe.run}, which {outputs} does not hold; give "
+            "the --outputs that does, or train the run again with its settings"
+        )
+    artifacts = {stage: artifact for stage, artifact in found.items() if artifact is not None}
+    return _model_of(record, artifacts, None, batch_size, shows_progress=True)
+
+
+def _model_of(
+    record: RunRecord,
+    artifacts: Mapping[str, Artifact],
+    accelerator: str | None,
+    batch_size: int,
+    shows_progress: bool,
+) -> "Model":
+    changes = {} if accelerator is None else {"accelerator": accelerator}
+    fabric = inference_fabric(validate(TrainerSettings, {**record.config["trainer"], **changes}, "trainer"))
+    with fabric.autocast():
+        chain = chain_of_inputs(inputs_by_kind(artifacts.values()), fabric.device)
+    networks = {name: each.manifest.fingerprint for name, each in artifacts.items() if each.manifest.kind in KINDS}
+    origin = Origin(record.name, networks, code_version())
+    return Model(chain, origin, fabric, artifacts.get(Judge.JUDGE_CLIP), batch_size, shows_progress)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where networks come from: the run, the fingerprints of their artifacts by stage, and the code's version."""
+
+    run: str
+    artifacts: dict[str, str]
+    version: str
+
+
+class Model:
+    """DALL·E 2 as one run trained it. Call it with a caption; see the methods for what else it does.
+
+    Every method returns pictures that know how they were made (`Picture.recipe`), so that `again` makes them once more.
+    What is drawn for a picture follows from its own seed and captions, and not from what else is made in its batch.
+    """
+
+    def __init__(
+        self,
+        chain: TextToImage,
+        origin: Origin,
+        fabric: Fabric,
+        judge_clip: Artifact | None = None,
+        batch_size: int = BATCH_SIZE,
+        shows_progress: bool = True,
+    ) -> None:
+        """`load` makes one of a run. `judge_clip` is a CLIP that nothing was fitted to, for picking the best."""
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} makes no picture; give 1 or more")
+        self.chain = chain
+        self.origin = origin
+        self.batch_size = batch_size
+        self.shows_progress = shows_progress
+        self._fabric = fabric
+        self._judge_clip = judge_clip
+
+    @property
+    def size(self) -> int:
+        """The side of the pictures that it makes, in pixels."""
+        return self.chain.final_size
+
+    def __call__(
+        self,
+        captions: str | Sequence[str],
+        *,
+        count: int = 1,
+        seed: int = 0,
+        options: GenerationOptions = OWN_SAMPLERS,
+        best_of: int = 1,
+        judge: Judge = Judge.CLIP,
+    ) -> list[Picture]:
+        """`count` pictures for each caption, in the captions' order.
+
+        Of `best_of` pictures for each that is asked for, the one is kept that a CLIP finds nearest to the caption: the
+        run's own, or by `judge` the one that nothing was fitted to.
+        """
+        said = require_captions([captions] if isinstance(captions, str) else captions, self.chain.clip)
+        _require_count(count, seed, best_of)
+        recipes = [
+            self._recipe(Operation.TEXT_TO_IMAGE, named_seed(seed, caption, number), options, captions=(caption,))
+            for caption in said
+            for number in range(count * best_of)
+        ]
+        pictures = self._make(recipes)
+        return pictures if best_of == 1 else self._best(pictures, best_of, judge)
+
+    def variations(
+        self,
+        picture: GivenPicture,
+        *,
+        count: int = 4,
+        seed: int = 0,
+        eta: float = 1.0,
+        options: GenerationOptions = OWN_SAMPLERS,
+    ) -> list[Picture]:
+        """Pictures with the embedding z_i of one, and the noise x_T by which the decoder comes back to it (unCLIP,
+        section 3.1). With `eta` = 0 all are its reconstruction; the nearer to 1, the more they differ."""
+        _require_count(count, seed)
+        _require_share("eta", eta)
+        options = options.with_decoder_eta(eta)
+        recipes = [
+            self._recipe(Operation.VARIATION, named_seed(seed, "variation", number), options) for number in range(count)
+        ]
+        return self._make(recipes, [picture])
+
+    def interpolate(
+        self,
+        first: GivenPicture,
+        second: GivenPicture,
+        *,
+        count: int = 5,
+        seed: int = 0,
+        noise: Noise = Noise.INTERPOLATED,
+        options: GenerationOptions = OWN_SAMPLERS,
+    ) -> list[Picture]:
+        """Pictures on the way from one to another, both ends included: z_i, and by `noise` x_T too, are interpolated on
+        the sphere (unCLIP, section 3.2)."""
+        _require_count(count, seed)
+        recipes = [
+            self._recipe(
+                Operation.INTERPOLATION,
+                named_seed(seed, "all"),
+                options.with_decoder_eta(0.0),
+                share=share,
+                noise=noise,
+            )
+            for share in _shares(count)
+        ]
+        return self._make(recipes, [first, second])
+
+    def interpolate_captions(
+        self,
+        first: str,
+        second: str,
+        *,
+        count: int = 5,
+        seed: int = 0,
+        noise: Noise = Noise.FIXED,
+        options: GenerationOptions = OWN_SAMPLERS,
+    ) -> list[Picture]:
+        """Pictures on the way from one caption to another: between the embeddings z_i that the prior draws for them."""
+        said = tuple(require_captions([first, second], self.chain.clip))
+        _require_count(count, seed)
+        recipes = [
+            self._recipe(
+                Operation.CAPTION_INTERPOLATION,
+                named_seed(seed, "all"),
+                options.with_decoder_eta(0.0),
+                captions=said,
+                share=share,
+                noise=noise,
+            )
+            for share in _shares(count)
+        ]
+        return self._make(recipes)
+
+    def text_diff(
+        self,
+        picture: GivenPicture,
+        source: str,
+        target: str,
+        *,
+        count: int = 5,
+        strength: float = 0.5,
+        seed: int = 0,
+        options: GenerationOptions = OWN_SAMPLERS,
+    ) -> list[Picture]:
+        """A picture of what `source` says on its way to what `target` says: z_i turned along z_t(target) - z_t(source),
+        up to a share `strength` of the way, with x_T kept (unCLIP, section 3.3; there 0.25 to 0.5)."""
+        said = tuple(require_captions([source, target], self.chain.clip))
+        _require_count(count, seed)
+        _require_share("strength", strength)
+        recipes = [
+            self._recipe(
+                Operation.TEXT_DIFF,
+                named_seed(seed, "all"),
+                options.with_decoder_eta(0.0),
+                captions=said,
+                share=strength * share,
+            )
+            for share in _shares(count)
+        ]
+        return self._make(recipes, [picture])
+
+    def inpaint(
+        self,
+        picture: GivenPicture,
+        mask: GivenPicture,
+        caption: str,
+        *,
+        count: int = 1,
+        seed: int = 0,
+        options: GenerationOptions = OWN_SAMPLERS,
+    ) -> list[Picture]:
+        """Pictures for a caption in which only the white part of `mask`, of the picture's size, is drawn.
+
+        The rest of its central square stays exactly, at the model's size."""
+        (said,) = require_captions([caption], self.chain.clip)
+        _require_count(count, seed)
+        image, drawn = as_image(picture), as_image(mask)
+        if image.size != drawn.size:
+            raise UserError(
+                f"the mask has {drawn.width} x {drawn.height} pixels and the picture {image.width} x {image.height}; "
+                "give a mask of the picture's size"
+            )
+        recipes = [
+            self._recipe(Operation.INPAINTING, named_seed(seed, said, number), options, captions=(said,))
+            for number in range(count)
+        ]
+        return self._make(recipes, [image, drawn])
+
+    def image_to_image(
+        self,
+        picture: GivenPicture,
+        caption: str,
+        *,
+        strength: float = 0.6,
+        count: int = 1,
+        seed: int = 0,
+        options: GenerationOptions = OWN_SAMPLERS,
+    ) -> list[Picture]:
+        """Pictures for a caption that are begun from one: with a `strength` near 0 they are all but it, with 1 nothing
+        of it is left."""
+        (said,) = require_captions([caption], self.chain.clip)
+        _require_count(count, seed)
+        _require_share("strength", strength)
+        recipes = [
+            self._recipe(
+                Operation.IMAGE_TO_IMAGE, named_seed(seed, said, number), options, captions=(said,), strength=strength
+            )
+            for number in range(count)
+        ]
+        return self._make(recipes, [picture])
+
+    def again(self, recipe: Recipe, pictures: Sequence[GivenPicture] = ()) -> Picture:
+        """The picture of a recipe, of this very model. `pictures` are those that it was made from, the mask last.
+
+        Raises:
+            UserError: other networks made it, or other pictures than these are its sources.
+        """
+        other = [stage for stage, each in recipe.artifacts.items() if self.origin.artifacts.get(stage) != each]
+        if other:
+            raise UserError(
+                f"the picture was made by another {', '.join(other)} than run {self.origin.run} has; "
+                "use load_for(recipe)"
+            )
+        sources = [self._square(as_image(each)) for each in pictures]
+        found = tuple(map(pixels_sha256, sources))
+        if found != recipe.sources:
+            raise UserError(
+                f"the picture was made from {len(recipe.sources)} others, and the {len(found)} given are not these; "
+                "give the same files in the same order (--picture A --picture B)"
+            )
+        return self._make([recipe], sources)[0]
+
+    def _recipe(
+        self,
+        operation: Operation,
+        seed: int,
+        options: GenerationOptions,
+        *,
+        captions: tuple[str, ...] = (),
+        share: float = 0.0,
+        strength: float = 1.0,
+        noise: Noise = Noise.FIXED,
+    ) -> Recipe:
+        return Recipe(
+            operation=operation,
+            run=self.origin.run,
+            artifacts=self.origin.artifacts,
+            version=self.origin.version,
+            captions=captions,
+            seed=seed,
+            options=options,
+            share=share,
+            strength=strength,
+            noise=noise,
+        )
+
+    def _make(self, recipes: Sequence[Recipe], given: Sequence[GivenPicture] = ()) -> list[Picture]:
+        """The pictures of recipes that differ in captions, seed and share alone."""
+        sources = [self._square(as_image(each)) for each in given]
+        recipes = [each.model_copy(update={"sources": tuple(map(pixels_sha256, sources))}) for each in recipes]
+        images = torch.stack([_signed(each) for each in sources]) if sources else torch.empty(0)
+        with self._progress(recipes), self._fabric.autocast(), torch.no_grad():
+            made = list(make(self.chain, recipes, images.to(self.chain.device), self.batch_size))
+        return [Picture(image, recipe) for image, recipe in zip(made, recipes, strict=True)]
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        """The central square at the size of the pictures that the model makes."""
+        pixels = resized_square(np.array(image), self.size)
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+    @contextmanager
+    def _progress(self, recipes: Sequence[Recipe]) -> Iterator[None]:
+        """A bar on standard error, or in the notebook, of the networks' evaluations."""
+        at_first, for_each = evaluations(self.chain, recipes[0])
+        batches = -(-len(recipes) // self.batch_size)
+        total = at_first + batches * for_each
+        console = Console(stderr=True)
+        is_shown = self.shows_progress and (console.is_terminal or console.is_jupyter)
+        with Progress(console=console, transient=True, disable=not is_shown) as progress:
+            task = progress.add_task(f"{len(recipes)} pictures", total=total)
+            for each in self.chain.samplers:
+                each.on_step = lambda: progress.advance(task)
+            try:
+                yield
+            finally:
+                for each in self.chain.samplers:
+                    each.on_step = None
+
+    @torch.no_grad()
+    def _best(self, pictures: Sequence[Picture], best_of: int, judge: Judge) -> list[Picture]:
+        """Of each `best_of` pictures that follow each other, the one most similar to its caption."""
+        clip = self.chain.clip
+        if judge is Judge.JUDGE_CLIP:
+            if self._judge_clip is None:
+                raise UserError(f"run {self.origin.run} has no stage {judge.value}; judge by its own clip")
+            clip = load_clip(self._judge_clip, device=self.chain.device)
+        best = []
+        with self._fabric.autocast():
+            for first in range(0, len(pictures), best_of):
+                candidates = pictures[first : first + best_of]
+                images = torch.stack([_signed(each.image) for each in candidates]).to(self.chain.device)
+                captions = clip.tokenize([candidates[0].recipe.captions[0]]).to(self.chain.device)
+                scores = F.cosine_similarity(clip.encode_image(images), clip.encode_text(captions).embed)
+                best.append(candidates[int(scores.argmax())])
+        return best
+
+
+def _shares(count: int) -> list[float]:
+    """`count` numbers from 0 to 1, evenly."""
+    return [place / max(count - 1, 1) for place in range(count)]
+
+
+def _signed(image: Image.Image) -> Tensor:
+    """float32 [3, S, S] in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def _require_count(count: int, seed: int, best_of: int = 1) -> None:
+    for name, value in (("count", count), ("best_of", best_of)):
+        if not 1 <= value <= _MAX_COUNT:
+            raise UserError(f"{name}={value} makes no sense; give 1 to {_MAX_COUNT}")
+    if not 0 <= seed < SEED_LIMIT:
+        raise UserError(f"seed={seed} is no seed of 64 bits; give 0 to {SEED_LIMIT - 1}")
+
+
+def _require_share(name: str, value: float) -> None:
+    if not (math.isfinite(value) and 0.0 <= value <= 1.0):
+        raise UserError(f"{name}={value} is no share; give 0 to 1")

@@ -1,0 +1,62 @@
+"""What may be asked of a run's networks when pictures are made. Imports no torch."""
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import field_validator
+
+from pipeline.config import Settings, validate
+from stages.decoder.settings import DecoderOptions
+from stages.diffusion.settings import SamplerOptions, Solver
+from stages.prior.settings import PriorOptions
+
+
+class GenerationOptions(Settings):
+    """What a caller may ask for instead of the run's own samplers.
+
+    `upsampler` holds one for each upsampler; the last stands for those that follow, and none keeps their own. Guidance
+    leads away from `negative_caption`.
+    """
+
+    prior: PriorOptions = PriorOptions()
+    decoder: DecoderOptions = DecoderOptions()
+    upsampler: tuple[SamplerOptions, ...] = ()
+    negative_caption: str = ""
+
+    @field_validator("upsampler", mode="before")
+    @classmethod
+    def _one_is_for_all(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, dict | SamplerOptions) else given
+
+    def of_upsampler(self, place: int) -> SamplerOptions:
+        """Those of the upsampler at that place of the chain."""
+        return self.upsampler[min(place, len(self.upsampler) - 1)] if self.upsampler else SamplerOptions()
+
+    def with_decoder_eta(self, eta: float) -> "GenerationOptions":
+        """The same with DDIM's steps of that eta in the decoder: what its inversion is of."""
+        decoder = validate(DecoderOptions, {**self.decoder.model_dump(), "solver": Solver.DDIM, "eta": eta}, "decoder")
+        return self.model_copy(update={"decoder": decoder})
+
+
+class Judge(StrEnum):
+    """The CLIP that picks the best of several pictures: the run's own, or the one that nothing was fitted to."""
+
+    CLIP = "clip"
+    JUDGE_CLIP = "judge_clip"
+
+
+class Preset(StrEnum):
+    """Numbers of steps by name: the paper's (its table 3), or its shorter ones for the decoder alone."""
+
+    PAPER = "paper"
+    FAST = "fast"
+
+    @property
+    def options(self) -> GenerationOptions:
+        """The steps of prior, decoder and upsamplers; a schedule that has fewer timesteps refuses them."""
+        decoder_steps = {Preset.PAPER: 250, Preset.FAST: 27}[self]
+        return GenerationOptions(
+            prior=PriorOptions(steps=64),
+            decoder=DecoderOptions(steps=decoder_steps),
+            upsampler=(SamplerOptions(steps=27), SamplerOptions(steps=15)),
+        )

@@ -1,0 +1,166 @@
+"""bf16: weights are cast once a micro-batch, normalisation stays in bf16, and whatever is kept stays float32."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.config import Precision
+from pipeline.training.compiling import checkpoint_activations
+from pipeline.training.precision import CastableNetwork, float32_products
+from pipeline.workflow.progress import Outcome, read_failure
+from tests.support import tiny
+from tests.support.tiny import SCRIPT, are_equal, frozen, run, weights
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(self.norm(x))
+
+
+class Operators(TorchDispatchMode):
+    """Counts how often each weight is cast to bf16, and keeps the types that norms are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: Counter[int] = Counter()
+        self.norm_types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.bfloat16:
+            self.casts[args[0].data_ptr()] += 1
+        if func is torch.ops.aten.native_layer_norm.default:
+            self.norm_types |= {args[0].dtype, args[2].dtype}
+        return func(*args, **kwargs)
+
+
+def networks(count: int) -> list[nn.Sequential]:
+    made = [nn.Sequential(nn.Linear(8, 8), Block(), Block(), nn.Linear(8, 1)) for _ in range(count)]
+    for each in made[1:]:
+        each.load_state_dict(made[0].state_dict())
+    return made
+
+
+def backward(network: nn.Module, x: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        loss = network(x).float().square().mean()
+    loss.backward()
+
+
+def gradients(network: nn.Module) -> list[Tensor]:
+    return [each.grad for each in network.parameters() if each.grad is not None]
+
+
+def test_a_weight_is_cast_once_for_a_micro_batch_and_its_gradient_is_added_up_in_float32():
+    narrow, whole, apart = networks(3)
+    castable, each_apart = CastableNetwork(narrow), CastableNetwork(apart)
+    pieces = torch.randn(4, 16, 8).unbind()
+    sums = [torch.zeros_like(each) for each in apart.parameters()]
+    with Operators() as operators:
+        for piece in pieces:
+            with castable.with_cast_weights():
+                backward(narrow, piece)
+    assert {operators.casts[each.data_ptr()] for each in narrow.parameters() if each.numel() > 1} == {len(pieces)}
+    assert operators.norm_types == {torch.bfloat16}
+    for piece in pieces:
+        whole(piece).square().mean().backward()
+        apart.zero_grad()
+        with each_apart.with_cast_weights():
+            backward(apart, piece)
+        sums = [total + own for total, own in zip(sums, gradients(apart), strict=True)]
+    for own, total, true in zip(gradients(narrow), sums, gradients(whole), strict=True):
+        assert own.dtype is torch.float32
+        assert torch.equal(own, total)
+        assert float((own - true).norm()) <= 0.03 * float(true.norm())
+    assert all(isinstance(each, nn.Parameter) and each.dtype is torch.float32 for each in narrow.parameters())
+
+
+def test_where_weights_are_not_whole_norms_and_autocast_cast_them_to_the_same_bits():
+    ahead, at_use = networks(2)
+    x = torch.randn(16, 8)
+    castables = (CastableNetwork(ahead), CastableNetwork(at_use, has_whole_weights=False))
+    for network, castable in zip((ahead, at_use), castables, strict=True):
+        with Operators() as operators, castable.with_cast_weights():
+            backward(network, x)
+        assert operators.norm_types == {torch.bfloat16}
+    assert all(map(torch.equal, gradients(ahead), gradients(at_use)))
+
+
+def test_a_block_that_is_computed_again_has_the_weights_of_its_forward_pass():
+    plain, checkpointed = networks(2)
+    checkpoint_activations(checkpointed, (Block,))
+    x = torch.randn(16, 8)
+    for network in (plain, checkpointed):
+        with CastableNetwork(network).with_cast_weights(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss = network(x).float().square().mean()
+        loss.backward()
+    assert all(map(torch.equal, gradients(plain), gradients(checkpointed)))
+
+
+def test_a_compiled_network_with_cast_weights_is_one_graph_in_all_steps():
+    (network,) = networks(1)
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    castable = CastableNetwork(network)
+    network.compile(backend=count)
+    torch._dynamo.reset()
+    for _ in range(4):
+        with castable.with_cast_weights():
+            backward(network, torch.randn(16, 8))
+    assert graphs == 1
+
+
+def test_a_frozen_network_is_cast_once_but_for_factors_and_vocabularies():
+    network = nn.Sequential(nn.Embedding(5, 8), Block(), nn.Linear(8, 1)).requires_grad_(False)
+    weights_of = dict(network.named_parameters())
+    with Operators() as operators:
+        castable = CastableNetwork(network)
+        for _ in range(3):
+            with castable.with_cast_weights(), torch.autocast("cpu", torch.bfloat16):
+                network(torch.arange(5))
+    casts = {name: operators.casts[each.data_ptr()] for name, each in weights_of.items()}
+    assert casts == dict.fromkeys(casts, 1) | {"0.weight": 0, "2.bias": 3}
+
+
+def test_a_training_in_bf16_that_is_stopped_resumes_to_the_same_bits_and_keeps_all_of_its_state_in_float32(
+    tmp_path: Path,
+):
+    def stage(name: str):
+        return frozen(tmp_path / name, dropout=0.3, micro_batch_size=4, precision=Precision.BFLOAT16_MIXED)
+
+    assert run(stage("whole")) is Outcome.FINISHED, read_failure(stage("whole").work)
+    SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
+    assert run(stage("stopped")) is Outcome.INTERRUPTED
+    kept = [load_file(file) for file in stage("stopped").work.glob("checkpoints/*.ckpt/*.safetensors")]
+    assert {key.split("|")[1] for state in kept for key in state} == {"weight", "ema", "exp_avg", "exp_avg_sq", "step"}
+    assert {tensor.dtype for state in kept for tensor in state.values()} == {torch.float32}
+    SCRIPT.at_samples = None
+    assert run(stage("stopped")) is Outcome.FINISHED
+    assert are_equal(weights(stage("stopped")), weights(stage("whole")))
+    assert {each.dtype for each in weights(stage("whole")).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_float32_products_are_rounded_to_tf32_where_bf16_is_on_a_gpu(precision: Precision, is_cuda: bool):
+    settings = tiny.TRAINER.model_copy(update={"precision": precision})
+    rounds = is_cuda and precision is Precision.BFLOAT16_MIXED
+    before = torch.get_float32_matmul_precision()
+    with float32_products(settings, is_cuda=is_cuda):
+        assert torch.get_float32_matmul_precision() == ("high" if rounds else before)
+    assert torch.get_float32_matmul_precision() == before
