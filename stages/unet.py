@@ -1,11 +1,21 @@
 """The settings of a diffusers U-Net, and what must hold of them. Imports no torch."""
 
-from pipeline.config import Fraction, Positive, Settings
+from enum import StrEnum
+from typing import Annotated
+
+from pipeline.config import ADDED_LATER, Fraction, Positive, Settings
 from pipeline.errors import UserError
 from pipeline.workflow.batch_shape import nearest_multiples
 
 CLIP_EXTRA_CONTEXT_TOKENS = 4
 """Tokens that the image embedding adds to the caption's (unCLIP, section 2.1)."""
+
+
+class TimeScaleShift(StrEnum):
+    """How residual blocks take the timestep in: as scale and shift after the norm, or added before it."""
+
+    SCALE_SHIFT = "scale_shift"
+    ADDED = "default"
 
 
 class UNetSettings(Settings):
@@ -17,6 +27,7 @@ class UNetSettings(Settings):
     attention_head_dim: Positive
     norm_groups: Positive
     dropout: Fraction
+    resnet_time_scale_shift: Annotated[TimeScaleShift, ADDED_LATER] = TimeScaleShift.SCALE_SHIFT
 
 
 def check_unet(

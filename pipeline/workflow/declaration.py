@@ -49,9 +49,10 @@ class StageSettings:
 
 @dataclass(frozen=True, eq=False)
 class Workflow:
-    """The stages of one workflow, by name."""
+    """The stages of one workflow, by name, and by the same names the artifacts whose weights some start from."""
 
     stages: Mapping[str, StageSettings]
+    initial: Mapping[str, Artifact] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[str]:
@@ -127,10 +128,9 @@ class Catalog:
 
     stages: Mapping[str, StageDeclaration]
 
-    def check(self, stages: Mapping[str, StageSettings]) -> None:
+    def check(self, workflow: Workflow) -> None:
         """Raise `UserError` for whatever can be known to be wrong within and between stages before any runs."""
-        workflow = Workflow(stages)
-        for name, stage in stages.items():
+        for name, stage in workflow.stages.items():
             check = self.stages[stage.kind].check
             if check is not None:
                 check(f"stage.{name}", stage.settings, workflow)

@@ -103,12 +103,14 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     }
     stages = {name: each.stage for name, each in valid.items()}
     graph = build_graph(stages, catalog)
-    catalog.check(stages)
+    weights = {name: each.initial.artifact for name, each in valid.items() if each.initial is not None}
+    workflow = Workflow(stages, {name: each for name, each in weights.items() if each is not None})
+    catalog.check(workflow)
     planned: dict[str, PlannedStage] = {}
     for node in graph:
         stage = _plan_stage(node, valid[node.name], planned, config, store, overrides)
         notice = node.declaration.notice
-        said = notice(node.stage.settings, Workflow(stages)) if notice is not None else None
+        said = notice(node.stage.settings, workflow) if notice is not None else None
         planned[node.name] = replace(stage, notice=said)
     return Plan(config, store, tuple(planned.values()), overrides)
 

@@ -1,6 +1,6 @@
 """The stages `clip` and `judge_clip`: settings, what they need and give, and their rules. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -26,6 +26,7 @@ from pipeline.workflow.batch_shape import nearest_multiples
 from pipeline.workflow.declaration import Better, ForeignWeights, Input, StageDeclaration, Workflow
 from pipeline.workflow.fingerprint import counted_settings
 from stages.clip.sources import PIPELINE_TOWERS, Layout, clip_source, network_of_model
+from stages.diffusers_folder import DIFFUSERS
 from stages.prepare.settings import split_counts
 
 
@@ -140,6 +141,38 @@ def require_same_clip(artifact: Artifact, clip: Artifact) -> None:
         )
 
 
+def check_initial(
+    path: str,
+    settings: TrainingStageSettings,
+    workflow: Workflow,
+    sizes_in_folder: Callable[[Path, str], Mapping[str, int]],
+) -> None:
+    """Raise `UserError` where a stage neither trains nor starts from weights, or these were made for another CLIP.
+
+    `sizes_in_folder` gives those of the CLIP's sizes that a diffusers folder tells.
+    """
+    if settings.max_samples == 0 and settings.initial is None:
+        raise UserError(f"{path}.max_samples=0 trains nothing; set {path}.initial to take weights that are there")
+    clip = next((each.settings for each in workflow.stages.values() if each.kind == "clip"), None)
+    if settings.initial is None or not isinstance(clip, ClipSettings):
+        return
+    artifact = workflow.initial.get(path.removeprefix("stage."))
+    scheme, _, address = settings.initial.partition(":")
+    if artifact is not None:
+        sizes: Mapping[str, Any] = artifact.manifest.numbers
+    elif scheme == DIFFUSERS:
+        sizes = sizes_in_folder(Path(address), f"{path}.initial={settings.initial}")
+    else:
+        return
+    for name in ("embed_dim", "context_length"):
+        own = getattr(clip.network, name)
+        if sizes.get(name, own) != own:
+            raise UserError(
+                f"{path}.initial={settings.initial} works on a CLIP of {name} {sizes[name]}, and this workflow's has "
+                f"{own}; take the same CLIP by stage.clip.initial or stage.clip.checkpoint"
+            )
+
+
 def check(path: str, settings: ClipSettings, workflow: Workflow) -> None:
     """The towers can be built, and there is something to train them on, or a checkpoint in its place."""
     check_network(f"{path}.network", settings.network)
@@ -240,7 +273,7 @@ def pipeline_towers(folder: Path, key: str) -> ForeignWeights:
     return ForeignWeights(dict(zip(PIPELINE_TOWERS, source.files, strict=True)), {"network": source.network})
 
 
-FOREIGN = {"diffusers": pipeline_towers}
+FOREIGN = {DIFFUSERS: pipeline_towers}
 """What else than runs a CLIP's `initial` can name."""
 
 CLIP = StageDeclaration(

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import cast
 
 import open_clip
 import pytest
@@ -157,7 +158,7 @@ def test_what_is_exported_for_open_clip_loads_there_and_comes_back_bit_for_bit(n
     exported.mkdir()
     save_open_clip(exported, ours, torch.float32)
 
-    theirs = open_clip.create_model(f"local-dir:{exported}").eval()
+    theirs = cast(open_clip.CLIP, open_clip.create_model(f"local-dir:{exported}")).eval()
     again = load(exported)
 
     tokens = ours.tokenize(CAPTIONS)
