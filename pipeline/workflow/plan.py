@@ -134,7 +134,7 @@ def _validate_stage(
     declaration = declaration_of(name, kind, catalog)
     path, initial, unmet = f"stage.{name}", None, None
     if declaration.dictated is not None:
-        own = with_dictated(own, declaration.dictated(path, own), path, "its weights", overrides)
+        own = with_dictated(own, declaration.dictated(path, own), path, "the model that it names", overrides)
     if isinstance(own.get("initial"), str):
         try:
             initial = find_initial(own["initial"], name, kind, declaration, config.run.name, store)

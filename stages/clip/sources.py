@@ -4,12 +4,13 @@ What is here reads configs alone: which sizes a CLIP has, which files hold its w
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def clip_source(location: Path, path: str) -> ClipSource:
         if not isinstance(config.get("model_cfg"), dict):
             raise UserError(f"{said}: its {OPEN_CLIP_CONFIG} has no model_cfg; write it as open_clip does")
         preprocess = config.get("preprocess_cfg") or {}
-        pixels = (preprocess.get("mean") or OPENAI_MEAN, preprocess.get("std") or OPENAI_STD)
+        pixels = _pixels(preprocess.get("mean"), preprocess.get("std"))
         weights = _open_clip_weights(location, said)
         return ClipSource(Layout.OPEN_CLIP, (weights,), network_of_config(config["model_cfg"], said, pixels))
     if (location / TEXT_ENCODER).is_dir():
@@ -296,11 +297,20 @@ def _first_of(folder: Path, names: tuple[str, ...], said: str) -> Path:
     return found
 
 
+def _pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Sequence[float], Sequence[float]]:
+    """What pixels are normalised by: OpenAI's numbers where a file has them rounded to float32, or none."""
+    of_openai = (*OPENAI_MEAN, *OPENAI_STD)
+    found = (*(mean or OPENAI_MEAN), *(std or OPENAI_STD))
+    if all(isclose(one, other, rel_tol=1e-6) for one, other in zip(found, of_openai, strict=True)):
+        return OPENAI_MEAN, OPENAI_STD
+    return found[:3], found[3:]
+
+
 def _require_openai_pixels(file: Path, said: str) -> None:
     if not file.is_file():
         return
     config = _read_json(file)
-    found = tuple(config.get("image_mean") or OPENAI_MEAN), tuple(config.get("image_std") or OPENAI_STD)
+    found = _pixels(config.get("image_mean"), config.get("image_std"))
     if found != (OPENAI_MEAN, OPENAI_STD):
         raise UserError(f"{said} normalises pixels by {found}, and not as OpenAI's CLIP; it cannot be used")
 

@@ -18,6 +18,7 @@ from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
 from stages.blocks import BLOCKS
+from stages.clip.layers import layers_above
 from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_clip_source
 from stages.clip.retrieval import retrieval_recall
 from stages.clip.settings import FOREIGN, ClipNumbers, ClipSettings
@@ -104,6 +105,7 @@ class ClipModule(StageModule[ClipModel]):
     needs_whole_share = True
 
     block_classes = BLOCKS
+    weights_prefix = "network."
 
     def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
         super().__init__(clip, settings)
@@ -133,6 +135,13 @@ class ClipModule(StageModule[ClipModel]):
     def _embed_piece_of_many(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         with self.with_cast_weights():
             return self._embed_piece(image, tokens)
+
+    @property
+    def layers_above(self) -> Mapping[str, int] | None:
+        """Counted where the learning rate is to decay from layer to layer: not all towers have an order of blocks."""
+        if self.stage_settings.optimizer.layer_decay is None:
+            return None
+        return layers_above(name for name, _ in self.network.named_parameters())
 
     @property
     def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:

@@ -163,6 +163,7 @@ def test_what_is_exported_for_open_clip_loads_there_and_comes_back_bit_for_bit(n
 
     tokens = ours.tokenize(CAPTIONS)
     torch.testing.assert_close(theirs.encode_text(tokens), ours.encode_text(tokens).embed)
+    assert again.settings == ours.settings
     weights = again.network.state_dict()
     assert all(torch.equal(each, weights[key]) for key, each in ours.network.state_dict().items())
 
