@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stages.generation.model import load as load
+    from stages.generation.load import load as load
 
 
 def __getattr__(name: str) -> Any:
-    """`load` comes from `stages.generation.model` when it is first asked for: it needs torch."""
+    """`load` comes from `stages.generation.load` when it is first asked for: it needs torch."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from stages.generation.model import load
+    from stages.generation.load import load
 
     return load

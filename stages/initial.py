@@ -58,12 +58,13 @@ def _shown(shape: torch.Size | None) -> str:
 
 
 def folder_weights(folder: Path, network: nn.Module, *, mean_of: int | None = None) -> dict[str, Tensor]:
-    """The weights of one network of a diffusers folder, float32, for `network` of the same class.
+    """The weights of one network of a diffusers folder, float32, for `network` of the same class or its likeness.
 
     `mean_of` is the number of output channels that predict a mean: what follows them, a learned variance, is left out.
     Raises `UserError` where the two networks' configs differ in anything that counts.
     """
-    _require_same_config(folder, network)
+    if isinstance(network, ConfigMixin):
+        _require_same_config(folder, network)
     weights = {name: each.float() for file in weights_files(folder) for name, each in _read(file).items()}
     if mean_of is not None:
         weights |= {name: weights[name][:mean_of].clone() for name in _LAST_LAYER}
@@ -76,8 +77,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _require_same_config(folder: Path, network: nn.Module) -> None:
-    assert isinstance(network, ConfigMixin)
+def _require_same_config(folder: Path, network: ConfigMixin) -> None:
     with torch.device("meta"):
         theirs = type(network).from_config(read_config(folder))
     for name, own in _public(network.config).items():

@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from stages.clip.network import TextEncoding
 from stages.clip.settings import ClipNumbers, require_same_clip
 from stages.decoder.decorrelation import Decorrelation
 from stages.decoder.settings import DecoderSettings, decoder_folders
+from stages.decoder.text_proj import TextProjection
 from stages.initial import folder_weights
 from stages.unet import CLIP_EXTRA_CONTEXT_TOKENS, UNetSettings
 from stages.weights import CPU, load_weights
@@ -100,11 +101,8 @@ class UNetDecoder(Decoder):
             class_embed_type="identity",
             resnet_time_scale_shift=network.resnet_time_scale_shift.value,
         )
-        self.text_proj = UnCLIPTextProjModel(
-            clip_extra_context_tokens=CLIP_EXTRA_CONTEXT_TOKENS,
-            clip_embeddings_dim=embed_dim,
-            time_embed_dim=4 * network.channels[0],
-            cross_attention_dim=cross_attention_dim,
+        self.text_proj = TextProjection(
+            embed_dim, 4 * network.channels[0], cross_attention_dim, extra_tokens=CLIP_EXTRA_CONTEXT_TOKENS
         )
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -113,10 +111,9 @@ class UNetDecoder(Decoder):
         # Through `where` in every case, so that the null embedding has a gradient on every rank in every step.
         decorrelated = self.image_decorrelation(condition.image_embed)
         hidden, time_embed = self.text_proj(
-            image_embeddings=torch.where(condition.is_dropped[:, None], null_embed.to(decorrelated), decorrelated),
-            prompt_embeds=self.text_decorrelation(text.embed),
-            text_encoder_hidden_states=text.hidden,
-            do_classifier_free_guidance=False,
+            torch.where(condition.is_dropped[:, None], null_embed.to(decorrelated), decorrelated),
+            self.text_decorrelation(text.embed),
+            text.hidden,
         )
         mask = F.pad(text.mask, (CLIP_EXTRA_CONTEXT_TOKENS, 0), value=True)
         # diffusers' unCLIP blocks take the mask of the conditioning tokens as `attention_mask`.
@@ -129,12 +126,10 @@ class UNetDecoder(Decoder):
             return_dict=False,
         )[0]
 
-    def plain_text_proj(self) -> UnCLIPTextProjModel:
+    def plain_text_proj(self) -> TextProjection:
         """`text_proj` with the decorrelation folded in: on CLIP's embeddings as they are it gives the same results."""
         ours = self.text_proj
-        plain = UnCLIPTextProjModel.from_config(ours.config)
-        assert isinstance(plain, UnCLIPTextProjModel)
-        plain.load_state_dict(ours.state_dict())
+        plain = deepcopy(ours)
         plain.embedding_proj = self.text_decorrelation.folded_into(ours.embedding_proj)
         image = self.image_decorrelation
         plain.clip_image_embeddings_project_to_time_embeddings = image.folded_into(
@@ -149,7 +144,7 @@ class UNetDecoder(Decoder):
     def save_parts(self, directory: Path) -> None:
         """Write both networks in diffusers' format, below `directory`."""
         self.unet.save_pretrained(directory / "decoder")
-        self.plain_text_proj().save_pretrained(directory / "text_proj")
+        self.plain_text_proj().save(directory / "text_proj")
 
 
 def build_decoder(settings: DecoderSettings, embed_dim: int) -> Decoder:

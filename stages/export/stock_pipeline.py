@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 from torch import nn
 
 from stages.clip.network import ClipModel
 from stages.decoder.network import UNetDecoder
 from stages.decoder.sample import DecoderSampler
+from stages.decoder.text_proj import TextProjection
 from stages.diffusion.settings import DiffusionStageSettings
 from stages.export.transformers_clip import (
     image_processor_of,
@@ -55,7 +57,7 @@ def save_stock_pipeline(
         decoder=_with_learned_range(decoder.network.unet),
         text_encoder=text_to_transformers(clip),
         tokenizer=tokenizer_of(clip),
-        text_proj=decoder.network.plain_text_proj(),
+        text_proj=_stock_text_proj(decoder.network.plain_text_proj()),
         super_res_first=upsampler.network,
         super_res_last=upsampler.network,
         prior_scheduler=_scheduler(prior.settings, clip_range=prior.settings.sampler.clip_sample_range),
@@ -105,6 +107,12 @@ def _add_to_index(directory: Path, entries: Mapping[str, Any]) -> None:
     index_file = directory / "model_index.json"
     index = {**json.loads(index_file.read_text(encoding="utf-8")), **entries}
     index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _stock_text_proj(ours: TextProjection) -> UnCLIPTextProjModel:
+    stock = UnCLIPTextProjModel(**ours.sizes)
+    stock.load_state_dict(ours.state_dict())
+    return stock.eval()
 
 
 def _with_learned_range(unet: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -215,6 +215,7 @@ def _add_options(parser: argparse.ArgumentParser, count: int) -> None:
         help="any option, such as prior.candidates=2 upsampler.eta=1",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], help="instead of the one it was trained on")
     parser.add_argument("--output", type=Path, help="directory for the PNGs (default: one below runs/RUN)")
 
 
@@ -272,21 +273,21 @@ def _make_again(given: Given) -> int:
         said = ", ".join([*([given.run] if given.run else []), *unused])
         raise UserError(f"--from {given.source} says all of how its picture was made; leave out {said}")
     recipe = read_recipe(given.source)
-    from stages.generation.model import load_for
+    from stages.generation.load import load_for
 
     given.run = recipe.run
     with _output(given, SAMPLES) as output, _said_in_lines():
-        model = load_for(recipe, outputs=given.outputs, batch_size=given.batch_size)
+        model = load_for(recipe, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
         _write([model.again(recipe, given.picture)], [f"again-{given.source.stem}.png"], output)
     return 0
 
 
 @contextmanager
 def _loaded(given: Given) -> "Iterator[Model]":
-    from stages.generation.model import load
+    from stages.generation.load import load
 
     with _said_in_lines():
-        yield load(given.run, outputs=given.outputs, batch_size=given.batch_size)
+        yield load(given.run, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
 
 
 @contextmanager
@@ -332,7 +333,8 @@ def _write(pictures: Sequence[Picture], names: Sequence[str], output: Path) -> N
         columns=GRID_COLUMNS,
     )
     save_grid(grid.image, grid.layout, output / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png in {output}")
+    count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    print(f"{count} and grid.png in {output}")
 
 
 def _slug(caption: str) -> str:

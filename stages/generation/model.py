@@ -1,7 +1,7 @@
-"""The door for Python: the networks of a finished run, and all that they make of captions and pictures."""
+"""A trained run as an object for Python: all that its networks make of captions and pictures."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,17 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import SEED_LIMIT, TrainerSettings, validate
+from pipeline.config import SEED_LIMIT
 from pipeline.data.mixing import named_seed
 from pipeline.data.square import resized_square
 from pipeline.errors import UserError
-from pipeline.training.inference import inference_fabric
-from pipeline.training.stage import code_version
-from pipeline.workflow.artifacts import Artifact, ArtifactStore
-from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
+from pipeline.workflow.artifacts import Artifact
 from stages.clip.network import load_clip
 from stages.generation.captions import require_captions
 from stages.generation.making import evaluations, make
 from stages.generation.options import GenerationOptions, Judge
 from stages.generation.picture import Noise, Operation, Picture, Recipe, as_image, pixels_sha256
-from stages.generation.text_to_image import KINDS, TextToImage, chain_of_inputs, inputs_by_kind
+from stages.generation.text_to_image import TextToImage
 
 GivenPicture = str | Path | Image.Image | Picture
 """A picture of the user's: a file of any usual format, Pillow's, or one that was made here."""
@@ -36,67 +33,6 @@ GivenPicture = str | Path | Image.Image | Picture
 BATCH_SIZE = 16
 OWN_SAMPLERS = GenerationOptions()
 _MAX_COUNT = 100_000
-
-
-def load(
-    run: str,
-    *,
-    outputs: str | Path = "outputs",
-    accelerator: str | None = None,
-    batch_size: int = BATCH_SIZE,
-    shows_progress: bool = True,
-) -> "Model":
-    """The model that a finished run trained.
-
-    `outputs` is the `paths.outputs` of the run, `accelerator` "cpu", "gpu" or "auto" instead of the run's own,
-    `batch_size` how many pictures are made at a time (it changes none of them but for rounding).
-
-    Raises:
-        UserError: there is no such run, or it is not finished, or was made by a newer version.
-    """
-    record = read_run(Path(outputs).absolute(), run)
-    artifacts = run_artifacts(Path(outputs).absolute(), record)
-    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
-    if unfinished:
-        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
-    if not any(artifact.manifest.kind == "decoder" for artifact in artifacts.values()):
-        raise UserError(f"run {record.name} trains no decoder, and makes no pictures; sample from a run that does")
-    return _model_of(record, artifacts, accelerator, batch_size, shows_progress)
-
-
-def load_for(recipe: Recipe, *, outputs: str | Path = "outputs", batch_size: int = BATCH_SIZE) -> "Model":
-    """The model that made a picture: the very networks that its recipe names, though its run has others by now.
-
-    Raises:
-        UserError: its run or one of the networks is not there.
-    """
-    outputs = Path(outputs).absolute()
-    record, store = read_run(outputs, recipe.run), ArtifactStore(outputs)
-    found = {stage: store.find(stage, fingerprint) for stage, fingerprint in recipe.artifacts.items()}
-    missing = [f"{stage} {recipe.artifacts[stage][:12]}" for stage, artifact in found.items() if artifact is None]
-    if missing:
-        raise UserError(
-            f"the picture was made by {', '.join(missing)} of run {recipe.run}, which {outputs} does not hold; give "
-            "the --outputs that does, or train the run again with its settings"
-        )
-    artifacts = {stage: artifact for stage, artifact in found.items() if artifact is not None}
-    return _model_of(record, artifacts, None, batch_size, shows_progress=True)
-
-
-def _model_of(
-    record: RunRecord,
-    artifacts: Mapping[str, Artifact],
-    accelerator: str | None,
-    batch_size: int,
-    shows_progress: bool,
-) -> "Model":
-    changes = {} if accelerator is None else {"accelerator": accelerator}
-    fabric = inference_fabric(validate(TrainerSettings, {**record.config["trainer"], **changes}, "trainer"))
-    with fabric.autocast():
-        chain = chain_of_inputs(inputs_by_kind(artifacts.values()), fabric.device)
-    networks = {name: each.manifest.fingerprint for name, each in artifacts.items() if each.manifest.kind in KINDS}
-    origin = Origin(record.name, networks, code_version())
-    return Model(chain, origin, fabric, artifacts.get(Judge.JUDGE_CLIP), batch_size, shows_progress)
 
 
 @dataclass(frozen=True)
@@ -124,7 +60,7 @@ class Model:
         batch_size: int = BATCH_SIZE,
         shows_progress: bool = True,
     ) -> None:
-        """`load` makes one of a run. `judge_clip` is a CLIP that nothing was fitted to, for picking the best."""
+        """`stages.load` makes one of a run. `judge_clip` is a CLIP that nothing was fitted to, for picking the best."""
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} makes no picture; give 1 or more")
         self.chain = chain

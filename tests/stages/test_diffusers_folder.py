@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = UNetDecoder(UNET, 8, 24, cross_attention_dim=40)
     scrambled(decoder)
     decoder.unet.save_pretrained(directory / "decoder")
-    decoder.text_proj.save_pretrained(directory / "text_proj")
+    decoder.text_proj.save(directory / "text_proj")
     upsampler = scrambled(build_upsampler(PLAIN, 16))
     upsampler.save_pretrained(directory / "super_res_first")
     for name, prediction in (("prior", "sample"), ("decoder", "epsilon"), ("super_res", "epsilon")):

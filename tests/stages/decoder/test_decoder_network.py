@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from stages.clip.network import TextEncoding
 from stages.decoder.network import Condition, UNetDecoder
+from stages.decoder.text_proj import TextProjection
 from stages.unet import UNetSettings, check_unet
 
 EMBED_DIM, CONTEXT = 16, 10
@@ -49,7 +50,9 @@ def test_a_guided_decoder_call_is_that_of_the_stock_pipeline(decoder):
     text_embed = torch.cat([text.embed for text in both])
     text_hidden = torch.cat([text.hidden for text in both])
     text_mask = torch.cat([text.mask for text in both])
-    hidden, time_embed = decoder.text_proj(
+    stock_proj = UnCLIPTextProjModel(**decoder.text_proj.sizes)
+    stock_proj.load_state_dict(decoder.text_proj.state_dict())
+    hidden, time_embed = stock_proj(
         image_embeddings=given["image_embed"],
         prompt_embeds=text_embed,
         text_encoder_hidden_states=text_hidden,
@@ -60,7 +63,7 @@ def test_a_guided_decoder_call_is_that_of_the_stock_pipeline(decoder):
         timestep=torch.tensor(7),
         encoder_hidden_states=hidden,
         class_labels=time_embed,
-        attention_mask=F.pad(text_mask, (decoder.text_proj.clip_extra_context_tokens, 0), value=True),
+        attention_mask=F.pad(text_mask, (decoder.text_proj.extra_tokens, 0), value=True),
     ).sample
 
     unconditional = decoder(
@@ -113,12 +116,28 @@ def test_a_decoder_step_reaches_every_parameter(drop):
     assert without_gradient(decoder) == []
 
 
+def test_new_weights_of_the_projection_are_drawn_as_those_of_the_stock_pipelines(decoder):
+    torch.manual_seed(3)
+    stock = UnCLIPTextProjModel(**decoder.text_proj.sizes).state_dict()
+    torch.manual_seed(3)
+    sizes = decoder.text_proj.sizes
+    ours = TextProjection(
+        sizes["clip_embeddings_dim"],
+        sizes["time_embed_dim"],
+        sizes["cross_attention_dim"],
+        decoder.text_proj.extra_tokens,
+    ).state_dict()
+
+    assert list(stock) == list(ours)
+    assert all(torch.equal(stock[name], ours[name]) for name in stock)
+
+
 def test_a_decoder_is_saved_and_loaded_as_the_classes_of_the_stock_pipeline(decoder, tmp_path):
     decoder.unet.save_pretrained(tmp_path / "decoder")
-    decoder.text_proj.save_pretrained(tmp_path / "text_proj")
+    decoder.text_proj.save(tmp_path / "text_proj")
     again = UNetDecoder(UNET, image_size=8, embed_dim=EMBED_DIM).eval()
     again.unet = UNet2DConditionModel.from_pretrained(tmp_path / "decoder")
-    again.text_proj = UnCLIPTextProjModel.from_pretrained(tmp_path / "text_proj")
+    again.text_proj.load_state_dict(UnCLIPTextProjModel.from_pretrained(tmp_path / "text_proj").state_dict())
     given, noisy, timestep = condition(1), torch.randn(1, 3, 8, 8), torch.tensor([3])
 
     torch.testing.assert_close(again(noisy, timestep, Condition(**given)), decoder(noisy, timestep, Condition(**given)))
