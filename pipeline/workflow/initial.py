@@ -1,12 +1,13 @@
 """`stage.<name>.initial`: the weights that a stage starts from, another run's or others', and what they dictate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, file_sha256
 from pipeline.workflow.declaration import Blocked, StageDeclaration
@@ -53,20 +54,10 @@ def find_initial(
     return Initial(source, {RUN: artifact.manifest.fingerprint}, dictated, artifact)
 
 
-def with_dictated(
-    values: Mapping[str, Any], dictated: Mapping[str, Any], path: str, source: str, overrides: Sequence[str]
-) -> dict[str, Any]:
-    """A stage's settings as the config has them, with what `source` dictates in their place.
-
-    Raises `UserError` where the command line says something else.
-    """
+def with_dictated(values: Mapping[str, Any], dictated: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's settings as the config has them, with what is dictated, by dotted key, in their place."""
     adapted = deepcopy(dict(values))
     for key, value in dictated.items():
-        for override in overrides:
-            typed = override.lstrip("+~").partition("=")[0].rpartition("@")[2]
-            below = typed.removeprefix(f"{path}.")
-            if below != typed and (below == key or below.startswith(f"{key}.")):
-                _require_equal(typed, _at(values, below), _at(_nested(key, value), below), source)
         *parents, last = key.split(".")
         target = adapted
         for parent in parents:
@@ -75,9 +66,22 @@ def with_dictated(
     return adapted
 
 
-def _require_equal(key: str, typed: Any, found: Any, source: str) -> None:
-    if typed != found:
-        raise UserError(f"{key}={_shown(typed)} is not that of {source}, which is {_shown(found)}; leave it out")
+def require_as_typed(
+    configured: Settings, adapted: Settings, dictated: Iterable[str], path: str, source: str, overrides: Iterable[str]
+) -> None:
+    """Raise `UserError` where a command line says of the stage at `path` something else than `source` dictates."""
+    before, after = configured.model_dump(mode="json"), adapted.model_dump(mode="json")
+    for override in overrides:
+        typed = override.lstrip("+~").partition("=")[0].rpartition("@")[2].removeprefix(f"{path}.")
+        for key in dictated:
+            if not (f"{typed}.".startswith(f"{key}.") or key.startswith(f"{typed}.")):
+                continue
+            inner = max(key, typed, key=len)
+            found, given = _at(after, inner), _at(before, inner)
+            if found != given:
+                raise UserError(
+                    f"{path}.{inner}={_shown(given)} is not that of {source}, which is {_shown(found)}; leave it out"
+                )
 
 
 def _artifact_of(key: str, address: str, name: str, kind: str, run: str, store: ArtifactStore) -> Artifact:
@@ -113,12 +117,6 @@ def _at(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def _shown(value: Any) -> str:

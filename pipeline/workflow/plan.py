@@ -16,11 +16,11 @@ from pipeline.config import (
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.batch_shape import check_batch
-from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, Workflow, resolve
+from pipeline.workflow.declaration import Blocked, Catalog, StageDeclaration, StageSettings, Workflow, resolve
 from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.graph import Node, build_graph, declaration_of
-from pipeline.workflow.initial import Initial, find_initial, with_dictated
+from pipeline.workflow.initial import Initial, find_initial, require_as_typed, with_dictated
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
 
 MAX_DIFFERENCES_SHOWN = 3
@@ -133,25 +133,33 @@ def _validate_stage(
     trainer_overrides = own.pop("trainer", None) or {}
     declaration = declaration_of(name, kind, catalog)
     path, initial, unmet = f"stage.{name}", None, None
-    if declaration.dictated is not None:
-        own = with_dictated(own, declaration.dictated(path, own), path, "the model that it names", overrides)
+    dictated = dict(declaration.dictated(path, own)) if declaration.dictated is not None else {}
+    source = f"the model that {path} names"
     if isinstance(own.get("initial"), str):
         try:
             initial = find_initial(own["initial"], name, kind, declaration, config.run.name, store)
-            own = with_dictated(own, initial.dictated, path, initial.source, overrides)
         except Blocked as reason:
             unmet = str(reason)
-    try:
-        settings: Settings = validate(declaration.settings, own, f"stage.{name}")
-    except UserError as error:
-        # A stage takes the group `data` in by interpolation: its keys are typed without the stage.
-        prefix = f"stage.{name}."
-        message = str(error).removeprefix(f"{prefix}data: ")
-        raise UserError(message.removeprefix(prefix) if message.startswith(f"{prefix}data.") else message) from error
+        else:
+            dictated, source = {**dictated, **initial.dictated}, initial.source
+    settings = _validate_settings(declaration, own, path)
+    if dictated:
+        configured, settings = settings, _validate_settings(declaration, with_dictated(own, dictated), path)
+        require_as_typed(configured, settings, dictated, path, source, overrides)
     trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
     if isinstance(settings, TrainingStageSettings):
         check_batch(settings.global_batch_size, trainer, f"stage.{name}")
     return _ValidStage(StageSettings(kind, settings), trainer, initial, unmet)
+
+
+def _validate_settings(declaration: StageDeclaration, values: Mapping[str, Any], path: str) -> Settings:
+    try:
+        return validate(declaration.settings, values, path)
+    except UserError as error:
+        # A stage takes the group `data` in by interpolation: its keys are typed without the stage.
+        message = str(error).removeprefix(f"{path}.data: ")
+        typed = message.removeprefix(f"{path}.") if message.startswith(f"{path}.data.") else message
+        raise UserError(typed) from error
 
 
 def _plan_stage(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ UNET = UNetSettings(
 )
 PLAIN = UNET.model_copy(update={"attention": (False, False), "resnet_time_scale_shift": TimeScaleShift.ADDED})
 
+N = TypeVar("N", bound=nn.Module)
 
-def scrambled(network: nn.Module) -> nn.Module:
+
+def scrambled(network: N) -> N:
     with torch.no_grad():
         for each in network.parameters():
             each.add_(0.05 * torch.randn_like(each))

@@ -67,7 +67,7 @@ def test_the_network_of_the_weights_takes_the_place_of_the_configured_one(output
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stage.decoder.initial=run:nobody"], r"stage\.decoder\.initial=run:nobody: no run 'nobody'.*runs there: base"),
+        (["stage.decoder.initial=run:nobody"], r"stage\.decoder\.initial=run:nobody: no run .nobody..*runs there"),
         (["stage.decoder.initial=run:base/decodr"], r"run base has no stage 'decodr'; write run:base/decoder"),
         (["stage.decoder.initial=run:base/clip"], r"stage clip of run base is of kind clip, not decoder"),
         (["stage.decoder.initial=run:other"], r"is this run itself; give this one another name by run\.name"),
@@ -133,7 +133,8 @@ def test_an_open_clip_model_replaces_clip_s_training(tmp_path: Path):
     clip = run_until(tmp_path, "clip", *chosen, base=WITHOUT_CLIP)
 
     weights = load_file(clip.path / "clip.safetensors")
-    assert all(torch.equal(weights[name], each.reshape(weights[name].shape)) for name, each in theirs.state_dict().items())
+    for name, each in theirs.state_dict().items():
+        assert torch.equal(weights[name], each.reshape(weights[name].shape)), name
     assert clip.manifest.numbers == {"embed_dim": 32, "context_length": 12, "image_size": 16, "checkpoint": "theirs"}
     assert json.loads((clip.path / "clip.json").read_text())["network"]["kind"] == "vit"
     (tmp_path / "theirs").rename(tmp_path / "moved")
@@ -146,5 +147,6 @@ def test_a_model_of_open_clip_by_name_needs_no_sizes_and_takes_none(tmp_path: Pa
     frozen = stage_of(named, "clip").frozen
     assert frozen is not None
     assert (frozen.settings["network"]["embed_dim"], frozen.settings["network"]["vision_width"]) == (384, 384)
-    with pytest.raises(UserError, match=r"stage\.clip\.network\.embed_dim=16 is not that of the model that it names"):
+    message = r"stage\.clip\.network\.embed_dim=16 is not that of the model that stage\.clip names, which is 384"
+    with pytest.raises(UserError, match=message):
         plan_of(tmp_path, "stage.clip.model=ViT-S-32", "stage.clip.network.embed_dim=16", base=WITHOUT_CLIP)

@@ -71,9 +71,7 @@ def test_factors_of_patterns_multiply_whatever_their_order():
 
 def test_a_decay_by_layers_needs_layers():
     above = {name: 2 if name.startswith("lower") else 0 for name, _ in network().named_parameters()}
-    factors = learning_rate_factors(
-        network(), settings(layer_decay=0.5, learning_rate_factors={"*.1.*": 0.1}), above
-    )
+    factors = learning_rate_factors(network(), settings(layer_decay=0.5, learning_rate_factors={"*.1.*": 0.1}), above)
     assert factors["lower.0.weight"] == 0.25
     assert factors["lower.1.weight"] == pytest.approx(0.025)
     assert factors["upper.0.weight"] == 1.0
