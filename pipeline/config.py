@@ -86,7 +86,7 @@ class OptimizerSettings(Settings):
     non_finite: NonFinite
     ema_decay: Fraction
     freeze: Annotated[tuple[str, ...], ADDED_LATER] = ()
-    learning_rate_factors: Annotated[dict[str, PositiveFloat], ADDED_LATER] = {}
+    learning_rate_factors: Annotated[dict[str, PositiveFloat] | None, ADDED_LATER] = None
     layer_decay: Annotated[LayerDecay | None, ADDED_LATER] = None
 
 

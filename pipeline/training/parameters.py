@@ -44,7 +44,7 @@ def learning_rate_factors(
             )
         factors = {name: settings.layer_decay ** layers_above[name] for name in factors}
     shown = {name.removeprefix(prefix): name for name in factors}
-    for pattern, factor in settings.learning_rate_factors.items():
+    for pattern, factor in (settings.learning_rate_factors or {}).items():
         for name in _matching(pattern, shown, "optimizer.learning_rate_factors"):
             factors[shown[name]] *= factor
     return factors
