@@ -95,11 +95,15 @@ def unet_settings(config: Mapping[str, Any], plain: str, attending: str, key: st
 
 
 def origin(artifact: Artifact) -> str:
-    """What a card says of a network that was started from such a folder, whose licence goes with it."""
-    scheme, _, address = (artifact.manifest.config.get("initial") or "").partition(":")
-    if scheme != DIFFUSERS:
+    """What a card says of a network that was started from others' weights, whose licence goes with it."""
+    initial = artifact.manifest.config.get("initial") or ""
+    scheme, _, address = initial.partition(":")
+    if not initial:
         return ""
+    started = f"`{artifact.manifest.stage}` was started from"
+    if scheme != DIFFUSERS:
+        return f"{started} `{initial}`; what that run's card says of licences holds too."
     return (
-        f"`{artifact.manifest.stage}` was started from the diffusers folder `{Path(address).name}`; its licence and "
-        "its training data's are not known here, and hold for all that was made from it."
+        f"{started} the diffusers folder `{Path(address).name}`; its licence and its training data's are not known "
+        "here, and hold for all that was made from it."
     )

@@ -265,10 +265,8 @@ def _decide(
     nearest = _nearest(frozen, store)
     if nearest is None:
         return Action.RUN, f"new{after_failure}"
-    changes = [
-        f"{_setting_key(node.name, key)}: {_short(old)} -> {_short(new)}"
-        for key, old, new in differences(nearest.manifest.identity, frozen.identity)
-    ]
+    found = differences(nearest.manifest.identity, frozen.identity)
+    changes = [_change(_setting_key(node.name, key), old, new) for key, old, new in found]
     if len(changes) > MAX_DIFFERENCES_SHOWN:
         changes = [*changes[:MAX_DIFFERENCES_SHOWN], f"and {len(changes) - MAX_DIFFERENCES_SHOWN} more"]
     if changes:
@@ -296,6 +294,11 @@ def _setting_key(stage: str, key: str) -> str:
     if key.startswith("settings."):
         return f"stage.{stage}.{key.removeprefix('settings.')}"
     return {"precision": "trainer.precision", "version": f"the version of stage {stage}"}.get(key, key)
+
+
+def _change(key: str, old: object, new: object) -> str:
+    # Of weights a digest says nothing to a reader; what they are called is said elsewhere.
+    return key if key.split(".")[2:3] == ["initial"] else f"{key}: {_short(old)} -> {_short(new)}"
 
 
 def _short(value: object, limit: int = 40) -> str:

@@ -46,13 +46,15 @@ def run(context: StageContext) -> StageResult:
         embed_dim=network.embed_dim,
         context_length=network.context_length,
         image_size=network.image_size,
-        checkpoint=_name_of_source(settings),
+        checkpoint=_name_of_source(context, settings),
     )
     return StageResult(numbers, metrics, samples_seen)
 
 
-def _name_of_source(settings: ClipSettings) -> str | None:
-    """What the card calls the weights that others made, whose licence goes with them."""
+def _name_of_source(context: StageContext, settings: ClipSettings) -> str | None:
+    """What the card calls the weights that others made, whose licence goes with them, through whatever runs."""
+    if context.initial is not None:
+        return context.initial.numbers(ClipNumbers).checkpoint
     if settings.checkpoint is not None:
         return settings.checkpoint.name
     scheme, _, address = (settings.initial or "").partition(":")
