@@ -222,7 +222,7 @@ def test_what_stages_share_knows_of_no_stage(room: str):
         (("hydra", "omegaconf"), "pipeline/compose.py"),
         (("wandb",), "pipeline/tracking/"),
         (("deepspeed",), "pipeline/training/strategies/zero.py"),
-        (("open_clip",), "stages/clip/"),
+        (("open_clip",), "stages/clip/network.py"),
         (("webdataset",), "pipeline/data/"),
         (("s3fs", "fsspec", "aiobotocore", "botocore", "boto3"), "pipeline/data/s3.py"),
     ],

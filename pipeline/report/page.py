@@ -13,8 +13,9 @@ from markupsafe import Markup
 from pipeline.errors import UserError
 from pipeline.report.curves import curves
 from pipeline.report.differences import ABSENT, differing_settings
+from pipeline.report.evaluations import evaluation_tables
 from pipeline.report.graph import sharing_graph
-from pipeline.report.metrics import finite, format_number
+from pipeline.report.metrics import finite, format_interval, format_number
 from pipeline.report.pictures import picture_tables
 from pipeline.report.records import Comparison
 from pipeline.report.sweep import (
@@ -54,7 +55,7 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     environment.filters |= {"duration": format_duration, "hours": format_hours}
-    environment.filters |= {"number": format_number, "finite": finite}
+    environment.filters |= {"number": format_number, "finite": finite, "interval": format_interval}
     records = [run.record for run in comparison.runs]
     found = columns(comparison)
     most = max(map(comparison.count_distinct, comparison.stage_names), default=0)
@@ -68,6 +69,7 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
         costs=[totals(run.stages, comparison) for run in comparison.runs],
         totals=totals(comparison.distinct_stages, comparison),
         stages=[(name, comparison.count_distinct(name) == most) for name in comparison.stage_names],
+        evaluations=evaluation_tables(comparison.outputs, [run.name for run in comparison.runs]),
         pictures=picture_tables(comparison),
         graph=sharing_graph(comparison),
         is_sweep=sweep is not None,

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Self, cast
 
 import torch
+from open_clip import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    build_zero_shot_classifier,
+    create_model,
+    get_tokenizer,
+)
+from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
@@ -234,6 +242,30 @@ class ClipModel(nn.Module):
 def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> ClipModel:
     """The CLIP of an artifact."""
     return ClipModel.load(artifact.path, towers, device).eval()
+
+
+def load_any_open_clip(
+    path: Path, model_name: str, device: torch.device
+) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+    """A model of whatever kind open_clip knows, with its tokenizer: of a directory that has an `open_clip_config.json`,
+    or of a file of `model_name`'s weights. Whatever open_clip raises is raised.
+    """
+    is_directory = path.is_dir()
+    name = f"{LOCAL_DIR_PREFIX}{path.absolute()}" if is_directory else model_name
+    model = create_model(name, pretrained=None if is_directory else str(path), device=device)
+    return model.eval(), get_tokenizer(name)
+
+
+def zero_shot_classifier(clip: ClipModel, names: Sequence[str]) -> Tensor:
+    """One embedding of length 1 for each class, float [E, K]: the mean over OpenAI's 80 sentences."""
+    return build_zero_shot_classifier(
+        clip.network, clip.tokenize, names, OPENAI_IMAGENET_TEMPLATES, device=clip.pixel_mean.device
+    )
+
+
+def imagenet_class_names() -> list[str]:
+    """What OpenAI calls the thousand classes of ImageNet, in the order of their numbers."""
+    return list(IMAGENET_CLASSNAMES)
 
 
 ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
