@@ -35,11 +35,19 @@ def network_folder(folder: Path, names: Sequence[str], class_name: str, key: str
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of a network or a scheduler in its folder. Raises `UserError` where it cannot be read."""
-    file = next((each for each in (folder / CONFIG_FILE, folder / "scheduler_config.json") if each.is_file()), folder)
+    files = (folder / CONFIG_FILE, folder / "scheduler_config.json")
+    return read_json(next((each for each in files if each.is_file()), folder))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a config says. Raises `UserError` where it cannot be read, or is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); give a folder of diffusers that is whole") from error
+        raise UserError(f"{file} cannot be read ({error}); give a folder that is whole") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no config; give a folder that is whole")
+    return content
 
 
 def weights_files(folder: Path) -> tuple[Path, ...]:
@@ -49,7 +57,7 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
         if (folder / name).is_file():
             return (folder / name,)
         if index.is_file():
-            pieces = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            pieces = sorted(set(read_json(index)["weight_map"].values()))
             return tuple(folder / piece for piece in pieces)
     raise UserError(f"{folder} has no {_WEIGHTS[0]}; fetch the whole folder")
 

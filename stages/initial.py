@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config import TrainingStageSettings
 from pipeline.errors import UserError
 from pipeline.training.context import StageContext
 from pipeline.workflow.artifacts import WEIGHTS_FILE
+from pipeline.workflow.weights import require_fit
 from stages.diffusers_folder import read_config, weights_files
+from stages.weights import read_plain_weights
 
 _FREE = {"sample_size", "out_channels", "dropout", "downsample_type", "upsample_type"}
 """What a network's config may say otherwise: no weight and no result of the blocks that are used here depends on it."""
@@ -33,28 +34,16 @@ def load_initial(context: StageContext, network: nn.Module, read_folder: Callabl
         return False
     artifact, key = context.initial, f"stage.{context.frozen.stage}.initial={settings.initial}"
     if artifact is not None:
-        weights = load_file(artifact.path / WEIGHTS_FILE)
+        weights = read_plain_weights(artifact.path / WEIGHTS_FILE)
     else:
         weights = read_folder(Path(settings.initial.partition(":")[2]))
-    _require_fit(network, weights, key)
+    own, found = ({name: tuple(each.shape) for name, each in of.items()} for of in (network.state_dict(), weights))
+    require_fit(
+        own, found, key, "set the sizes of this stage's network, and of the CLIP that it works on, to those there"
+    )
     network.load_state_dict(weights)
     print(f"starting from {settings.initial}", flush=True)
     return True
-
-
-def _require_fit(network: nn.Module, weights: Mapping[str, Tensor], key: str) -> None:
-    own = network.state_dict()
-    for name in [*own, *weights]:
-        here, there = (found[name].shape if name in found else None for found in (own, weights))
-        if here != there:
-            raise UserError(
-                f"{key}: {name} has shape {_shown(there)} there and {_shown(here)} here; set the sizes of this stage's "
-                "network, and of the CLIP that it works on, to those there"
-            )
-
-
-def _shown(shape: torch.Size | None) -> str:
-    return "no" if shape is None else str(list(shape))
 
 
 def folder_weights(folder: Path, network: nn.Module, *, mean_of: int | None = None) -> dict[str, Tensor]:
@@ -65,16 +54,10 @@ def folder_weights(folder: Path, network: nn.Module, *, mean_of: int | None = No
     """
     if isinstance(network, ConfigMixin):
         _require_same_config(folder, network)
-    weights = {name: each.float() for file in weights_files(folder) for name, each in _read(file).items()}
+    weights = {name: each.float() for file in weights_files(folder) for name, each in read_plain_weights(file).items()}
     if mean_of is not None:
         weights |= {name: weights[name][:mean_of].clone() for name in _LAST_LAYER}
     return weights
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _require_same_config(folder: Path, network: ConfigMixin) -> None:

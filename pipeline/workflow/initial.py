@@ -11,6 +11,7 @@ from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, file_sha256
 from pipeline.workflow.declaration import Blocked, StageDeclaration
+from pipeline.workflow.weights import WEIGHTS_SUFFIXES, weight_shapes
 
 RUN = "run"
 """The scheme of an artifact: `run:NAME`, or `run:NAME/STAGE` where the stage has another name there."""
@@ -20,11 +21,13 @@ RUN = "run"
 class Initial:
     """The weights that a stage starts from.
 
-    `counted` is what of them counts in the fingerprint, `dictated` which settings go with them, by dotted key.
+    `weights` is their number, `counted` what of them counts in the fingerprint, `dictated` which settings go with them,
+    by dotted key.
     `artifact` is None for weights that no run made.
     """
 
     source: str
+    weights: int
     counted: dict[str, Any]
     dictated: Mapping[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
@@ -45,13 +48,18 @@ def find_initial(
     if scheme not in schemes or not address:
         raise UserError(f"{key} names no weights; write {' or '.join(map(_form_of, schemes))}")
     if scheme != RUN:
-        foreign = declaration.foreign[scheme](Path(address), key)
+        try:
+            foreign = declaration.foreign[scheme](Path(address), key)
+        except KeyError as error:
+            raise UserError(f"{key}: its configs say no {error}; give a folder that is whole") from error
+        number = _number_of_weights(foreign.files.values())
         digests = {label: file_sha256(file) for label, file in foreign.files.items()}
-        return Initial(source, {scheme: digests}, foreign.dictated)
+        return Initial(source, number, {scheme: digests}, foreign.dictated)
     artifact = _artifact_of(key, address, name, kind, run, store)
     config = artifact.manifest.config
     dictated = {each: _at(config, each) for each in declaration.inherits if _at(config, each) is not None}
-    return Initial(source, {RUN: artifact.manifest.fingerprint}, dictated, artifact)
+    number = _number_of_weights(artifact.path / each.path for each in artifact.manifest.files)
+    return Initial(source, number, {RUN: artifact.manifest.fingerprint}, dictated, artifact)
 
 
 def with_dictated(values: Mapping[str, Any], dictated: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +90,10 @@ def require_as_typed(
                 raise UserError(
                     f"{path}.{inner}={_shown(given)} is not that of {source}, which is {_shown(found)}; leave it out"
                 )
+
+
+def _number_of_weights(files: Iterable[Path]) -> int:
+    return sum(len(weight_shapes(file)) for file in files if file.suffix in WEIGHTS_SUFFIXES)
 
 
 def _artifact_of(key: str, address: str, name: str, kind: str, run: str, store: ArtifactStore) -> Artifact:

@@ -1,5 +1,6 @@
 """What a run will do with each stage: reuse, resume, run or blocked, and why. Imports no torch, writes nothing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -24,6 +25,7 @@ from pipeline.workflow.initial import Initial, find_initial, require_as_typed, w
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
 
 MAX_DIFFERENCES_SHOWN = 3
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Action(StrEnum):
@@ -211,7 +213,8 @@ def _plan_stage(
     )
     action, reason = _decide(node, frozen, planned, store)
     if valid.initial is not None and action is Action.RUN:
-        reason = f"{reason}; starts from {valid.initial.source}{_other_inputs(valid.initial, input_fingerprints)}"
+        others = _other_inputs(valid.initial, input_fingerprints)
+        reason = f"{reason}; starts from {valid.initial.source}, {valid.initial.weights} weights{others}"
     place = node.declaration.place(node.stage.settings) if node.declaration.place else None
     return PlannedStage(
         node.name, node.stage.kind, action, reason, upstream, frozen, place.model_dump(mode="json") if place else None
@@ -297,8 +300,8 @@ def _setting_key(stage: str, key: str) -> str:
 
 
 def _change(key: str, old: object, new: object) -> str:
-    # Of weights a digest says nothing to a reader; what they are called is said elsewhere.
-    return key if key.split(".")[2:3] == ["initial"] else f"{key}: {_short(old)} -> {_short(new)}"
+    # A digest says nothing to a reader; what weights are called is said elsewhere.
+    return key if _DIGEST.search(f"{old} {new}") else f"{key}: {_short(old)} -> {_short(new)}"
 
 
 def _short(value: object, limit: int = 40) -> str:

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.weights import require_fit
 from stages.clip.files import read_clip_weights
+from stages.clip.names import LOGIT_BIAS, MAY_EXCEED
 from stages.clip.settings import (
     ClipNetwork,
     ClipNetworkSettings,
@@ -37,7 +38,7 @@ from stages.clip.settings import (
     clip_network,
     tower_configs,
 )
-from stages.clip.sources import OPENAI_MEAN, OPENAI_STD, ClipSource
+from stages.clip.sources import OPENAI_MEAN, OPENAI_STD, SET_SIZES, ClipSource
 from stages.weights import CPU, give_weights, read_weights, without_weights
 
 ClipBlock = ResidualAttentionBlock
@@ -45,7 +46,6 @@ ClipBlock = ResidualAttentionBlock
 
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
-LOGIT_BIAS = "logit_bias"
 _LENGTHS = 16
 _CACHED_CAPTIONS = 65536
 """Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
@@ -235,7 +235,7 @@ class ClipModel(nn.Module):
         model = without_weights(lambda: cls(settings, ContrastiveLoss(description["loss"]), towers))
         path = directory / WEIGHTS_FILE
         weights = read_weights(path, device, lambda name: towers is Towers.BOTH or not name.startswith("visual."))
-        give_weights(model.network, _fitting(model.network, weights, path))
+        give_weights(model.network, _fitting(model.network, weights, str(path)))
         return model.to(device)
 
 
@@ -304,38 +304,20 @@ def load_clip_source(
     """
     model = ClipModel(settings, loss)
     counters = [name for name in model.network.state_dict() if name.endswith("num_batches_tracked")]
-    weights = _fitting(model.network, read_clip_weights(source), source.files[0], may_lack=(LOGIT_BIAS, *counters))
+    said = str(source.files[0])
+    weights = _fitting(model.network, read_clip_weights(source), said, may_lack=(LOGIT_BIAS, *counters))
     model.network.load_state_dict(weights, strict=False)
     return model
 
 
 def _fitting(
-    network: CLIP, weights: Mapping[str, Tensor], path: Path, may_lack: Sequence[str] = ()
+    network: CLIP, weights: Mapping[str, Tensor], said: str, may_lack: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """Those of a file's weights that the network has, in its shapes. Raises `UserError` where they are not all."""
     own = network.state_dict()
-    loadable = {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if _fits(own, name, tensor)}
-    for name, tensor in weights.items():
-        if name not in loadable and name in own:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensor.shape)} but stage.clip.network describes "
-                f"{list(own[name].shape)}; set stage.clip.model to open_clip's name of the checkpoint's model, or "
-                "stage.clip.network to its sizes"
-            )
-    missing = [name for name in own if name not in loadable and name not in may_lack]
-    unknown = [name for name in weights if name not in own and name not in ("attn_mask", LOGIT_BIAS)]
-    if missing or unknown:
-        odd, how = (missing[0], "lacks") if missing else (unknown[0], "has in excess")
-        raise UserError(
-            f"{path} {how} {odd} ({len(missing)} weights are missing, {len(unknown)} unknown); set stage.clip.model to "
-            "open_clip's name of the checkpoint's model, or stage.clip.network to its layers"
-        )
-    return loadable
-
-
-def _fits(own: dict[str, Tensor], name: str, tensor: Tensor) -> bool:
-    """Equal shapes; the logit scale may be a scalar, as open_clip has it by default."""
-    return name in own and (own[name].shape == tensor.shape or own[name].numel() == tensor.numel() == 1)
+    shapes = ({name: tuple(each.shape) for name, each in of.items()} for of in (own, weights))
+    require_fit(*shapes, said, SET_SIZES, may_lack, MAY_EXCEED)
+    return {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if name in own}
 
 
 def _build(settings: ClipNetwork, loss: ContrastiveLoss) -> CLIP:

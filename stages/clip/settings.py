@@ -25,7 +25,9 @@ from pipeline.workflow.artifacts import Artifact, Numbers
 from pipeline.workflow.batch_shape import nearest_multiples
 from pipeline.workflow.declaration import Better, ForeignWeights, Input, StageDeclaration, Workflow
 from pipeline.workflow.fingerprint import counted_settings
-from stages.clip.sources import PIPELINE_TOWERS, Layout, clip_source, network_of_model
+from pipeline.workflow.weights import require_fit
+from stages.clip.names import MAY_EXCEED, vit_shapes
+from stages.clip.sources import BPE_VOCABULARY, PIPELINE_TOWERS, SET_SIZES, Layout, clip_source, network_of_model
 from stages.diffusers_folder import DIFFUSERS
 from stages.prepare.settings import split_counts
 
@@ -182,9 +184,31 @@ def check(path: str, settings: ClipSettings, workflow: Workflow) -> None:
         raise UserError(
             f"{path}.max_samples=0 trains nothing; set {path}.checkpoint or {path}.initial to replace the training"
         )
+    if settings.checkpoint is not None:
+        weights_of_checkpoint(path, settings)
     counts = split_counts(workflow)
     if counts is not None and settings.max_samples:
         check_batches_are_distinct(counts.training, settings.global_batch_size, f"{path}.global_batch_size")
+
+
+def weights_of_checkpoint(path: str, settings: ClipSettings) -> str:
+    """What a plan says of the checkpoint's weights. Raises `UserError` where they can be known to be others."""
+    assert settings.checkpoint is not None
+    said = f"{path}.checkpoint={settings.checkpoint}"
+    source = clip_source(settings.checkpoint, f"{path}.checkpoint")
+    found = source.shapes()
+    if source.layout is Layout.OPEN_CLIP and isinstance(settings.network, ClipNetworkSettings):
+        own = vit_shapes(settings.network.model_dump(), BPE_VOCABULARY)
+        require_fit(own, found, said, SET_SIZES, may_exceed=MAY_EXCEED)
+        return f"all {len(own)} weights fit"
+    return f"{len(found)} weights"
+
+
+def notice(settings: ClipSettings, _workflow: Workflow) -> str | None:
+    """What a plan says of a checkpoint to start from."""
+    if settings.checkpoint is None:
+        return None
+    return f"starts from {settings.checkpoint}, {weights_of_checkpoint('stage.clip', settings)}"
 
 
 def check_network(path: str, network: ClipNetwork) -> None:
@@ -289,6 +313,7 @@ CLIP = StageDeclaration(
     dictated=dictated,
     inherits=("network", "loss"),
     foreign=FOREIGN,
+    notice=notice,
     better={"R@*": Better.HIGH},
     origin=origin,
 )

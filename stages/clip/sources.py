@@ -3,7 +3,6 @@
 What is here reads configs alone: which sizes a CLIP has, which files hold its weights, and why one cannot be used.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,13 +15,17 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import file_sha256
+from pipeline.workflow.weights import WEIGHTS_SUFFIXES, Shape, weight_shapes
+from stages.diffusers_folder import read_json
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BPE_VOCABULARY = 49408
 """Tokens of open_clip's own tokenizer."""
 
+SET_SIZES = "set stage.clip.model to open_clip's name of the checkpoint's model, or stage.clip.network to its sizes"
+"""What helps where a file is of another CLIP."""
+
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 # In the order in which open_clip itself looks for them.
 _OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
@@ -91,10 +94,22 @@ class ClipSource:
     files: tuple[Path, ...]
     network: Mapping[str, Any] | None = None
 
+    def shapes(self) -> dict[str, Shape]:
+        """Of all weights, by the names in their files, without what wraps a model there. Raises `UserError`."""
+        found = {name: shape for file in self.files for name, shape in weight_shapes(file).items()}
+        return {open_clip_name(name): shape for name, shape in found.items()}
+
     def digest(self) -> Any:
         """What counts in a fingerprint: the contents of the files, wherever they are and whatever they are called."""
         digests = [file_sha256(file) for file in self.files]
         return digests[0] if len(digests) == 1 else digests
+
+
+def open_clip_name(name: str) -> str:
+    """A weight's name without what DistributedDataParallel, `torch.compile` and open_clip's `CustomTextCLIP` prefix."""
+    for prefix in ("module.", "_orig_mod.", "text."):
+        name = name.removeprefix(prefix)
+    return name
 
 
 @cache
@@ -115,7 +130,7 @@ def network_of_model(model: str, path: str) -> dict[str, Any]:
         hint = f"did you mean {' or '.join(close)}?" if close else "`open_clip.list_models()` has the names"
         raise UserError(f"{path}={model} is no model of open_clip; {hint}")
     pixels = next((each for begins, each in _PIXELS.items() if name.startswith(begins)), None)
-    return network_of_config(_read_json(names[name]), f"{path}={model}", pixels)
+    return network_of_config(read_json(names[name]), f"{path}={model}", pixels)
 
 
 def clip_source(location: Path, path: str) -> ClipSource:
@@ -132,18 +147,19 @@ def clip_source(location: Path, path: str) -> ClipSource:
     if not location.is_dir():
         return ClipSource(Layout.OPEN_CLIP, (location,))
     if (location / OPEN_CLIP_CONFIG).is_file():
-        config = _read_json(location / OPEN_CLIP_CONFIG)
-        if not isinstance(config.get("model_cfg"), dict):
-            raise UserError(f"{said}: its {OPEN_CLIP_CONFIG} has no model_cfg; write it as open_clip does")
+        config = read_json(location / OPEN_CLIP_CONFIG)
+        model = config.get("model_cfg")
+        if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+            raise UserError(f"{said}: its {OPEN_CLIP_CONFIG} has no whole model_cfg; write it as open_clip does")
         preprocess = config.get("preprocess_cfg") or {}
         pixels = _pixels(preprocess.get("mean"), preprocess.get("std"))
         weights = _open_clip_weights(location, said)
-        return ClipSource(Layout.OPEN_CLIP, (weights,), network_of_config(config["model_cfg"], said, pixels))
+        return ClipSource(Layout.OPEN_CLIP, (weights,), network_of_config(model, said, pixels))
     if (location / TEXT_ENCODER).is_dir():
         return _pipeline_source(location, said)
     config_file = location / "config.json"
     if config_file.is_file():
-        config = _read_json(config_file)
+        config = read_json(config_file)
         if config.get("model_type") != "clip" or "text_config" not in config:
             raise UserError(f"{said} holds a {config.get('model_type')} and no CLIPModel of transformers")
         text, vision = ({**(config.get(f"{each}_config_dict") or {}), **config[f"{each}_config"]} for each in _TOWERS)
@@ -166,7 +182,7 @@ def _pipeline_source(location: Path, said: str) -> ClipSource:
             f"{said} has a {TEXT_ENCODER}/ and no {IMAGE_ENCODER}/, and a CLIP is both; give the folder of an "
             "image variation pipeline, or an open_clip checkpoint of the same CLIP"
         )
-    text, vision = (_read_json(location / each / "config.json") for each in PIPELINE_TOWERS)
+    text, vision = (read_json(location / each / "config.json") for each in PIPELINE_TOWERS)
     network = network_of_transformers(text, vision, text.get("projection_dim", 512), said)
     _require_openai_pixels(location / "feature_extractor" / "preprocessor_config.json", said)
     files = (_first_of(location / each, _TRANSFORMERS_WEIGHTS, said) for each in PIPELINE_TOWERS)
@@ -285,7 +301,7 @@ def _square(size: Any, said: str) -> int:
 
 
 def _open_clip_weights(folder: Path, said: str) -> Path:
-    there = sorted(file.name for file in folder.iterdir() if file.suffix in _WEIGHTS_SUFFIXES)
+    there = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
     there.sort(key=lambda name: not name.endswith(".safetensors"))
     return _first_of(folder, (*_OPEN_CLIP_WEIGHTS, *there), said)
 
@@ -309,17 +325,7 @@ def _pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[
 def _require_openai_pixels(file: Path, said: str) -> None:
     if not file.is_file():
         return
-    config = _read_json(file)
+    config = read_json(file)
     found = _pixels(config.get("image_mean"), config.get("image_std"))
     if found != (OPENAI_MEAN, OPENAI_STD):
         raise UserError(f"{said} normalises pixels by {found}, and not as OpenAI's CLIP; it cannot be used")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); give a folder that is whole") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no config; give a folder that is whole")
-    return content

@@ -1,6 +1,7 @@
 """Stages that start from another run's weights, or take them as they are: what is planned, and what is made."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def test_a_plan_says_what_a_stage_starts_from_and_counts_it_by_its_contents(outp
     by_name = stage_of(plan_of(outputs, *OTHER, "stage.decoder.initial=run:base/decoder"), "decoder")
 
     assert started.action is Action.RUN
-    assert started.reason.endswith("starts from run:base, made with other clip and embeddings")
+    number = len(load_file(run_until(outputs, "decoder").path / "weights.safetensors"))
+    assert started.reason.endswith(f"starts from run:base, {number} weights, made with other clip and embeddings")
     assert started.fingerprint == by_name.fingerprint != plain.fingerprint
     assert started.frozen is not None
     assert started.frozen.initial is not None
@@ -94,6 +96,34 @@ def test_what_cannot_be_started_from_is_refused_at_the_plan(outputs: Path, overr
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("cut_bytes", "message"),
+    [
+        (
+            100,
+            r"weights\.safetensors is no file of plain weights, or not whole \(SafetensorError: .*\); save ",
+        ),
+        (None, r"has manifest schema 2 and this code reads 1; remove it and run again, or use the version of unclip"),
+    ],
+)
+def test_a_damaged_artifact_and_a_newer_one_are_refused_at_the_plan(
+    cut_bytes: int | None, message: str, outputs: Path, tmp_path: Path
+):
+    copied = tmp_path / "outputs"
+    shutil.copytree(outputs, copied)
+    prior = stage_of(plan_of(copied, "run.name=base"), "prior")
+    assert prior.fingerprint is not None
+    place = copied / "artifacts" / "prior" / prior.fingerprint
+    if cut_bytes is not None:
+        weights = place / "weights.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-cut_bytes])
+    else:
+        manifest = json.loads((place / "manifest.json").read_text())
+        (place / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2}))
+    with pytest.raises(UserError, match=message):
+        plan_of(copied, *OTHER, "stage.prior.initial=run:base")
+
+
 def test_what_is_not_finished_blocks_the_stage(outputs: Path):
     stage = stage_of(plan_of(outputs, *OTHER, "stage.upsampler.initial=run:base"), "upsampler")
     assert stage.action is Action.BLOCKED
@@ -130,6 +160,8 @@ def test_training_goes_on_from_the_weights_and_not_from_the_optimiser(outputs: P
 def test_an_open_clip_model_replaces_clip_s_training(tmp_path: Path):
     theirs = write_local_dir(tmp_path / "theirs", CONFIGS["vit"])
     chosen = [f"stage.clip.checkpoint={tmp_path / 'theirs'}", "stage.clip.max_samples=0"]
+    planned = stage_of(plan_of(tmp_path, *chosen, base=WITHOUT_CLIP), "clip")
+    assert planned.notice == f"starts from {tmp_path / 'theirs'}, all {len(theirs.state_dict())} weights fit"
     clip = run_until(tmp_path, "clip", *chosen, base=WITHOUT_CLIP)
 
     weights = load_file(clip.path / "clip.safetensors")
@@ -150,3 +182,14 @@ def test_a_model_of_open_clip_by_name_needs_no_sizes_and_takes_none(tmp_path: Pa
     message = r"stage\.clip\.network\.embed_dim=16 is not that of the model that stage\.clip names, which is 384"
     with pytest.raises(UserError, match=message):
         plan_of(tmp_path, "stage.clip.model=ViT-S-32", "stage.clip.network.embed_dim=16", base=WITHOUT_CLIP)
+
+
+def test_a_checkpoint_of_other_sizes_or_with_code_in_it_is_refused_at_the_plan(tmp_path: Path):
+    weights = write_local_dir(tmp_path / "theirs", CONFIGS["vit"]).state_dict()
+    torch.save(weights, tmp_path / "theirs.pt")
+    message = r"^stage\.clip\.checkpoint=\S+theirs\.pt does not fit: \S+ has shape .* fit\); set stage\.clip\.model"
+    with pytest.raises(UserError, match=message):
+        plan_of(tmp_path, f"stage.clip.checkpoint={tmp_path / 'theirs.pt'}")
+    torch.save({"state_dict": weights, "args": tmp_path}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match=r"code\.pt is no file of plain weights, .* \(UnpicklingError: it names"):
+        plan_of(tmp_path, f"stage.clip.checkpoint={tmp_path / 'code.pt'}")

@@ -10,11 +10,20 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipeline.errors import UserError
+from stages.clip.names import vit_shapes
 from stages.clip.network import ClipModel, ClipTokenizer, ShortTokenizer, load_clip_source
 from stages.clip.settings import clip_network, dictated
-from stages.clip.sources import OPENAI_MEAN, OPENAI_STD, clip_source, network_of_model, open_clip_models
+from stages.clip.sources import (
+    BPE_VOCABULARY,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    clip_source,
+    network_of_model,
+    open_clip_models,
+)
 from stages.export.open_clip_directory import save_open_clip
 from stages.export.transformers_clip import text_to_transformers, vision_to_transformers
+from stages.weights import without_weights
 
 KEY = "stage.clip.checkpoint"
 CAPTIONS = ["a small red circle", "one two three"]
@@ -260,3 +269,11 @@ def test_a_folder_with_a_config_needs_no_name_and_one_without_says_what_is_missi
     assert dictated("stage.clip", {"model": None, "checkpoint": str(tmp_path)})["network"]["vision_width"] == 32
     with pytest.raises(UserError, match="has a config of its own; leave model out"):
         dictated("stage.clip", {"model": "ViT-B-32", "checkpoint": str(tmp_path)})
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32-quickgelu", "ViT-S-16-alt", "ViT-bigG-14"])
+def test_the_shapes_of_a_vit_are_known_without_building_it(model: str):
+    network = clip_network(network_of_model(model, "here"))
+    built = without_weights(lambda: ClipModel(network))
+    shapes = {key: tuple(each.shape) for key, each in built.network.state_dict().items()}
+    assert vit_shapes(network.model_dump(), BPE_VOCABULARY) == shapes
