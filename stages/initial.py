@@ -14,7 +14,7 @@ from pipeline.training.context import StageContext
 from pipeline.workflow.artifacts import WEIGHTS_FILE
 from pipeline.workflow.weights import require_fit
 from stages.diffusers_folder import read_config, weights_files
-from stages.weights import read_plain_weights
+from stages.weights import read_plain_weights, shapes_of
 
 _FREE = {"sample_size", "out_channels", "dropout", "downsample_type", "upsample_type"}
 """What a network's config may say otherwise: no weight and no result of the blocks that are used here depends on it."""
@@ -37,10 +37,8 @@ def load_initial(context: StageContext, network: nn.Module, read_folder: Callabl
         weights = read_plain_weights(artifact.path / WEIGHTS_FILE)
     else:
         weights = read_folder(Path(settings.initial.partition(":")[2]))
-    own, found = ({name: tuple(each.shape) for name, each in of.items()} for of in (network.state_dict(), weights))
-    require_fit(
-        own, found, key, "set the sizes of this stage's network, and of the CLIP that it works on, to those there"
-    )
+    remedy = "set the sizes of this stage's network, and of the CLIP that it works on, to those there"
+    require_fit(shapes_of(network.state_dict()), shapes_of(weights), key, remedy)
     network.load_state_dict(weights)
     print(f"starting from {settings.initial}", flush=True)
     return True

@@ -1,7 +1,6 @@
 """The settings of a diffusers U-Net, and what must hold of them. Imports no torch."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pipeline.config import ADDED_LATER, Fraction, Positive, Settings
 from pipeline.errors import UserError
@@ -11,15 +10,11 @@ CLIP_EXTRA_CONTEXT_TOKENS = 4
 """Tokens that the image embedding adds to the caption's (unCLIP, section 2.1)."""
 
 
-class TimeScaleShift(StrEnum):
-    """How residual blocks take the timestep in: as scale and shift after the norm, or added before it."""
-
-    SCALE_SHIFT = "scale_shift"
-    ADDED = "default"
-
-
 class UNetSettings(Settings):
-    """A diffusers U-Net: `channels` per resolution level, each level half the size of the one before."""
+    """A diffusers U-Net: `channels` per resolution level, each level half the size of the one before.
+
+    Residual blocks take the timestep in by `resnet_time_scale_shift`, after the norm, or add it before ("default").
+    """
 
     channels: tuple[Positive, ...]
     layers_per_block: Positive
@@ -27,7 +22,7 @@ class UNetSettings(Settings):
     attention_head_dim: Positive
     norm_groups: Positive
     dropout: Fraction
-    resnet_time_scale_shift: Annotated[TimeScaleShift, ADDED_LATER] = TimeScaleShift.SCALE_SHIFT
+    resnet_time_scale_shift: Annotated[Literal["scale_shift", "default"], ADDED_LATER] = "scale_shift"
 
 
 def check_unet(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact
-from pipeline.workflow.weights import SAFETENSORS, weight_shapes
+from pipeline.workflow.weights import SAFETENSORS, Shape, weight_shapes
 
 CPU = torch.device("cpu")
 
@@ -70,6 +70,11 @@ def read_plain_weights(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     content = torch.load(file, map_location="cpu", weights_only=True)
     return content.get("state_dict", content)
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """The shapes of weights, by name."""
+    return {name: tuple(each.shape) for name, each in weights.items()}
 
 
 def bytes_of(*networks: nn.Module) -> int:

@@ -49,10 +49,10 @@ class StageSettings:
 
 @dataclass(frozen=True, eq=False)
 class Workflow:
-    """The stages of one workflow, by name, and by the same names the artifacts whose weights some start from."""
+    """The stages of one workflow, by name, and by the same names the numbers of the weights that some start from."""
 
     stages: Mapping[str, StageSettings]
-    initial: Mapping[str, Artifact] = field(default_factory=dict)
+    initial: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[str]:
@@ -68,10 +68,14 @@ class Workflow:
 
 @dataclass(frozen=True)
 class ForeignWeights:
-    """Weights on disk that no run made: their files by name, and the settings that go with them, by dotted key."""
+    """Weights on disk that no run made: their files by name, and the settings that go with them, by dotted key.
+
+    `numbers` are those that an artifact of the same kind would have, as far as they are known.
+    """
 
     files: Mapping[str, Path]
     dictated: Mapping[str, Any]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

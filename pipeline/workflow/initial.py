@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ class Initial:
 
     `weights` is their number, `counted` what of them counts in the fingerprint, `dictated` which settings go with them,
     by dotted key.
-    `artifact` is None for weights that no run made.
+    `numbers` are what their consumers would be told. `artifact` is None for weights that no run made.
     """
 
     source: str
     weights: int
     counted: dict[str, Any]
-    dictated: Mapping[str, Any] = field(default_factory=dict)
+    dictated: Mapping[str, Any]
+    numbers: Mapping[str, Any]
     artifact: Artifact | None = None
 
 
@@ -54,12 +55,13 @@ def find_initial(
             raise UserError(f"{key}: its configs say no {error}; give a folder that is whole") from error
         number = _number_of_weights(foreign.files.values())
         digests = {label: file_sha256(file) for label, file in foreign.files.items()}
-        return Initial(source, number, {scheme: digests}, foreign.dictated)
+        return Initial(source, number, {scheme: digests}, foreign.dictated, foreign.numbers)
     artifact = _artifact_of(key, address, name, kind, run, store)
     config = artifact.manifest.config
     dictated = {each: _at(config, each) for each in declaration.inherits if _at(config, each) is not None}
     number = _number_of_weights(artifact.path / each.path for each in artifact.manifest.files)
-    return Initial(source, number, {RUN: artifact.manifest.fingerprint}, dictated, artifact)
+    counted = {RUN: artifact.manifest.fingerprint}
+    return Initial(source, number, counted, dictated, artifact.manifest.numbers, artifact)
 
 
 def with_dictated(values: Mapping[str, Any], dictated: Mapping[str, Any]) -> dict[str, Any]:

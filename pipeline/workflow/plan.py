@@ -105,8 +105,7 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     }
     stages = {name: each.stage for name, each in valid.items()}
     graph = build_graph(stages, catalog)
-    weights = {name: each.initial.artifact for name, each in valid.items() if each.initial is not None}
-    workflow = Workflow(stages, {name: each for name, each in weights.items() if each is not None})
+    workflow = Workflow(stages, {name: each.initial.numbers for name, each in valid.items() if each.initial})
     catalog.check(workflow)
     planned: dict[str, PlannedStage] = {}
     for node in graph:

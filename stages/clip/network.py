@@ -39,7 +39,7 @@ from stages.clip.settings import (
     tower_configs,
 )
 from stages.clip.sources import OPENAI_MEAN, OPENAI_STD, SET_SIZES, ClipSource
-from stages.weights import CPU, give_weights, read_weights, without_weights
+from stages.weights import CPU, give_weights, read_weights, shapes_of, without_weights
 
 ClipBlock = ResidualAttentionBlock
 """What both towers consist of."""
@@ -315,8 +315,7 @@ def _fitting(
 ) -> dict[str, Tensor]:
     """Those of a file's weights that the network has, in its shapes. Raises `UserError` where they are not all."""
     own = network.state_dict()
-    shapes = ({name: tuple(each.shape) for name, each in of.items()} for of in (own, weights))
-    require_fit(*shapes, said, SET_SIZES, may_lack, MAY_EXCEED)
+    require_fit(shapes_of(own), shapes_of(weights), said, SET_SIZES, may_lack, MAY_EXCEED)
     return {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if name in own}
 
 

@@ -1,6 +1,6 @@
 """The stages `clip` and `judge_clip`: settings, what they need and give, and their rules. Imports no torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -143,32 +143,15 @@ def require_same_clip(artifact: Artifact, clip: Artifact) -> None:
         )
 
 
-def check_initial(
-    path: str,
-    settings: TrainingStageSettings,
-    workflow: Workflow,
-    sizes_in_folder: Callable[[Path, str], Mapping[str, int]],
-) -> None:
-    """Raise `UserError` where a stage neither trains nor starts from weights, or these were made for another CLIP.
-
-    `sizes_in_folder` gives those of the CLIP's sizes that a diffusers folder tells.
-    """
+def check_initial(path: str, settings: TrainingStageSettings, workflow: Workflow) -> None:
+    """Raise `UserError` where a stage neither trains nor starts from weights, or these were made for another CLIP."""
     if settings.max_samples == 0 and settings.initial is None:
         raise UserError(f"{path}.max_samples=0 trains nothing; set {path}.initial to take weights that are there")
     clip = next((each.settings for each in workflow.stages.values() if each.kind == "clip"), None)
-    if settings.initial is None or not isinstance(clip, ClipSettings):
-        return
-    artifact = workflow.initial.get(path.removeprefix("stage."))
-    scheme, _, address = settings.initial.partition(":")
-    if artifact is not None:
-        sizes: Mapping[str, Any] = artifact.manifest.numbers
-    elif scheme == DIFFUSERS:
-        sizes = sizes_in_folder(Path(address), f"{path}.initial={settings.initial}")
-    else:
-        return
+    sizes = workflow.initial.get(path.removeprefix("stage."), {})
     for name in ("embed_dim", "context_length"):
-        own = getattr(clip.network, name)
-        if sizes.get(name, own) != own:
+        own = getattr(clip.network, name) if isinstance(clip, ClipSettings) else None
+        if own is not None and sizes.get(name, own) != own:
             raise UserError(
                 f"{path}.initial={settings.initial} works on a CLIP of {name} {sizes[name]}, and this workflow's has "
                 f"{own}; take the same CLIP by stage.clip.initial or stage.clip.checkpoint"

@@ -99,7 +99,7 @@ class UNetDecoder(Decoder):
             norm_num_groups=network.norm_groups,
             dropout=network.dropout,
             class_embed_type="identity",
-            resnet_time_scale_shift=network.resnet_time_scale_shift.value,
+            resnet_time_scale_shift=network.resnet_time_scale_shift,
         )
         self.text_proj = TextProjection(
             embed_dim, 4 * network.channels[0], cross_attention_dim, extra_tokens=CLIP_EXTRA_CONTEXT_TOKENS

@@ -97,7 +97,7 @@ class DecoderNumbers(OnClipNumbers):
 def check(path: str, settings: DecoderSettings, workflow: Workflow) -> None:
     """Diffusion and network can work, and the workflow has what the condition needs."""
     check_diffusion(path, settings, settings.sampler)
-    check_initial(path, settings, workflow, clip_sizes_in_folder)
+    check_initial(path, settings, workflow)
     clip = next((each.settings for each in workflow.stages.values() if each.kind == "clip"), None)
     context_length = clip.network.context_length if isinstance(clip, ClipSettings) else None
     settings.network_choice.check(path, settings.network, settings.image_size, context_length)
@@ -134,23 +134,14 @@ def in_folder(folder: Path, key: str) -> ForeignWeights:
     """The decoder of a diffusers folder. Of one that learned its variance the mean is taken."""
     folders = decoder_folders(folder, key)
     unet, text_proj = (read_config(each) for each in folders.values())
+    width, embed_dim = unet["cross_attention_dim"], text_proj.get("clip_embeddings_dim", 768)
     network = {
         "kind": "unet",
         **unet_settings(unet, "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", key),
-        "cross_attention_dim": _unless_equal(unet["cross_attention_dim"], text_proj.get("clip_embeddings_dim", 768)),
+        "cross_attention_dim": None if width == embed_dim else width,
     }
     dictated = {"network": network, "image_size": unet["sample_size"], **of_scheduler(folder, "decoder_scheduler")}
-    return ForeignWeights(labelled(folders), dictated)
-
-
-def _unless_equal(width: int, embed_dim: int) -> int | None:
-    return None if width == embed_dim else width
-
-
-def clip_sizes_in_folder(folder: Path, key: str) -> dict[str, int]:
-    """The sizes of the CLIP that such a decoder works on."""
-    config = read_config(decoder_folders(folder, key)["text_proj"])
-    return {"embed_dim": config.get("clip_embeddings_dim", 768)}
+    return ForeignWeights(labelled(folders), dictated, {"embed_dim": embed_dim})
 
 
 DECODER = StageDeclaration(

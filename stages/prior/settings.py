@@ -52,19 +52,15 @@ def in_folder(folder: Path, key: str) -> ForeignWeights:
         "heads": config.get("num_attention_heads", 32),
         "head_dim": config.get("attention_head_dim", 64),
     }
-    return ForeignWeights(labelled({"prior": found}), {"network": network, **of_scheduler(folder, "prior_scheduler")})
-
-
-def clip_sizes_in_folder(folder: Path, key: str) -> dict[str, int]:
-    """The sizes of the CLIP that such a prior works on."""
-    config = read_config(prior_folder(folder, key))
-    return {"embed_dim": config.get("embedding_dim", 768), "context_length": config.get("num_embeddings", 77)}
+    dictated = {"network": network, **of_scheduler(folder, "prior_scheduler")}
+    sizes = {"embed_dim": config.get("embedding_dim", 768), "context_length": config.get("num_embeddings", 77)}
+    return ForeignWeights(labelled({"prior": found}), dictated, sizes)
 
 
 def check(path: str, settings: PriorSettings, workflow: Workflow) -> None:
     """Schedule, objective and sampler fit each other, and there is something to train, or weights in its place."""
     check_diffusion(path, settings, settings.sampler)
-    check_initial(path, settings, workflow, clip_sizes_in_folder)
+    check_initial(path, settings, workflow)
 
 
 PRIOR = StageDeclaration(

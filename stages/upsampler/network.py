@@ -33,7 +33,7 @@ def build_upsampler(network: UNetSettings, high_size: int) -> UNet2DModel:
         dropout=network.dropout,
         downsample_type="resnet",
         upsample_type="resnet",
-        resnet_time_scale_shift=network.resnet_time_scale_shift.value,
+        resnet_time_scale_shift=network.resnet_time_scale_shift,
     )
 
 

@@ -16,14 +16,14 @@ from stages.diffusers_folder import of_scheduler
 from stages.prior import settings as prior_settings
 from stages.prior.network import build_prior, read_prior_folder
 from stages.prior.settings import PriorNetworkSettings
-from stages.unet import TimeScaleShift, UNetSettings
+from stages.unet import UNetSettings
 from stages.upsampler import settings as upsampler_settings
 from stages.upsampler.network import build_upsampler, read_upsampler_folder
 
 UNET = UNetSettings(
     channels=(16, 32), layers_per_block=1, attention=(False, True), attention_head_dim=8, norm_groups=8, dropout=0.0
 )
-PLAIN = UNET.model_copy(update={"attention": (False, False), "resnet_time_scale_shift": TimeScaleShift.ADDED})
+PLAIN = UNET.model_copy(update={"attention": (False, False), "resnet_time_scale_shift": "default"})
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -76,8 +76,8 @@ def test_a_folder_dictates_sizes_schedule_and_what_is_predicted(folder: Path):
     assert (decoder["image_size"], decoder["network"]["cross_attention_dim"]) == (8, 40)
     assert UNetSettings.model_validate(upsampler["network"]) == PLAIN
     assert (upsampler["low_size"], upsampler["high_size"]) == (8, 16)
-    assert prior_settings.clip_sizes_in_folder(folder, "here") == {"embed_dim": 24, "context_length": 12}
-    assert decoder_settings.clip_sizes_in_folder(folder, "here") == {"embed_dim": 24}
+    assert prior_settings.in_folder(folder, "here").numbers == {"embed_dim": 24, "context_length": 12}
+    assert decoder_settings.in_folder(folder, "here").numbers == {"embed_dim": 24}
 
 
 def test_the_networks_of_a_folder_are_read_bit_for_bit(folder: Path):
