@@ -48,26 +48,11 @@ _PLAIN = {
     "mlp_ratio": (4.0,),
     "proj_type": ("linear",),
 }
-_TRANSFORMERS_TEXT = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "vocab_size": BPE_VOCABULARY,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-_TRANSFORMERS_VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
+_TRANSFORMERS = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_TRANSFORMERS_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, **_TRANSFORMERS}
+_TRANSFORMERS_TEXT |= {"max_position_embeddings": 77, "vocab_size": BPE_VOCABULARY}
+_TRANSFORMERS_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, **_TRANSFORMERS}
+_TRANSFORMERS_VISION |= {"image_size": 224, "patch_size": 32}
 _AS_THEY_ARE, _HALF = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _PIXELS = {
     **dict.fromkeys(("MobileCLIP-", "MobileCLIP2-B", "MobileCLIP2-S0", "MobileCLIP2-S2"), _AS_THEY_ARE),
@@ -238,7 +223,6 @@ def network_of_transformers(
             f"{said} has the activations {', '.join(sorted(acts))}, and open_clip's towers gelu or quick_gelu"
         )
     odd = {
-        "text_config.vocab_size": (text["vocab_size"], BPE_VOCABULARY),
         "text_config.intermediate_size": (text["intermediate_size"], 4 * text["hidden_size"]),
         "text_config.layer_norm_eps": (text["layer_norm_eps"], 1e-5),
         "vision_config.layer_norm_eps": (vision["layer_norm_eps"], 1e-5),
@@ -246,22 +230,27 @@ def network_of_transformers(
     for key, (found, expected) in odd.items():
         if found != expected:
             raise UserError(f"{said} has {key} {found}, and open_clip's towers {expected}; it cannot be used")
-    return {
-        "kind": "vit",
+    width = vision["hidden_size"]
+    config = {
         "embed_dim": projection_dim,
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "vision_width": vision["hidden_size"],
-        "vision_layers": vision["num_hidden_layers"],
-        "vision_heads": vision["num_attention_heads"],
-        "vision_mlp_ratio": _ratio(vision["intermediate_size"], vision["hidden_size"]),
-        "text_width": text["hidden_size"],
-        "text_layers": text["num_hidden_layers"],
-        "text_heads": text["num_attention_heads"],
-        "context_length": text["max_position_embeddings"],
         "quick_gelu": acts == {"quick_gelu"},
-        "initial_position_gain": 1.0,
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "width": width,
+            "layers": vision["num_hidden_layers"],
+            "head_width": width // vision["num_attention_heads"],
+            "mlp_ratio": _ratio(vision["intermediate_size"], width),
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"],
+            "layers": text["num_hidden_layers"],
+            "heads": text["num_attention_heads"],
+        },
     }
+    return network_of_config(config, said)
 
 
 def _ratio(part: int, whole: int) -> float:
