@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from secrets import token_urlsafe
@@ -47,7 +48,16 @@ def write_page(comparison: Comparison, path: Path, sweep: SweepView | None = Non
         ) from error
 
 
-def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
+@dataclass(frozen=True)
+class Live:
+    """What a served page has on top: `html` of what runs now, its `version`, and the `script` that asks again."""
+
+    html: Markup
+    version: str
+    script: str
+
+
+def page(comparison: Comparison, sweep: SweepView | None = None, live: Live | None = None) -> str:
     """The page's HTML. All that comes from configs, captions and records is escaped."""
     environment = Environment(
         loader=PackageLoader("pipeline.report", _ASSETS), autoescape=True, undefined=StrictUndefined,
@@ -73,6 +83,7 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
         pictures=picture_tables(comparison),
         graph=sharing_graph(comparison),
         is_sweep=sweep is not None,
+        live=live,
         data=_data(comparison, sweep),
         asset=_asset,
         nonce=token_urlsafe(16),

@@ -44,6 +44,8 @@ class FrozenStage(Settings):
     tracking: TrackingSettings
     overrides: list[str]
     initial: ArtifactReference | None = None
+    code: str | None = None
+    """The digest of the code that it was submitted with; None where whatever is imported runs it."""
 
     @property
     def store(self) -> ArtifactStore:

@@ -17,6 +17,7 @@ from pipeline.config import (
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.batch_shape import check_batch
+from pipeline.workflow.code import Code, current_code, read_record
 from pipeline.workflow.declaration import Blocked, Catalog, StageDeclaration, StageSettings, Workflow, resolve
 from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
@@ -42,7 +43,7 @@ class PlannedStage:
     """One stage of a plan. A blocked stage has no fingerprint and no frozen form.
 
     `place` says where this run keeps what the stage's output refers to and does not hold, `notice` is a line on what
-    its settings cannot give.
+    its settings cannot give, `other_code` are the files that changed since the checkpoint it would go on from.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PlannedStage:
     frozen: FrozenStage | None = None
     place: dict[str, Any] | None = None
     notice: str | None = None
+    other_code: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str | None:
@@ -67,12 +69,20 @@ class Plan:
     config: RunConfig
     store: ArtifactStore
     stages: tuple[PlannedStage, ...]
+    code: Code
     overrides: tuple[str, ...] = field(default=())
 
     @property
     def blocked(self) -> list[PlannedStage]:
         """The stages that cannot run yet."""
         return [stage for stage in self.stages if stage.action is Action.BLOCKED]
+
+    def with_code(self) -> "Plan":
+        """The same stages, frozen to run the code that they were planned with, from its snapshot alone."""
+        update = {"code": self.code.digest}
+        frozen = [stage.frozen and stage.frozen.model_copy(update=update) for stage in self.stages]
+        stages = [replace(stage, frozen=each) for stage, each in zip(self.stages, frozen, strict=True)]
+        return replace(self, stages=tuple(stages))
 
 
 def require_unblocked(plans: Sequence[Plan]) -> None:
@@ -107,13 +117,14 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     graph = build_graph(stages, catalog)
     workflow = Workflow(stages, {name: each.initial.numbers for name, each in valid.items() if each.initial})
     catalog.check(workflow)
+    code = current_code(config.catalog)
     planned: dict[str, PlannedStage] = {}
     for node in graph:
-        stage = _plan_stage(node, valid[node.name], planned, config, store, overrides)
+        stage = _plan_stage(node, valid[node.name], planned, config, store, overrides, code)
         notice = node.declaration.notice
         said = notice(node.stage.settings, workflow) if notice is not None else None
         planned[node.name] = replace(stage, notice=said)
-    return Plan(config, store, tuple(planned.values()), overrides)
+    return Plan(config, store, tuple(planned.values()), code, overrides)
 
 
 def _validate_stage(
@@ -170,6 +181,7 @@ def _plan_stage(
     config: RunConfig,
     store: ArtifactStore,
     overrides: tuple[str, ...],
+    code: Code,
 ) -> PlannedStage:
     upstream = tuple(node.upstream)
 
@@ -215,9 +227,19 @@ def _plan_stage(
         others = _other_inputs(valid.initial, input_fingerprints)
         reason = f"{reason}; starts from {valid.initial.source}, {valid.initial.weights} weights{others}"
     place = node.declaration.place(node.stage.settings) if node.declaration.place else None
+    other_code: list[str] = []
+    if action is Action.RESUME:
+        other_code = code.changed_since(read_record(frozen.work))
+        reason += f"; other code than then: {several(other_code)}" if other_code else ""
+    elif action is Action.REUSE:
+        own = node.declaration.run.partition(":")[0].rpartition(".")[0].replace(".", "/")
+        changed = code.changed_since(read_record(store.path(node.name, frozen.fingerprint)), f"{own}/")
+        unraised = f"{several(changed)} changed since: if it makes something else now, raise the stage's version"
+        reason += f"; {unraised}" if changed else ""
     return PlannedStage(
-        node.name, node.stage.kind, action, reason, upstream, frozen, place.model_dump(mode="json") if place else None
-    )
+        node.name, node.stage.kind, action, reason, upstream, frozen,
+        place.model_dump(mode="json") if place else None, other_code=tuple(other_code),
+    )  # fmt: skip
 
 
 def _reference(initial: Initial | None) -> ArtifactReference | None:
@@ -269,13 +291,17 @@ def _decide(
         return Action.RUN, f"new{after_failure}"
     found = differences(nearest.manifest.identity, frozen.identity)
     changes = [_change(_setting_key(node.name, key), old, new) for key, old, new in found]
-    if len(changes) > MAX_DIFFERENCES_SHOWN:
-        changes = [*changes[:MAX_DIFFERENCES_SHOWN], f"and {len(changes) - MAX_DIFFERENCES_SHOWN} more"]
     if changes:
-        return Action.RUN, f"changed {', '.join(changes)}{after_failure}"
+        return Action.RUN, f"changed {several(changes)}{after_failure}"
     if changed_inputs:
         return Action.RUN, f"because {', '.join(changed_inputs)} will be new{after_failure}"
     return Action.RUN, f"its inputs are others than before{after_failure}"
+
+
+def several(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(names) - MAX_DIFFERENCES_SHOWN
+    return ", ".join([*names[:MAX_DIFFERENCES_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _nearest(frozen: FrozenStage, store: ArtifactStore) -> Artifact | None:
