@@ -235,6 +235,27 @@ def test_state_in_host_memory_changes_nothing_but_rounding(world: World):
             torch.testing.assert_close(own[key], expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_frozen_parts_and_factors_of_the_learning_rate_are_the_same_under_every_strategy(world: World):
+    fine_tuning = [
+        "stage.clip.optimizer.freeze=['visual.*']",
+        "stage.clip.optimizer.learning_rate_factors={token_embedding.weight: 0.1}",
+        "stage.decoder.optimizer.freeze=['unet.down_blocks.*']",
+        "stage.decoder.optimizer.learning_rate_factors={text_proj.*: 0.1}",
+    ]
+    planned = run_all(world, "fine-tuning", [*EXACT, *fine_tuning], ("clip", "decoder"), ("ddp", *ZERO))
+    require_agreement(planned, FLOAT32, BITS)
+    for name, frozen, trained in (
+        ("clip", "visual.", "text_projection"),
+        ("decoder", "unet.down_blocks.", "unet.conv_out.weight"),
+    ):
+        still = weights(planned[name, "still"])
+        for strategy in ("ddp", *ZERO):
+            own = weights(planned[name, strategy])
+            assert all(torch.equal(own[key], still[key]) for key in own if key.startswith(frozen))
+            assert not torch.equal(own[trained], still[trained])
+
+
 def test_a_strategy_leaves_torch_as_it_found_it(monkeypatch: pytest.MonkeyPatch):
     """For memory's sake ZeRO-3 puts a linear function of its own into torch, and leaves it there."""
     from pipeline.training.strategies.zero import ZeroStrategy
