@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -15,6 +16,12 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
 _FORECAST = "--forecast"
+_STORE = {
+    "du": "What runs and sweeps hold on disk, what they share, and what no run needs.",
+    "gc": "Say what no run needs, and remove it with --delete. What is at work, pinned or young stays.",
+    "rm": "Say what goes with runs or sweeps, and remove it with --delete. What another run needs stays.",
+    "mv": "Rename a run, or a sweep with its members.",
+}
 
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
@@ -32,6 +39,10 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip card RUN                     write a run's model card
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
+  unclip du                           what runs hold on disk and share, and what no run needs
+  unclip gc                           what could go of what no run needs; --delete removes it
+  unclip rm RUN                       what goes with a run or sweep; --delete removes it
+  unclip mv RUN NEW                   rename a run or sweep
 {registered}
 `unclip run --help` lists the config groups, `unclip run --cfg job` prints the composed config.
 `unclip COMMAND --help` says more of a command.
@@ -91,6 +102,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "compare": _compare,
         "card": _card,
         "shards": _shards,
+        **{name: partial(_store, name) for name in _STORE},
     }
 
 
@@ -254,6 +266,14 @@ def _shards(arguments: list[str]) -> int:
     if secret is not None:
         raise UserError(secret.replace("the run's records", "the index"))
     return shards_command(arguments)
+
+
+def _store(command: str, arguments: list[str]) -> int:
+    from pipeline.store import command as store
+
+    parser = command_parser(command, _STORE[command])
+    getattr(store, f"add_{command}_options")(parser)
+    return getattr(store, command)(parser.parse_args(arguments))
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -79,7 +79,8 @@ def _sums(forecast: Forecast) -> Iterator[str]:
     line = f"one after the other: {duration}, {hours:,.3g} device hours, {cost}"
     yield line + (f"; without {', '.join(unknown)}, unknown" if unknown else "")
     without = f" and what is unknown of {', '.join(forecast.unknown_sizes)}" if forecast.unknown_sizes else ""
-    needs = f"on disk: {format_bytes(forecast.needed_bytes)}{without}; {format_bytes(forecast.free_bytes)} free at {forecast.outputs}"
+    free = f"{format_bytes(forecast.free_bytes)} free at {forecast.outputs}"
+    needs = f"on disk: {format_bytes(forecast.needed_bytes)}{without}; {free}"
     if forecast.needed_bytes > forecast.free_bytes:
         yield f"{needs}: NOT ENOUGH; free some, lower trainer.keep_checkpoints, or set paths.outputs"
     else:

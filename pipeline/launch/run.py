@@ -6,9 +6,10 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
 from pipeline.terminal.display import Display
+from pipeline.workflow.in_use import recorded
 from pipeline.workflow.plan import Plan, require_unblocked
 from pipeline.workflow.progress import Outcome
-from pipeline.workflow.runs import read_run, record_run, run_artifacts
+from pipeline.workflow.runs import read_run, run_artifacts
 
 
 def start(plans: Sequence[Plan], display: Display, *, waits: bool) -> list[StageOutcome]:
@@ -31,12 +32,11 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool) -> list[Stage
     for plan in plans:
         _check_objective(plan.config)
     launcher.check(plans)
-    for plan in plans:
-        record_run(plan)
-    outcomes = launcher.submit(plans, display)
-    if waits:
-        for plan in plans:
-            display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
+    with recorded(plans) as in_use:
+        outcomes = launcher.submit(in_use, display)
+        if waits:
+            for plan in in_use:
+                display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
     return outcomes
 
 

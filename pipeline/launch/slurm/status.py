@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
-from pipeline.launch.slurm.jobs import KnownJob, latest_record, look_up, write_record
+from pipeline.launch.slurm.jobs import JOBS, KnownJob, latest_record, look_up, write_record
 from pipeline.launch.slurm.submit import one_submission_at_a_time
 from pipeline.terminal.tables import stage_state
 from pipeline.terminal.words import progress_line
@@ -58,6 +59,22 @@ def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]
         _status(store, stage, members, known.get(work), accounted)
         for (stage, members), work in zip(stages, works, strict=True)
     ]
+
+
+def active_jobs(outputs: Path, works: Sequence[Path]) -> dict[Path, str]:
+    """What is to be said of the jobs of these work directories that may still make their stage.
+
+    Where Slurm gives no answer, every job counts whose stage is not finished.
+    """
+    submitted = [work for work in works if (work / JOBS).is_dir()]
+    try:
+        known = look_up(submitted)
+    except UserError as error:
+        find = ArtifactStore(outputs).find
+        unfinished = [work for work in submitted if find(work.parent.name, work.name) is None]
+        return dict.fromkeys(unfinished, f"of its job Slurm cannot be asked ({error})")
+    active = {work: each for work, each in known.items() if each.is_active}
+    return {work: f"job {each.job_id} is {each.queued.state}" for work, each in active.items() if each.queued}
 
 
 @dataclass(frozen=True)
