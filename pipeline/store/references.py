@@ -76,18 +76,15 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
     directly = {key: why for key, path in works.items() if (why := at_work(path) or jobs.get(path))}
     commands = commands_at_work(outputs)
     planned = {key: "a command at work has planned with it" for needs in commands for key in needs.stages}
-    busy: dict[StageKey, str] = {}
-    for key, why in (directly | {key: why for key, why in planned.items() if key not in directly}).items():
-        for each in inputs.with_all([key]):
-            busy.setdefault(each, why if each == key else f"{key[0]} needs it: {why}")
+    at_hand = planned | directly
+    needed_by = {each: f"{key[0]} needs it: {why}" for key, why in at_hand.items() for each in inputs.with_all([key])}
     busy_runs = {name: "a command is at work on it" for needs in commands for name in needs.runs if name in records}
     for name, record in records.items():
         for key in keys_of(record):
             if key in directly:
                 busy_runs.setdefault(name, f"of its stage {key[0]}, {directly[key]}")
-    return References(
-        records, {key: tuple(names) for key, names in users.items()}, {**busy, **directly}, busy_runs, earlier, pinned
-    )
+    of_keys = {key: tuple(names) for key, names in users.items()}
+    return References(records, of_keys, needed_by | at_hand, busy_runs, earlier, pinned)
 
 
 def jobs_at_work(outputs: Path) -> dict[Path, str]:
@@ -109,22 +106,22 @@ class _Inputs:
     def __init__(self, outputs: Path) -> None:
         self._store = ArtifactStore(outputs)
         self._stage_of = {key[1]: key[0] for tree in ("work", "artifacts") for key, _ in entries(outputs, tree)}
-        self._known: dict[StageKey, frozenset[StageKey]] = {}
+        self._known: dict[StageKey, tuple[StageKey, ...]] = {}
 
-    def with_all(self, keys: Iterable[StageKey]) -> set[StageKey]:
-        """These stages and all of their inputs."""
-        found: set[StageKey] = set()
+    def with_all(self, keys: Iterable[StageKey]) -> list[StageKey]:
+        """These stages and all of their inputs, a stage before its own."""
+        found: dict[StageKey, None] = {}
         pending = list(keys)
         while pending:
             key = pending.pop()
             if key not in found:
-                found.add(key)
+                found[key] = None
                 pending += self._of(key)
-        return found
+        return list(found)
 
-    def _of(self, key: StageKey) -> frozenset[StageKey]:
+    def _of(self, key: StageKey) -> tuple[StageKey, ...]:
         if key not in self._known:
-            self._known[key] = frozenset(self._read(key))
+            self._known[key] = tuple(self._read(key))
         return self._known[key]
 
     def _read(self, key: StageKey) -> Iterator[StageKey]:
