@@ -23,6 +23,7 @@ from pipeline.workflow.runs import run_directory
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SHOWN = 40
+_NAMED = 5
 
 
 def add_du_options(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +49,11 @@ def du(options: argparse.Namespace) -> int:
 
 def _show_holdings(console: Console, title: str, holdings: Sequence[Holding]) -> None:
     table = new_table(title, title.removesuffix("s"), "stages", "holds", "shared", "alone", "")
-    for each in holdings:
+    for each in holdings[:_SHOWN]:
         sizes = map(format_bytes, (each.bytes, each.shared_bytes, each.alone_bytes))
         table.add_row(each.name, str(each.stages), *sizes, "pinned" if each.is_pinned else "")
+    if holdings[_SHOWN:]:
+        table.add_row(f"{len(holdings) - _SHOWN} smaller ones")
     if holdings:
         console.print(table)
 
@@ -72,7 +75,7 @@ def gc(options: argparse.Namespace) -> int:
     outputs = options.outputs
     for name, is_pinned in ((options.pin, True), (options.unpin, False)):
         if name is not None:
-            print(f"{'pinned' if is_pinned else 'unpinned'}: {', '.join(pin(outputs, name, is_pinned=is_pinned))}")
+            print(f"{'pinned' if is_pinned else 'unpinned'}: {_few(pin(outputs, name, is_pinned=is_pinned))}")
     if options.pin is not None or options.unpin is not None:
         return 0
     _require_store(outputs)
@@ -117,7 +120,7 @@ def rm(options: argparse.Namespace) -> int:
     _show(console, "goes", [(each, "no other run needs it") for each in removal.going])
     _show(console, "stays", removal.staying)
     size = format_bytes(_size_bytes(outputs, removal))
-    names = ", ".join(removal.names)
+    names = _few(removal.names)
     if not options.delete:
         print(f"{names}: {size} would be freed; --delete does it")
         return 0
@@ -148,6 +151,12 @@ def _require_store(outputs: Path) -> None:
 def _size_bytes(outputs: Path, removal: Removal) -> int:
     folders = sum(measured(run_directory(outputs, name)).size_bytes for name in removal.names)
     return folders + sum(each.space.size_bytes for each in removal.going)
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of them, and how many there are more."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _show(console: Console, title: str, found: Sequence[tuple[Removable, str]]) -> None:

@@ -14,7 +14,8 @@ from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.progress import CHECKPOINTS, COMPILER_CACHE
 
-_BUILDING = ".building-"
+_LEFT_OVER = {".building-": "its process has ended", ".damaged-": "another was made in its place"}
+"""Names beside artifacts, before `<fingerprint>-<something>`."""
 _BLOCK_BYTES = 512
 
 
@@ -22,7 +23,7 @@ class Kind(StrEnum):
     """What something in a store is."""
 
     ARTIFACT = "artifact"
-    HALF_BUILT = "half-built artifact"
+    LEFT_OVER = "left over"
     WORK = "work folder"
     CHECKPOINTS = "checkpoints"
     COMPILER_CACHE = "compiler's cache"
@@ -70,9 +71,10 @@ def removables(
                 earlier = references.earlier.get(key)
                 why = f"run {earlier.run} has another config now" if earlier else "no run needs it"
                 yield Removable(kind, path, key, why, earlier.replaced_at if earlier else 0.0)
-    for path in sorted(outputs.glob(f"artifacts/*/{_BUILDING}*")):
-        key = path.parent.name, path.name.removeprefix(_BUILDING).rpartition("-")[0]
-        yield Removable(Kind.HALF_BUILT, path, key, "its process has ended")
+    for beginning, why in _LEFT_OVER.items():
+        for path in sorted(outputs.glob(f"artifacts/*/{beginning}*")):
+            key = path.parent.name, path.name.removeprefix(beginning).rpartition("-")[0]
+            yield Removable(Kind.LEFT_OVER, path, key, why)
     store = ArtifactStore(outputs)
     for key in references.users if not keeps_checkpoints else ():
         path = store.work(*key) / CHECKPOINTS

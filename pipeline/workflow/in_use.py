@@ -5,14 +5,13 @@ it away in one go: the two have a lock. What a plan found finished is still ther
 anew, and from then on it is kept.
 """
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
-
-from pydantic import ValidationError
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
@@ -89,10 +88,11 @@ def commands_at_work(outputs: Path) -> list[Needs]:
     for path in outputs.glob(f"{COMMANDS}/*/{_NEEDS}"):
         if at_work(path.parent):
             try:
-                found.append(Needs.model_validate_json(path.read_bytes()))
+                values = json.loads(path.read_bytes())
+                found.append(Needs.model_validate({name: values[name] for name in Needs.model_fields}))
             except FileNotFoundError:
                 continue  # it has ended meanwhile
-            except ValidationError as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} cannot be read; wait until the command that wrote it has ended") from error
     return found
 

@@ -10,7 +10,7 @@ from pipeline.launch.slurm.jobs import JOBS, KnownJob, latest_record, look_up, w
 from pipeline.launch.slurm.submit import one_submission_at_a_time
 from pipeline.terminal.tables import stage_state
 from pipeline.terminal.words import progress_line
-from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
@@ -70,8 +70,8 @@ def active_jobs(outputs: Path, works: Sequence[Path]) -> dict[Path, str]:
     try:
         known = look_up(submitted)
     except UserError as error:
-        find = ArtifactStore(outputs).find
-        unfinished = [work for work in submitted if find(work.parent.name, work.name) is None]
+        place = ArtifactStore(outputs).path
+        unfinished = [work for work in submitted if not (place(work.parent.name, work.name) / MANIFEST).exists()]
         return dict.fromkeys(unfinished, f"of its job Slurm cannot be asked ({error})")
     active = {work: each for work, each in known.items() if each.is_active}
     return {work: f"job {each.job_id} is {each.queued.state}" for work, each in active.items() if each.queued}

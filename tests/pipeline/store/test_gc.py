@@ -204,16 +204,19 @@ def test_a_run_that_cannot_be_read_stops_it_for_what_it_needs_is_not_known(tmp_p
         find(tmp_path, {}, **ALL_AGES)
 
 
-def test_what_a_killed_start_was_building_goes_unless_its_stage_is_at_work(tmp_path: Path):
+def test_what_is_left_over_beside_an_artifact_goes_unless_its_stage_is_at_work(tmp_path: Path):
     stages = record(tmp_path, "first")
     clip, store = stages["clip"], ArtifactStore(tmp_path)
     building = store.start_building(*key_of(clip), 1)
     (building / "weights").write_bytes(b"half")
+    damaged = building.with_name(f".damaged-{clip.fingerprint}-{'0' * 32}")
+    damaged.mkdir()
     owner = own(clip)
-    assert reasons(find(tmp_path, {}, **ALL_AGES))[Kind.HALF_BUILT, key_of(clip)].startswith("process")
+    assert reasons(find(tmp_path, {}, **ALL_AGES))[Kind.LEFT_OVER, key_of(clip)].startswith("process")
     owner.release()
     collect(tmp_path)
     assert not building.exists()
+    assert not damaged.exists()
 
 
 def test_the_compiler_s_cache_goes_when_asked_for_and_nothing_is_at_work(tmp_path: Path):
