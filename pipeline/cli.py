@@ -1,14 +1,13 @@
 """The `unclip` command. Imports no torch: plans and finished runs answer at once."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_disk_full
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.progress import EXIT_INTERRUPTED
 
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         where = f" for {error.filename}" if error.filename else ""
         print(f"unclip: no space is left{where}; free some and run the same command again", file=sys.stderr)

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_disk_full
 from pipeline.store.references import PIN, read_references
 from pipeline.store.removable import Removable, obstacle, removables
-from pipeline.store.trash import set_aside
+from pipeline.store.trash import delete_in_place, empty_trash, in_trash, set_aside
 from pipeline.workflow.in_use import forget_ended_commands, store_lock
 from pipeline.workflow.runs import read_runs, run_directory
 
@@ -45,7 +45,10 @@ def find(
 
 
 def take_away(outputs: Path, going: Iterable[Removable], jobs: Mapping[Path, str]) -> Found:
-    """Take it out of the store, but for what has come into use since it was found. The trash is left to the caller."""
+    """Take it out of the store, but for what has come into use since it was found. The trash is left to the caller.
+
+    Raises `OSError` on a disk that is full to the last byte: see `make_room`.
+    """
     gone: list[Removable] = []
     staying: list[tuple[Removable, str]] = []
     with store_lock(outputs) as owner:
@@ -56,7 +59,11 @@ def take_away(outputs: Path, going: Iterable[Removable], jobs: Mapping[Path, str
                 owner.require()
                 try:
                     set_aside(outputs, each.path)
+                except FileNotFoundError:
+                    pass  # it has gone already
                 except OSError as error:
+                    if is_disk_full(error):
+                        raise
                     why = f"it cannot be removed ({error.strerror})"
             if why is None:
                 gone.append(each)
@@ -64,6 +71,21 @@ def take_away(outputs: Path, going: Iterable[Removable], jobs: Mapping[Path, str
                 staying.append((each, why))
         forget_ended_commands(outputs)
     return Found(gone, staying)
+
+
+def make_room(outputs: Path, going: Sequence[Removable], jobs: Mapping[Path, str]) -> None:
+    """Free the few bytes that `take_away` writes: delete the trash, or else the largest of what goes.
+
+    That needs no lock: nobody can record a run on a full disk, and who does once there is room finds no manifest.
+    """
+    if in_trash(outputs):
+        empty_trash(outputs)
+        return
+    references = read_references(outputs, jobs)
+    free = (each for each in going if obstacle(outputs, each, references) is None)
+    largest = max(free, key=lambda each: each.space.size_bytes, default=None)
+    if largest is not None:
+        delete_in_place(largest.path)
 
 
 def pin(outputs: Path, name: str, *, is_pinned: bool) -> list[str]:

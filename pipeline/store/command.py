@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.errors import UserError
-from pipeline.store.collect import DEFAULT_AGE, find, pin, take_away
+from pipeline.errors import UserError, is_disk_full
+from pipeline.store.collect import DEFAULT_AGE, find, make_room, pin, take_away
 from pipeline.store.references import jobs_at_work
 from pipeline.store.removable import Removable, measured
 from pipeline.store.runs import Removal, removal_of, remove_runs, rename_run
@@ -97,7 +97,13 @@ def gc(options: argparse.Namespace) -> int:
         else:
             print("there is nothing to remove")
         return 0
-    done = take_away(outputs, found.going, jobs)
+    try:
+        done = take_away(outputs, found.going, jobs)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        make_room(outputs, found.going, jobs)
+        done = take_away(outputs, found.going, jobs)
     _show(console, "stays, as it came into use", done.staying)
     freed_bytes = sum(each.space.size_bytes for each in done.going)
     _empty_trash(outputs)

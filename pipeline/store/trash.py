@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
+from pipeline.workflow.artifacts import MANIFEST
+
 TRASH = ".trash"
 _PLACES = ("", "runs/", "artifacts/*/", "work/*/")
 _OF_STARTS = "artifacts/*/.trash-*"
@@ -31,8 +33,18 @@ def in_trash(outputs: Path) -> list[Path]:
 def empty_trash(outputs: Path) -> list[Path]:
     """Delete all of it; what is left, for want of a permission."""
     for path in in_trash(outputs):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
     return in_trash(outputs)
+
+
+def delete_in_place(path: Path) -> None:
+    """Without a rename, for which a full disk may have no room. First goes what says that it is whole."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

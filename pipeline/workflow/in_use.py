@@ -14,7 +14,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from pipeline.config import Settings
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_disk_full
 from pipeline.workflow.artifacts import MANIFEST, write_json_atomically
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import Owner, StageLost, acquire, at_work
@@ -71,8 +71,13 @@ def _recorded_in(outputs: Path, plans: Sequence[Plan]) -> Iterator[list[Plan]]:
 def store_lock(outputs: Path) -> Iterator[Owner]:
     """Wait until no other process records runs in this store, or moves something away from it."""
     place = outputs / COMMANDS / _LOCK
-    place.mkdir(parents=True, exist_ok=True)
-    owner = acquire(place, _LEASE_S, threading.Event())
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        owner = acquire(place, _LEASE_S, threading.Event())
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"{place} cannot be written ({error.strerror}); ask whose store it is") from error
     try:
         yield owner
     except StageLost as lost:

@@ -1,10 +1,13 @@
+import errno
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.cli import EXIT_USER_ERROR, main
+from pipeline.workflow.in_use import COMMANDS
 from pipeline.workflow.runs import run_directory, run_names
 from tests.support.command import said
 from tests.support.stores import contents, finish, keys, record, there
@@ -36,6 +39,22 @@ def test_with_the_flag_it_is_removed_and_what_was_freed_is_said(outputs: str, tm
     assert "kB freed" in said("gc", "--outputs", outputs, "--older-than", "0m", "--delete")
     assert there(tmp_path) == there(tmp_path, "work") < kept
     assert "there is nothing to remove" in said("gc", "--outputs", outputs)
+
+
+def test_on_a_disk_that_is_full_to_the_last_byte_space_is_freed_all_the_same(
+    outputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.rmtree(run_directory(tmp_path, "first"))
+    files, mkdir = len(contents(tmp_path)), Path.mkdir
+
+    def make(path: Path, *arguments: Any, **named: Any) -> None:
+        if COMMANDS in path.parts and len(contents(tmp_path)) >= files:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    assert "stays" not in said("gc", "--outputs", outputs, "--older-than", "0m", "--delete")
+    assert there(tmp_path) == there(tmp_path, "work") < keys(record(tmp_path, "second", weight=0.9))
 
 
 def test_a_run_is_pinned_and_renamed(outputs: str, tmp_path: Path):
