@@ -7,10 +7,11 @@ from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
 from pipeline.terminal.display import Display
 from pipeline.workflow.code import read_record
+from pipeline.workflow.in_use import recorded
 from pipeline.workflow.ownership import Vacancy
 from pipeline.workflow.plan import Plan, require_unblocked, several
 from pipeline.workflow.progress import Outcome
-from pipeline.workflow.runs import read_run, record_run, run_artifacts
+from pipeline.workflow.runs import read_run, run_artifacts
 
 
 def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code: bool = False) -> list[StageOutcome]:
@@ -35,13 +36,13 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
         if not accepts_code:
             _require_same_code(plan)
     launcher.check(plans)
-    for plan in plans:
-        plan.code.keep(plan.store.outputs)
-        record_run(plan)
-    outcomes = launcher.submit([plan.with_code() for plan in plans], display)
-    if waits:
-        for plan in plans:
-            display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
+    with recorded(plans) as in_use:
+        for plan in in_use:
+            plan.code.keep(plan.store.outputs)
+        outcomes = launcher.submit([plan.with_code() for plan in in_use], display)
+        if waits:
+            for plan in in_use:
+                display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
     return outcomes
 
 

@@ -14,6 +14,8 @@ from pipeline.workflow.declaration import StageDeclaration, resolve
 StageKey = tuple[str, str]
 """A stage's name and fingerprint."""
 
+_DIRECTORY = "frozen"
+
 
 class ArtifactReference(Settings):
     """An artifact by stage and fingerprint.
@@ -121,7 +123,7 @@ def frozen_path(stage: FrozenStage) -> Path:
     """Where the stage is written: a file named by its contents, so that a queued job's is never rewritten."""
     values = stage.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-    return stage.work / "frozen" / f"{digest}.json"
+    return stage.work / _DIRECTORY / f"{digest}.json"
 
 
 def write_frozen(stage: FrozenStage) -> FrozenFile:
@@ -131,6 +133,11 @@ def write_frozen(stage: FrozenStage) -> FrozenFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(path, stage.model_dump(mode="json"))
     return FrozenFile(path, stage)
+
+
+def frozen_stages(work: Path) -> list[FrozenStage]:
+    """All that a stage was frozen as, for its starts and its jobs."""
+    return [read_frozen(path) for path in sorted((work / _DIRECTORY).glob("*.json"))]
 
 
 def read_frozen(path: Path) -> FrozenStage:
