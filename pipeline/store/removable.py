@@ -3,7 +3,7 @@
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -59,6 +59,32 @@ class Removable:
     def age_s(self) -> float:
         """Seconds since it was changed, or since a run ceased to need it."""
         return time.time() - max(self.space.changed_at, self.needed_until)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What goes, and what stays although no run needs it, with the reason."""
+
+    going: Sequence[Removable]
+    staying: Sequence[tuple[Removable, str]]
+
+    @property
+    def size_bytes(self) -> int:
+        """What goes takes so much."""
+        return sum(each.space.size_bytes for each in self.going)
+
+
+def split(candidates: Iterable[Removable], why_not: Callable[[Removable], str | None]) -> Found:
+    """What goes is what `why_not` has nothing to say of."""
+    going: list[Removable] = []
+    staying: list[tuple[Removable, str]] = []
+    for each in candidates:
+        why = why_not(each)
+        if why is None:
+            going.append(each)
+        else:
+            staying.append((each, why))
+    return Found(going, staying)
 
 
 def removables(

@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.slurm.jobs import JobRecord, write_record
-from pipeline.store.collect import Found, find, pin, take_away
+from pipeline.store.collect import find, pin, take_away
 from pipeline.store.references import jobs_at_work
-from pipeline.store.removable import Kind
+from pipeline.store.removable import Found, Kind
 from pipeline.store.trash import in_trash
 from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.frozen import StageKey

@@ -48,7 +48,7 @@ def sweep(tmp_path: Path) -> Path:
 def test_removing_a_run_takes_what_it_alone_needs(sweep: Path):
     other, second = (keys(record(sweep, name, weight=weight)) for name, weight in (("other", 0.1), ("mu.1", 0.9)))
     before = contents(sweep)
-    assert {each.key for each in removal_of(sweep, ["mu.1"], {}).going} == second - other
+    assert {each.key for each in removal_of(sweep, ["mu.1"], {}).found.going} == second - other
     assert contents(sweep) == before
     remove_runs(sweep, ["mu.1"], {})
     assert sorted(run_names(sweep)) == ["mu.0", "other"]
