@@ -1,6 +1,7 @@
 """What of a store can go: what no run needs, and what finished stages went on from."""
 
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,11 +12,13 @@ from pathlib import Path
 
 from pipeline.store.references import References, entries
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
+from pipeline.workflow.code import DIRECTORY as CODE
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.progress import CHECKPOINTS, COMPILER_CACHE
 
 _LEFT_OVER = {".building-": "its process has ended", ".damaged-": "another was made in its place"}
 """Names beside artifacts, before `<fingerprint>-<something>`."""
+_DIGEST = re.compile(r"[0-9a-f]{16}")
 _BLOCK_BYTES = 512
 
 
@@ -26,6 +29,7 @@ class Kind(StrEnum):
     LEFT_OVER = "left over"
     WORK = "work folder"
     CHECKPOINTS = "checkpoints"
+    CODE = "code"
     COMPILER_CACHE = "compiler's cache"
 
 
@@ -106,6 +110,9 @@ def removables(
         path = store.work(*key) / CHECKPOINTS
         if path.is_dir() and (store.path(*key) / MANIFEST).exists() and not _is_pinned(key, references):
             yield Removable(Kind.CHECKPOINTS, path, key, "its stage is finished")
+    for path in sorted((outputs / CODE).glob("*")):
+        if _DIGEST.fullmatch(path.name) and path.name not in references.code:
+            yield Removable(Kind.CODE, path, None, "nothing is to run it")
     cache = outputs / COMPILER_CACHE
     if takes_caches and cache.is_dir():
         yield Removable(Kind.COMPILER_CACHE, cache, None, "it can be made again")
@@ -113,6 +120,8 @@ def removables(
 
 def obstacle(outputs: Path, each: Removable, references: References) -> str | None:
     """Why it has to stay, whoever asks; None if nothing stands in the way."""
+    if each.kind is Kind.CODE:
+        return "something is to run it" if each.path.name in references.code else None
     if each.key is None:
         return next((f"{stage} uses it: {why}" for (stage, _), why in references.busy.items()), None)
     if each.key in references.busy:

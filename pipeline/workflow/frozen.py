@@ -43,6 +43,9 @@ class FrozenStage(Settings):
     trainer: TrainerSettings
     tracking: TrackingSettings
     overrides: list[str]
+    initial: ArtifactReference | None = None
+    code: str | None = None
+    """The digest of the code that it was submitted with; None where whatever is imported runs it."""
 
     @property
     def store(self) -> ArtifactStore:
@@ -58,6 +61,11 @@ class FrozenStage(Settings):
     def needs(self) -> list[StageKey]:
         """The stages whose artifacts are its inputs."""
         return [(each.stage, each.fingerprint) for references in self.inputs.values() for each in references]
+
+    @property
+    def reads(self) -> list[StageKey]:
+        """The stages whose artifacts it reads: its inputs, and what it starts from."""
+        return [*self.needs, *((each.stage, each.fingerprint) for each in [self.initial] if each is not None)]
 
     @property
     def declaration(self) -> StageDeclaration:
@@ -78,6 +86,10 @@ class FrozenStage(Settings):
     def find_inputs(self) -> dict[str, tuple[Artifact, ...]]:
         """The artifacts behind each input. Raises `UserError` where one is not there."""
         return {name: tuple(self._find(each) for each in references) for name, references in self.inputs.items()}
+
+    def find_initial(self) -> Artifact | None:
+        """The artifact whose weights the stage starts from, if any. Raises `UserError` where it is not there."""
+        return None if self.initial is None else self._find(self.initial)
 
     def _find(self, reference: ArtifactReference) -> Artifact:
         artifact = self.store.find(reference.stage, reference.fingerprint)

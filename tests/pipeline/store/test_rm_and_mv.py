@@ -91,7 +91,7 @@ def test_a_run_that_is_pinned_or_at_work_is_neither_removed_nor_renamed(tmp_path
     pin(tmp_path, "first", is_pinned=True)
     with pytest.raises(UserError, match="run first is pinned; unclip gc --unpin first"):
         remove_runs(tmp_path, ["first"], {})
-    assert contents(tmp_path, ["artifacts", "runs"]).items() >= before.items()
+    assert contents(tmp_path, ["artifacts", "runs"]).keys() >= before.keys()
 
 
 def test_a_stage_that_a_later_start_works_on_stays_when_an_earlier_run_of_it_is_removed(tmp_path: Path):
