@@ -51,21 +51,32 @@ def recorded(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
 
 @contextmanager
 def _recorded_in(outputs: Path, plans: Sequence[Plan]) -> Iterator[list[Plan]]:
-    place = outputs / COMMANDS / uuid4().hex
-    with store_lock(outputs):
-        made = [plan if _stands(plan) else plan_run(plan.config, plan.overrides) for plan in plans]
-        frozen = [stage.frozen for plan in made for stage in plan.stages if stage.frozen is not None]
-        stages = dict.fromkeys(key for each in frozen for key in ((each.stage, each.fingerprint), *each.reads))
-        place.mkdir()
-        owner = acquire(place, _LEASE_S, threading.Event())
-        code = sorted({plan.code.digest for plan in made})
-        needs = Needs(runs=[plan.config.run.name for plan in made], stages=list(stages), code=code)
-        write_json_atomically(place / _NEEDS, needs.model_dump(mode="json"))
-        for plan in made:
-            plan.code.keep(outputs)
-            record_run(plan)
-    try:
+    with ExitStack() as stack:
+        with store_lock(outputs):
+            made = [plan if _stands(plan) else plan_run(plan.config, plan.overrides) for plan in plans]
+            stack.enter_context(_in_use(outputs, made))
+            for plan in made:
+                plan.code.keep(outputs)
+                record_run(plan)
         yield made
+
+
+@contextmanager
+def _in_use(outputs: Path, plans: Sequence[Plan]) -> Iterator[None]:
+    """To be begun with the lock."""
+    frozen = [stage.frozen for plan in plans for stage in plan.stages if stage.frozen is not None]
+    stages = dict.fromkeys(key for each in frozen for key in ((each.stage, each.fingerprint), *each.reads))
+    needs = Needs(
+        runs=[plan.config.run.name for plan in plans],
+        stages=list(stages),
+        code=sorted({plan.code.digest for plan in plans}),
+    )
+    place = outputs / COMMANDS / uuid4().hex
+    place.mkdir()
+    owner = acquire(place, _LEASE_S, threading.Event())
+    try:
+        write_json_atomically(place / _NEEDS, needs.model_dump(mode="json"))
+        yield
     finally:
         owner.release()
         shutil.rmtree(place, ignore_errors=True)
