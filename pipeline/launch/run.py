@@ -37,8 +37,6 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
             _require_same_code(plan)
     launcher.check(plans)
     with recorded(plans) as in_use:
-        for plan in in_use:
-            plan.code.keep(plan.store.outputs)
         outcomes = launcher.submit([plan.with_code() for plan in in_use], display)
         if waits:
             for plan in in_use:
