@@ -1,18 +1,25 @@
 """A run on disk: `runs/<run.name>/run.json` says which artifact stands for each of its stages."""
 
-import hashlib
-import json
 import shutil
 import time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Settings, validate
+from pydantic import TypeAdapter, field_validator
+
+from pipeline.config import Settings
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG
+from pipeline.workflow.sealed import (
+    DamagedRecordError,
+    digest_of,
+    read_or_none,
+    read_record,
+    write_json_atomically,
+)
 
 RECORD = "run.json"
 EARLIER = "earlier"
@@ -39,9 +46,21 @@ class RunRecord(Settings):
     stages: list[RunStage]
     started_at: str
 
+    @field_validator("config")
+    @classmethod
+    def _has_groups(cls, config: dict[str, Any]) -> dict[str, Any]:
+        groups = [config.get(name, {}) for name in ("run", "launch", "trainer", "stage")]
+        stages = groups[-1].values() if isinstance(groups[-1], dict) else ()
+        if not all(isinstance(each, dict) for each in (*groups, *stages)):
+            raise ValueError("a group of settings is none")
+        return config
+
     def fingerprint_of(self, stage: str) -> str | None:
         """The fingerprint behind a stage's name, or None."""
         return next((each.fingerprint for each in self.stages if each.name == stage), None)
+
+
+_RECORD = TypeAdapter(RunRecord)
 
 
 def run_directory(outputs: Path, name: str) -> Path:
@@ -72,15 +91,11 @@ def record_run(plan: Plan) -> Path:
 
 def _keep_earlier(directory: Path, record: RunRecord) -> None:
     """Keep what stands there if it has another config."""
-    try:
-        values = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        config = values["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # none, or nothing to be kept
-    if config != record.model_dump(mode="json")["config"]:
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+    earlier = read_or_none(_RECORD, directory / RECORD, "it is replaced")
+    if earlier is not None and earlier.config != record.model_dump(mode="json")["config"]:
         (directory / EARLIER).mkdir(exist_ok=True)
-        write_json_atomically(directory / EARLIER / f"{digest}.json", values)
+        path = directory / EARLIER / f"{digest_of(earlier.config)[:12]}.json"
+        write_json_atomically(path, earlier.model_dump(mode="json"))
 
 
 def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[str, Any] | None:
@@ -88,11 +103,8 @@ def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[
     directory = run_directory(outputs, name)
     earlier = sorted(directory.glob(f"{EARLIER}/*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in (directory / RECORD, *earlier):
-        try:
-            record = validate(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
-        except (OSError, ValueError, UserError):
-            continue
-        if record.fingerprint_of(stage) == fingerprint:
+        record = read_or_none(_RECORD, path, "it is left out")
+        if record is not None and record.fingerprint_of(stage) == fingerprint:
             return record.config
     return None
 
@@ -101,13 +113,13 @@ def read_run(outputs: Path, name: str) -> RunRecord:
     """A recorded run. Raises `UserError` that lists the runs there are, or says that its record is broken."""
     path = run_directory(outputs, name) / RECORD
     try:
-        return validate(RunRecord, json.loads(path.read_bytes()), str(path))
+        return read_record(_RECORD, path)
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run {name} again, or remove {path.parent}") from error
+    except (OSError, DamagedRecordError) as error:
+        raise UserError(f"{error}; run {name} again, or remove {path.parent}") from error
 
 
 def read_runs(outputs: Path, name: str) -> list[RunRecord]:

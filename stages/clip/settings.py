@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from pipeline.config import RUNTIME, Positive, PositiveFloat, Settings, TrainingStageSettings
 from pipeline.data.splits import check_batches_are_distinct
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, Numbers, file_sha256
+from pipeline.workflow.artifacts import Artifact, Numbers
 from pipeline.workflow.batch_shape import nearest_multiples
 from pipeline.workflow.declaration import Better, Input, StageDeclaration, Workflow
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.fingerprint import counted_settings
 from stages.prepare.settings import split_counts
 

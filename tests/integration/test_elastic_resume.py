@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
-from pipeline.workflow.artifacts import file_sha256
+from pipeline.workflow.checkpoint import Checkpoint, latest_checkpoint
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Outcome
 from tests.support.ranks import log_of, run_on_ranks

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.checkpoints import latest_checkpoint
+from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.progress import latest_checkpoint_samples
 
 PART = "fragments-00000-of-00001.000.safetensors"

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 from pipeline.config import Precision, StrategyName
 from pipeline.data.batch import ImageBatch
 from pipeline.training import context
-from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.optimizer import learning_rate_factor
 from pipeline.training.stage import THREADS_AT_START, run_stage
-from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
+from pipeline.workflow.checkpoint import latest_checkpoint
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.progress import Outcome, Phase, read_failure, read_progress
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
@@ -36,7 +36,7 @@ def test_training_publishes_weights_metrics_and_the_counter(tmp_path: Path):
     stage = frozen(tmp_path)
     assert run(stage) is Outcome.FINISHED
     artifact = finished(stage)
-    artifact.verify()
+    artifact.opened()
     assert artifact.manifest.samples_seen == 80
     assert artifact.manifest.metrics["loss"] > 0
     assert (artifact.path / "samples.png").exists()
