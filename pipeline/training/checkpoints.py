@@ -15,6 +15,7 @@ from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.artifacts import sync
 from pipeline.workflow.checkpoint import SUFFIX
 from pipeline.workflow.progress import CHECKPOINTS
+from pipeline.workflow.record import size_of_rows
 from pipeline.workflow.sealed import write_json_atomically
 
 T = TypeVar("T")
@@ -55,7 +56,12 @@ class CheckpointWriter:
             except OSError as caught:
                 error = caught
         _gather_or_fail((), error, part.directory)
-        self._write = _Write(part, target, {"samples_seen": samples_seen, "elapsed_s": round(elapsed_s, 3)})
+        record = {
+            "samples_seen": samples_seen,
+            "elapsed_s": round(elapsed_s, 3),
+            "rows_bytes": size_of_rows(self._context.work),
+        }
+        self._write = _Write(part, target, record)
 
     def finish(self) -> None:
         """Wait until all parts are written and make the checkpoint, if there is one to make; all processes call this.

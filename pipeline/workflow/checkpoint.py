@@ -8,18 +8,23 @@ from pydantic import Field, ValidationError
 from pipeline.config import NotNegative, NotNegativeFloat, Settings
 from pipeline.workflow.digests import sha256_of
 from pipeline.workflow.progress import checkpoint_records, samples_of
+from pipeline.workflow.record import METRICS, size_of_rows
 from pipeline.workflow.sealed import DamagedRecordError, read_json, warn
 
 SUFFIX = ".ckpt"
 
 
 class Checkpoint(Settings):
-    """A checkpoint's record: its directory, `samples_seen`, the SHA-256 (hex) of its files, seconds spent so far."""
+    """A checkpoint's record: its directory, `samples_seen`, the SHA-256 (hex) of its files, seconds spent so far.
+
+    `rows_bytes` is how long the stage's record of rows was by then; it only grows.
+    """
 
     path: Path
     samples_seen: NotNegative
     files: dict[str, str] = Field(min_length=1)
     elapsed_s: NotNegativeFloat
+    rows_bytes: NotNegative = 0  # newer than records that lack it
 
     @property
     def writers(self) -> int:
@@ -52,6 +57,8 @@ def latest_checkpoint(work: Path) -> Checkpoint | None:
     """The newest checkpoint whose files match its record. A damaged one is skipped, with a warning in the log."""
     for path, checkpoint in checkpoints(work):
         if checkpoint is not None:
+            if size_of_rows(work) < checkpoint.rows_bytes:
+                warn(f"{work / METRICS} lost rows from before {checkpoint.samples_seen:,} samples; the others are kept")
             return checkpoint
         warn(f"checkpoint {path} is damaged and passed over; the one before it is used")
     return None

@@ -63,6 +63,12 @@ def resume(work: Path, samples_seen: int) -> None:
         append(work, {RESUMES: samples_seen})
 
 
+def size_of_rows(work: Path) -> int:
+    """How many bytes the record of that work directory has."""
+    path = work / METRICS
+    return path.stat().st_size if path.exists() else 0
+
+
 def whole_lines(content: bytes) -> int:
     """How many bytes of it are whole lines."""
     return content.rfind(b"\n") + 1
@@ -70,13 +76,16 @@ def whole_lines(content: bytes) -> int:
 
 def entries(lines: Iterable[bytes], path: Path) -> Iterator[Entry]:
     """The entries of whole lines of a file, superseded ones and resumes too; damaged ones are left out, and said."""
+    return (entry for entry in _entries(lines, path) if entry is not None)
+
+
+def _entries(lines: Iterable[bytes], path: Path) -> Iterator[Entry | None]:
+    """The same, with None for a damaged line."""
     damaged = 0
     for line in lines:
         entry = _entry_of(line)
-        if entry is None:
-            damaged += 1
-        else:
-            yield entry
+        damaged += entry is None
+        yield entry
     if damaged:
         warn(f"{path}: {damaged} line{' is' if damaged == 1 else 's are'} damaged and left out")
 
@@ -168,8 +177,7 @@ class Replay:
             content = file.read()
         end = whole_lines(content)
         self._read += end
-        for line in content[:end].splitlines():
-            entry = _entry_of(line)
+        for entry in _entries(content[:end].splitlines(), self._path):
             if entry is None:  # it keeps its step: it may have been sent when it was whole
                 self._seen.add((len(self._seen), frozenset()))
                 continue

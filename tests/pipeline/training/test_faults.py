@@ -30,6 +30,7 @@ from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.progress import Failure, Outcome, Phase, latest_checkpoint_samples, read_failure, read_progress
+from pipeline.workflow.sealed import read_json
 from tests.support import ROOT, tiny
 from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
@@ -269,7 +270,7 @@ def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_fin
 ):
     def lose(context: tiny.StageContext) -> None:
         attempts = context.work / "attempts"
-        other = json.loads((attempts / "000001.json").read_text()) | {"attempt": 2, "pid": 2**30}
+        other = read_json(attempts / "000001.json") | {"attempt": 2, "pid": 2**30}
         (attempts / "000002.json").write_text(json.dumps(other))
         notice(context)
 
