@@ -79,7 +79,7 @@ class WandbRun:
         if PICTURE not in entry:
             return entry
         content: dict[str, Any] = {AXIS: entry[AXIS]}
-        with suppress(OSError), Image.open(self._frozen.work / entry["file"]) as image:
+        with suppress(Exception), Image.open(self._frozen.work / entry["file"]) as image:  # Pillow raises all sorts
             content[entry[PICTURE]] = wandb.Image(image, caption="\n".join(entry["captions"]))
         return content
 

@@ -21,6 +21,8 @@ from pipeline.workflow.runs import record_run
 from tests.support import ROOT
 from tests.support.halves import plan_halves, starts
 
+ALL_FINISHED = dict.fromkeys(("source", "right", "end"), Outcome.FINISHED)
+
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FrozenStage:
