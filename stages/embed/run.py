@@ -112,7 +112,7 @@ class Part:
         """SHA-256 (hex) of all of it."""
         found = sha256(json.dumps(self.faults).encode())
         for embeds in (self.image_embed, self.text_embed):
-            found.update(embeds.contiguous().numpy())
+            found.update(embeds.contiguous().numpy().data)
         return found.hexdigest()
 
 
