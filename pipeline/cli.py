@@ -1,13 +1,13 @@
 """The `unclip` command. Imports no torch: plans and finished runs answer at once."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_disk_full
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.progress import EXIT_INTERRUPTED
 
@@ -15,12 +15,20 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
 _FORECAST = "--forecast"
+_ACCEPT_CODE = "--accept-code"
+_STORE = {
+    "du": "What runs and sweeps hold on disk, what they share, and what no run needs.",
+    "gc": "Say what no run needs, and remove it with --delete. What is at work, pinned or young stays.",
+    "rm": "Say what goes with runs or sweeps, and remove it with --delete. What another run needs stays.",
+    "mv": "Rename a run, or a sweep with its members.",
+}
 
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
 
   unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2,
-                                      --members FILE over the overrides in its lines
+                                      --members FILE over the overrides in its lines; --accept-code goes on from
+                                      checkpoints of other code
   unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why; --forecast: FLOPs,
                                       memory, time, cost and disk too, on forecast.device=here or a named one
   unclip submit [key=value ...] [-m]  give a queue (Slurm) a job for each stage that is not finished, and return
@@ -31,8 +39,13 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip sync [RUN]                   upload W&B runs that were tracked offline, and what an outage kept back
   unclip compare RUN ...              a table of runs or a sweep; --output report.html: curves and pictures too
   unclip card RUN                     write a run's model card
+  unclip board                        the same page of all runs, served to a browser, live
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
+  unclip du                           what runs hold on disk and share, and what no run needs
+  unclip gc                           what could go of what no run needs; --delete removes it
+  unclip rm RUN                       what goes with a run or sweep; --delete removes it
+  unclip mv RUN NEW                   rename a run or sweep
 {registered}
 `unclip run --help` lists the config groups, `unclip run --cfg job` prints the composed config.
 `unclip COMMAND --help` says more of a command.
@@ -54,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         where = f" for {error.filename}" if error.filename else ""
         print(f"unclip: no space is left{where}; free some and run the same command again", file=sys.stderr)
@@ -92,7 +105,9 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "sync": _sync,
         "compare": _compare,
         "card": _card,
+        "board": _board,
         "shards": _shards,
+        **{name: partial(_store, name) for name in _STORE},
     }
 
 
@@ -116,7 +131,7 @@ def _plan(arguments: list[str]) -> int:
     if plans and not any(plan.blocked for plan in plans):
         launcher = launcher_of(plans[0].config)
         launcher.check(plans)
-        for each in launcher.preview(plans):
+        for each in launcher.preview([plan.with_code() for plan in plans]):
             console.print(each, soft_wrap=isinstance(each, str), markup=False)
     if asks_forecast:
         from pipeline.forecast.estimate import forecast
@@ -132,6 +147,10 @@ def _run(arguments: list[str]) -> int:
     from pipeline.compose import is_left_to_hydra, run_by_hydra
 
     if is_left_to_hydra(arguments):
+        if _ACCEPT_CODE in arguments:
+            raise UserError(
+                f"{_ACCEPT_CODE} is not for Hydra's own sweepers; finish the member that asks for it by itself"
+            )
         run_by_hydra("unclip run", arguments)
         return 0
     return _start("unclip run", arguments, waits=True)
@@ -148,9 +167,11 @@ def _start(program: str, arguments: list[str], *, waits: bool, default: str | No
     from pipeline.workflow.plan import plan_run
     from pipeline.workflow.progress import Outcome
 
+    accepts_code = _ACCEPT_CODE in arguments
+    arguments = [each for each in arguments if each != _ACCEPT_CODE]
     members = compose_members(program, arguments, default=default)
     plans = [plan_run(member.config, member.overrides) for member in members]
-    outcomes = start(plans, Display(), waits=waits)
+    outcomes = start(plans, Display(), waits=waits, accepts_code=accepts_code)
     failures = [each for each in outcomes if each.outcome is Outcome.FAILED]
     if any(each.outcome is Outcome.INTERRUPTED for each in outcomes):
         return EXIT_INTERRUPTED
@@ -165,9 +186,9 @@ def _status(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
-    from pipeline.launch.launcher import LauncherUnavailableError, launchers
+    from pipeline.launch.launcher import state_tables
     from pipeline.terminal.display import shown_path
-    from pipeline.terminal.tables import status_table, unfinished_logs
+    from pipeline.terminal.tables import unfinished_logs
     from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
 
     outputs = options.outputs
@@ -175,15 +196,10 @@ def _status(arguments: list[str]) -> int:
     title = options.run or (names[0] if names else "demo")
     records = read_runs(outputs, title)
     console = Console(highlight=False)
-    tables = []
-    for launcher in launchers().values():
-        try:
-            table = launcher.state(outputs, records, f"run {title}")
-        except LauncherUnavailableError as error:
-            console.print(f"from files alone, as {error}", markup=False, soft_wrap=True)
-        else:
-            tables += [] if table is None else [table]
-    for table in tables or [status_table(outputs, record) for record in records]:
+    tables, notes = state_tables(outputs, records, f"run {title}")
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+    for table in tables:
         console.print(table)
     for record in records:
         if is_finished(outputs, record) and (pictures := gather_pictures(outputs, record)):
@@ -262,6 +278,14 @@ def _card(arguments: list[str]) -> int:
     return card(parser.parse_args(arguments))
 
 
+def _board(arguments: list[str]) -> int:
+    from pipeline.board.command import add_board_options, board
+
+    parser = command_parser("board", "The report of all runs in a browser, live.")
+    add_board_options(parser)
+    return board(parser.parse_args(arguments))
+
+
 def _shards(arguments: list[str]) -> int:
     from pipeline.data.command import shards_command
     from pipeline.secrecy import find_secret
@@ -270,6 +294,14 @@ def _shards(arguments: list[str]) -> int:
     if secret is not None:
         raise UserError(secret.replace("the run's records", "the index"))
     return shards_command(arguments)
+
+
+def _store(command: str, arguments: list[str]) -> int:
+    from pipeline.store import command as store
+
+    parser = command_parser(command, _STORE[command])
+    getattr(store, f"add_{command}_options")(parser)
+    return getattr(store, command)(parser.parse_args(arguments))
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:

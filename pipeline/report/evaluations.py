@@ -1,13 +1,14 @@
 """What `unclip evaluate` wrote of a run: `runs/<name>/evaluations/<when>.json`, and the plot of a sweep beside it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from pipeline.errors import UserError
+from pipeline.report.metrics import is_bound
 from pipeline.workflow.runs import run_directory
 from pipeline.workflow.sealed import read_or_none
 
@@ -22,8 +23,15 @@ class EvaluationRecord:
     made_at: str
     data: str
     samples: int
+    encoders: Mapping[str, str]
     points: Mapping[str, Mapping[str, float | None]]
     plot: Path | None
+
+    @property
+    def conditions(self) -> str:
+        """What two evaluations have in common if their figures compare: data, samples, files of encoders."""
+        encoders = [f"{name} {digest[:8]}" for name, digest in sorted(self.encoders.items())]
+        return ", ".join([self.data, f"{self.samples:,} samples", *encoders])
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class _Written:
     made_at: str
     data: str | list[str]
     settings: _Settings
+    encoders: dict[str, str]
     points: dict[str, dict[str, float | None]]
     plot: str | None = None
 
@@ -76,10 +85,49 @@ def read_evaluations(outputs: Path, run: str) -> list[EvaluationRecord]:
         if content is not None:
             data = content.data if isinstance(content.data, str) else " ".join(content.data)
             plot = None if content.plot is None else path.parent / Path(content.plot).name
-            has_plot = plot is not None and plot.is_file()
             found.append(
                 EvaluationRecord(
-                    path, content.made_at, data, content.settings.samples, content.points, plot if has_plot else None
+                    path, content.made_at, data, content.settings.samples, content.encoders, content.points,
+                    plot if plot is not None and plot.is_file() else None,
                 )
-            )
+            )  # fmt: skip
     return found
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """The latest values of a run, at a `point` of what was swept if anything was."""
+
+    run: str
+    point: str
+    made_at: str
+    values: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """What was measured under the same `conditions`, and so compares."""
+
+    conditions: str
+    rows: tuple[EvaluationRow, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All metrics of all rows; the ends of intervals are none."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.values if not is_bound(name, row.values)))
+
+
+def evaluation_tables(outputs: Path, runs: Sequence[str]) -> list[EvaluationTable]:
+    """The runs' evaluations by what they were made of, those of most runs first.
+
+    A metric that was measured twice has its latest value.
+    """
+    found: dict[str, dict[tuple[str, str], EvaluationRow]] = {}
+    for run in runs:
+        for record in reversed(read_evaluations(outputs, run)):
+            rows = found.setdefault(record.conditions, {})
+            for point, values in record.points.items():
+                before = rows[run, point].values if (run, point) in rows else {}
+                rows[run, point] = EvaluationRow(run, point, record.made_at, {**before, **values})
+    tables = [EvaluationTable(conditions, tuple(rows.values())) for conditions, rows in found.items()]
+    return sorted(tables, key=lambda table: -len({row.run for row in table.rows}))

@@ -24,7 +24,7 @@ from pipeline.training.callbacks import (
     SeedEveryStep,
     Validation,
 )
-from pipeline.training.compiling import COMPILER_CACHE, StopCompiling, checkpoint_activations, choose_compile, compiled
+from pipeline.training.compiling import StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
 from pipeline.training.disk import require_disk
 from pipeline.training.hardware import accelerator_of, record_hardware
@@ -38,7 +38,7 @@ from pipeline.training.strategies.choose import build_strategy
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.checkpoint import Checkpoint, latest_checkpoint
-from pipeline.workflow.progress import Failure, Phase, read_failure, write_failure
+from pipeline.workflow.progress import COMPILER_CACHE, Failure, Phase, read_failure, write_failure
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class FitResult:
 def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> FitResult:
     """Train until `max_samples`, from the last checkpoint if there is one. The network then has the averaged weights.
 
+    Where `max_samples` is 0 the network stays as it is.
     Raises `StageInterrupted` after a requested stop, and `UserError` at once if there is nothing to validate on.
     """
+    if module.stage_settings.max_samples == 0:
+        return FitResult(0, {})
     if len(images.data.samples_in(Split.VALIDATION)) == 0:
         raise UserError(
             f"the split {Split.VALIDATION} has no samples, and training ends with a validation; raise "

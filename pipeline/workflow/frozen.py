@@ -19,6 +19,8 @@ from pipeline.workflow.sealed import DamagedRecordError, read_record, write_json
 StageKey = tuple[str, str]
 """A stage's name and fingerprint."""
 
+_DIRECTORY = "frozen"
+
 
 class ArtifactReference(Settings):
     """An artifact by stage and fingerprint.
@@ -48,6 +50,9 @@ class FrozenStage(Settings):
     trainer: TrainerSettings
     tracking: TrackingSettings
     overrides: list[str]
+    initial: ArtifactReference | None = None
+    code: str | None = None
+    """The digest of the code that it was submitted with; None where whatever is imported runs it."""
 
     @property
     def store(self) -> ArtifactStore:
@@ -68,6 +73,11 @@ class FrozenStage(Settings):
     def needs(self) -> list[StageKey]:
         """The stages whose artifacts are its inputs."""
         return [(each.stage, each.fingerprint) for references in self.inputs.values() for each in references]
+
+    @property
+    def needs_with_initial(self) -> list[StageKey]:
+        """All artifacts whose files it reads: its inputs, and whose weights it starts from."""
+        return [*self.needs, *([] if self.initial is None else [(self.initial.stage, self.initial.fingerprint)])]
 
     @property
     def declaration(self) -> StageDeclaration:
@@ -92,6 +102,10 @@ class FrozenStage(Settings):
     def open_inputs(self) -> dict[str, tuple[Artifact, ...]]:
         """The same, to be used. Raises `UserError` where one is not there, or damaged."""
         return self._inputs(self.store.open)
+
+    def find_initial(self) -> Artifact | None:
+        """The artifact whose weights it starts from, to be used; or None. Raises `UserError` as `open_inputs` does."""
+        return None if self.initial is None else self._input(self.initial, self.store.open)
 
     def _inputs(self, find: Callable[[str, str], Artifact | None]) -> dict[str, tuple[Artifact, ...]]:
         return {name: tuple(self._input(each, find) for each in found) for name, found in self.inputs.items()}
@@ -134,7 +148,7 @@ def frozen_path(stage: FrozenStage) -> Path:
     """Where the stage is written: a file named by its contents, so that a queued job's is never rewritten."""
     values = stage.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-    return stage.work / "frozen" / f"{digest}.json"
+    return stage.work / _DIRECTORY / f"{digest}.json"
 
 
 def write_frozen(stage: FrozenStage) -> FrozenFile:
@@ -146,6 +160,11 @@ def write_frozen(stage: FrozenStage) -> FrozenFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomically(path, stage.model_dump(mode="json"))
     return FrozenFile(path, stage)
+
+
+def frozen_stages(work: Path) -> list[FrozenStage]:
+    """All that a stage was frozen as, for its starts and its jobs."""
+    return [read_frozen(path) for path in sorted((work / _DIRECTORY).glob("*.json"))]
 
 
 def read_frozen(path: Path) -> FrozenStage:

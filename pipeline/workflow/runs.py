@@ -1,7 +1,9 @@
 """A run on disk: `runs/<run.name>/run.json` says which artifact stands for each of its stages."""
 
+import re
 import shutil
 import time
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from pydantic import TypeAdapter, field_validator
 from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG
 from pipeline.workflow.sealed import (
@@ -45,6 +48,8 @@ class RunRecord(Settings):
     config: dict[str, Any]
     stages: list[RunStage]
     started_at: str
+    code: str | None = None
+    """The digest of the code that it was started with, which is kept under `paths.outputs`."""
 
     @field_validator("config")
     @classmethod
@@ -82,6 +87,7 @@ def record_run(plan: Plan) -> Path:
             if stage.fingerprint is not None
         ],
         started_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        code=plan.code.digest,
     )
     directory.mkdir(parents=True, exist_ok=True)
     _keep_earlier(directory, record)
@@ -98,22 +104,35 @@ def _keep_earlier(directory: Path, record: RunRecord) -> None:
         write_json_atomically(path, earlier.model_dump(mode="json"))
 
 
+def keys_of(record: RunRecord) -> list[StageKey]:
+    """The stages of a run as keys of the store."""
+    return [(stage.name, stage.fingerprint) for stage in record.stages]
+
+
+def earlier_records(outputs: Path, name: str) -> dict[Path, RunRecord]:
+    """Those that later configs of the run replaced, the latest first; what cannot be read as one is left out."""
+    found = {}
+    paths = (run_directory(outputs, name) / EARLIER).glob("*.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        record = read_or_none(_RECORD, path, "it is left out")
+        if record is not None:
+            found[path] = record
+    return found
+
+
 def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[str, Any] | None:
     """The whole config of a run as it was given with that stage, though another may have been given since; or None."""
-    directory = run_directory(outputs, name)
-    earlier = sorted(directory.glob(f"{EARLIER}/*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in (directory / RECORD, *earlier):
-        record = read_or_none(_RECORD, path, "it is left out")
-        if record is not None and record.fingerprint_of(stage) == fingerprint:
-            return record.config
-    return None
+    records = list(earlier_records(outputs, name).values())
+    with suppress(UserError):
+        records.insert(0, read_run(outputs, name))
+    return next((record.config for record in records if record.fingerprint_of(stage) == fingerprint), None)
 
 
 def read_run(outputs: Path, name: str) -> RunRecord:
     """A recorded run. Raises `UserError` that lists the runs there are, or says that its record is broken."""
     path = run_directory(outputs, name) / RECORD
     try:
-        return read_record(_RECORD, path)
+        return renamed(read_record(_RECORD, path), name)
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
@@ -122,12 +141,29 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         raise UserError(f"{error}; run {name} again, or remove {path.parent}") from error
 
 
+def renamed(record: RunRecord, name: str) -> RunRecord:
+    """The record of a run whose folder has that name now; a folder's name is the run's.
+
+    A sweep's member that keeps its number is one of the sweep of the new name.
+    """
+    if record.name == name:
+        return record
+    (sweep, _, number), (new_sweep, _, new_number) = record.name.rpartition("."), name.rpartition(".")
+    is_member = sweep != "" and record.group == sweep and number == new_number
+    group = new_sweep if is_member else name if record.group == record.name else record.group
+    given = f"run.name={new_sweep if is_member else name}"
+    others = [each for each in record.overrides if each.partition("=")[0] != "run.name"]
+    run = {**record.config.get("run", {}), "name": name, **({"group": group} if group != name else {})}
+    changes = {"name": name, "group": group, "overrides": [*others, given], "config": {**record.config, "run": run}}
+    return record.model_copy(update=changes)
+
+
 def read_runs(outputs: Path, name: str) -> list[RunRecord]:
     """The run of that name, or the members of the sweep of that name, in their order."""
     if (run_directory(outputs, name) / RECORD).exists():
         return [read_run(outputs, name)]
-    members = [read_run(outputs, each) for each in run_names(outputs) if each.rpartition(".")[0] == name]
-    found = [record for record in members if record.group == name]
+    numbered = [each for each in run_names(outputs) if re.fullmatch(rf"{re.escape(name)}\.\d+", each)]
+    found = [record for record in (read_run(outputs, each) for each in numbered) if record.group == name]
     return sorted(found, key=lambda record: int(record.name.rpartition(".")[2])) or [read_run(outputs, name)]
 
 

@@ -32,6 +32,7 @@ def write_json_atomically(path: Path, value: Mapping[str, Any], *, is_flushed: b
 
     The directory must exist. What may be lost with the machine need not be flushed.
     """
+    value = {key: each for key, each in value.items() if key != SEAL}
     # Of what a reader will have, to whom keys are texts.
     sealed = {**value, SEAL: digest_of(from_json(json.dumps(value)))}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

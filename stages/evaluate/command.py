@@ -154,11 +154,13 @@ def _write(options: argparse.Namespace, request: Request, points: Mapping[str, M
     path = new_evaluation(
         evaluations_directory(options.outputs, request.name), request.sweep.name if request.sweep else ""
     )
+    prepared = request.of_kind("prepare")
+    own_data = f"validation pictures of prepare/{prepared.manifest.fingerprint[:12]}" if prepared else None
     record: dict[str, Any] = {
         "run": request.name,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "stages": {each.manifest.stage: each.manifest.fingerprint for each in request.artifacts},
-        "data": options.data or "validation",
+        "data": options.data or own_data,
         "settings": request.settings.model_dump(mode="json"),
         "sections": request.sections,
         "encoders": encoder_digests(request.settings.encoders, request.settings.encoders_of_files),
