@@ -28,7 +28,8 @@ from pathlib import Path
 import psutil
 from stage_runs import TINY as OF_THE_TESTS
 
-from pipeline.workflow.artifacts import Artifact, describe_files, read_artifact
+from pipeline.workflow.artifacts import Artifact, read_artifact
+from pipeline.workflow.digests import describe_files
 from pipeline.workflow.record import METRICS, without_measured
 from tests.support.tiny_runs import rows_of, the_last_of_each_key
 

@@ -35,6 +35,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip status [RUN]                 where the stages of a run or sweep stand
   unclip logs RUN STAGE               a stage's log; -f follows it
   unclip cancel RUN                   cancel a run's jobs, but for those that other runs count on
+  unclip verify [RUN|--all]           read everything that has a digest, and set aside what is damaged
   unclip sync [RUN]                   upload W&B runs that were tracked offline, and what an outage kept back
   unclip compare RUN ...              a table of runs or a sweep; --output report.html: curves and pictures too
   unclip card RUN                     write a run's model card
@@ -100,6 +101,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "status": _status,
         "logs": _logs,
         "cancel": _cancel,
+        "verify": _verify,
         "sync": _sync,
         "compare": _compare,
         "card": _card,
@@ -222,7 +224,7 @@ def _logs(arguments: list[str]) -> int:
     from pipeline.workflow.runs import read_run
 
     record = read_run(options.outputs, options.run)
-    launcher = launcher_named(record.config["launch"]["kind"])
+    launcher = launcher_named(record.config.get("launch", {}).get("kind"))
     show_log(launcher.log(options.outputs, record, options.stage), options.lines, options.follow)
     return 0
 
@@ -238,6 +240,20 @@ def _cancel(arguments: list[str]) -> int:
     lines = [line for launcher in launchers().values() for line in launcher.cancel(options.outputs, records)]
     print("\n".join(lines) or f"{options.run} has no job in the queue")
     return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = command_parser("verify", "Compare artifacts and checkpoints with their digests, all of them anew.")
+    parser.add_argument("run", nargs="?", help="name of a run or sweep; without it, the latest run")
+    parser.add_argument("--all", action="store_true", dest="every", help="all that there is, of whichever run")
+    options = parser.parse_args(arguments)
+    from pipeline.terminal.verify import verify
+    from pipeline.workflow.runs import run_names
+
+    if options.every and options.run is not None:
+        raise UserError(f"--all does not go with {options.run}; give one of the two")
+    run = options.run or next(iter(run_names(options.outputs)), "demo")
+    return verify(options.outputs, None if options.every else run)
 
 
 def _sync(arguments: list[str]) -> int:

@@ -294,6 +294,19 @@ class PathSettings(Settings):
     outputs: Path
 
 
+class OnDamage(StrEnum):
+    """What a run does about a finished stage of which a file is damaged."""
+
+    STOP = "stop"
+    REBUILD = "rebuild"
+
+
+class StoreSettings(Settings):
+    """How the store of artifacts is used. `on_damage`: stop and say so, or run the stage anew."""
+
+    on_damage: OnDamage
+
+
 class RunConfig(Settings):
     """A composed config. `stage` holds each stage's `kind`, its settings, and its own `trainer` overrides.
 
@@ -306,6 +319,7 @@ class RunConfig(Settings):
     run: RunSettings
     seed: Seed
     paths: PathSettings
+    store: StoreSettings
     catalog: str
     data: dict[str, Any]
     stage: dict[str, dict[str, Any]]

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from pipeline.config import RunConfig
+from pipeline.config import OnDamage, RunConfig
 from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
 from pipeline.terminal.display import Display
+from pipeline.workflow.artifacts import DamagedArtifactError
 from pipeline.workflow.code import read_record
 from pipeline.workflow.in_use import recorded
 from pipeline.workflow.ownership import Vacancy
-from pipeline.workflow.plan import Plan, require_unblocked, several
+from pipeline.workflow.plan import Action, Plan, plan_run, require_unblocked, several
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.runs import read_run, run_artifacts
 
@@ -20,6 +21,7 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
     `waits` says whether it is to return only when all is over, `accepts_code` whether checkpoints of other code are
     gone on from. Raises `UserError` before anything is written or started, where a run cannot work.
     """
+    plans = _on_whole_inputs(plans, display)
     if not plans:
         return []
     require_unblocked(plans)
@@ -37,11 +39,34 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
             _require_same_code(plan)
     launcher.check(plans)
     with recorded(plans) as in_use:
+        require_unblocked(in_use)
         outcomes = launcher.submit([plan.with_code() for plan in in_use], display)
         if waits:
             for plan in in_use:
                 display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
     return outcomes
+
+
+def _on_whole_inputs(plans: Sequence[Plan], display: Display) -> Sequence[Plan]:
+    """These plans, or others where finished stages that they build on are damaged: those are set aside, and run anew.
+
+    Raises `DamagedArtifactError` where they are not to be.
+    """
+    while True:
+        stages = [stage for plan in plans for stage in plan.stages]
+        to_run = [each.frozen for each in stages if each.frozen is not None and each.action is not Action.REUSE]
+        is_damaged = False
+        for store, key in {(each.store, key) for each in to_run for key in (*each.reads, each.key)}:
+            try:
+                store.open(*key)
+            except DamagedArtifactError as damage:
+                if any(plan.config.store.on_damage is OnDamage.STOP for plan in plans):
+                    raise
+                display.note(str(damage))
+                is_damaged = True
+        if not is_damaged:
+            return plans
+        plans = [plan_run(plan.config, plan.overrides) for plan in plans]
 
 
 def objective_of(plan: Plan, outcomes: Sequence[StageOutcome]) -> float | None:

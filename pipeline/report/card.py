@@ -120,7 +120,7 @@ def _caption(run: RunReport) -> str:
     for stage in run.stages:
         path = latest_grid(stage) if stage.is_finished else None
         if path is not None:
-            with suppress(OSError), Image.open(path) as image:
+            with suppress(Exception), Image.open(path) as image:  # Pillow raises all sorts
                 layout = read_layout(image)
                 if layout is not None and layout.captions:
                     return " ".join(layout.captions[0].split())

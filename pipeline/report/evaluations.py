@@ -1,14 +1,16 @@
 """What `unclip evaluate` wrote of a run: `runs/<name>/evaluations/<when>.json`, and the plot of a sweep beside it."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from pipeline.errors import UserError
 from pipeline.report.metrics import is_bound
 from pipeline.workflow.runs import run_directory
+from pipeline.workflow.sealed import read_or_none
 
 EVALUATIONS = "evaluations"
 
@@ -30,6 +32,26 @@ class EvaluationRecord:
         """What two evaluations have in common if their figures compare: data, samples, files of encoders."""
         encoders = [f"{name} {digest[:8]}" for name, digest in sorted(self.encoders.items())]
         return ", ".join([self.data, f"{self.samples:,} samples", *encoders])
+
+
+@dataclass(frozen=True)
+class _Settings:
+    samples: int
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is read of the file."""
+
+    made_at: str
+    data: str | list[str]
+    settings: _Settings
+    encoders: dict[str, str]
+    points: dict[str, dict[str, float | None]]
+    plot: str | None = None
+
+
+_WRITTEN = TypeAdapter(_Written)
 
 
 def evaluations_directory(outputs: Path, run: str) -> Path:
@@ -59,16 +81,16 @@ def read_evaluations(outputs: Path, run: str) -> list[EvaluationRecord]:
     """A run's evaluations, the latest first; what cannot be read as one is left out."""
     found = []
     for path in sorted((run_directory(outputs, run) / EVALUATIONS).glob("*.json"), reverse=True):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            data = content["data"] if isinstance(content["data"], str) else " ".join(content["data"])
-            plot = path.parent / content["plot"] if "plot" in content else None
-            samples, points = int(content["settings"]["samples"]), content["points"]
-            plot = plot if plot and plot.is_file() else None
-            encoders = {name: str(digest) for name, digest in content["encoders"].items()}
-            found.append(EvaluationRecord(path, content["made_at"], data, samples, encoders, points, plot))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+        content = read_or_none(_WRITTEN, path, "it is left out")
+        if content is not None:
+            data = content.data if isinstance(content.data, str) else " ".join(content.data)
+            plot = None if content.plot is None else path.parent / Path(content.plot).name
+            found.append(
+                EvaluationRecord(
+                    path, content.made_at, data, content.settings.samples, content.encoders, content.points,
+                    plot if plot is not None and plot.is_file() else None,
+                )
+            )  # fmt: skip
     return found
 
 

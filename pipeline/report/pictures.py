@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.picture_grid import GridLayout, read_layout
 from pipeline.report.records import Comparison, StageReport
@@ -100,8 +100,8 @@ def _table(comparison: Comparison, name: str, sources: list[tuple[StageReport, P
                 left_out = max(left_out, len(layout.captions) - captions)
                 note = "" if stage.is_finished else f"{stage.state.value} at {stage.samples_seen:,} samples"
                 grids.append(_Grid(users, note, _cut(image.convert("RGB"), layout, captions)))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-            continue  # a picture that is being written, or is none
+        except Exception:  # Pillow raises all sorts for a picture that is being written, or is none
+            continue
     rows = [_row(key, grids) for key in dict.fromkeys(key for grid in grids for key in grid.cells)]
     heads, notes = tuple(grid.users for grid in grids), tuple(grid.note for grid in grids)
     return PictureTable(name, heads, notes, tuple(rows), max(0, left_out), tuple(whole))

@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import INTEGER_LIMIT
 from pipeline.errors import UserError
 from pipeline.report.rows import VALIDATION, elapsed, sampled_rows
 from pipeline.terminal.tables import stage_state
@@ -209,9 +210,15 @@ def _so_far(work: Path) -> tuple[dict[str, float], int, float | None]:
 def _devices(hardware: Mapping[str, Any], config: Mapping[str, Any], stage: str) -> int:
     """Devices of all nodes: as recorded, else as the config of the run that made the stage asks for."""
     if "devices" in hardware:
-        return int(hardware["devices"])
-    trainer = {**config.get("trainer", {}), **config.get("stage", {}).get(stage, {}).get("trainer", {})}
-    return int(trainer.get("devices", 1)) * int(trainer.get("num_nodes", 1))
+        return _count(hardware, "devices")
+    trainer = {**config.get("trainer", {}), **(config.get("stage", {}).get(stage, {}).get("trainer") or {})}
+    return _count(trainer, "devices") * _count(trainer, "num_nodes")
+
+
+def _count(values: Mapping[str, Any], name: str) -> int:
+    """A number of things; 1 where the record does not say, or says what is none."""
+    value = values.get(name, 1)
+    return value if isinstance(value, int) and 0 < value < INTEGER_LIMIT else 1
 
 
 def _maker(outputs: Path, name: str) -> RunRecord | None:
@@ -222,4 +229,6 @@ def _maker(outputs: Path, name: str) -> RunRecord | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < INTEGER_LIMIT
+    )

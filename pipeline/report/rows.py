@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.workflow.record import MEASURED, PICTURE, RESUMES, entries, standing
+from pipeline.workflow.record import MEASURED, PICTURE, RESUMES, entries, standing, whole_lines
 
 ELAPSED = f"{MEASURED}elapsed_s"
 VALIDATION = "validation/"
@@ -31,16 +31,14 @@ def sampled_rows(path: Path, limit: int) -> SampledRows:
     """
     content = _content(path)
     if not _is_long(content, limit):
-        return SampledRows(_parsed(content.splitlines()), is_whole=True)
+        return SampledRows(_parsed(path, content.splitlines()), is_whole=True)
     size = len(content)
-    # The last line may have been cut short, and the one before it is then the last row.
-    last = content.rfind(b"\n", 0, size - 1)
-    ends = [content.rfind(b"\n", 0, last) + 1, last + 1]
+    ends = [content.rfind(b"\n", 0, size - 1) + 1]
     starts = {_line_start(content, number * size // limit) for number in range(limit)}
     validations, resumes = (list(_marked_lines(content, mark)) for mark in _ALWAYS_READ)
     every = -(-len(validations) // limit) or 1
     chosen = sorted({*starts, *ends, *validations[::every], *validations[-1:], *resumes})
-    return SampledRows(_parsed(_line(content, start) for start in chosen), is_whole=False)
+    return SampledRows(_parsed(path, (_line(content, start) for start in chosen)), is_whole=False)
 
 
 def elapsed(row: Mapping[str, Any], before: float | None) -> float | None:
@@ -55,8 +53,10 @@ def is_finite_number(value: object) -> bool:
 
 
 def _content(path: Path) -> bytes:
+    """Its whole lines."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        return content[: whole_lines(content)]
     except (FileNotFoundError, NotADirectoryError):
         return b""
 
@@ -86,5 +86,5 @@ def _line(content: bytes, start: int) -> bytes:
     return content[start:] if end < 0 else content[start:end]
 
 
-def _parsed(lines: Iterable[bytes]) -> tuple[dict[str, Any], ...]:
-    return tuple(row for row in standing(entries(lines)) if PICTURE not in row)
+def _parsed(path: Path, lines: Iterable[bytes]) -> tuple[dict[str, Any], ...]:
+    return tuple(row for row in standing(entries(lines, path)) if PICTURE not in row)

@@ -11,7 +11,6 @@ from pipeline.errors import UserError
 from pipeline.store.references import References, read_references
 from pipeline.store.removable import Found, obstacle, removables, split
 from pipeline.store.trash import set_aside
-from pipeline.workflow.artifacts import write_json_atomically
 from pipeline.workflow.in_use import store_lock
 from pipeline.workflow.runs import (
     RECORD,
@@ -22,6 +21,7 @@ from pipeline.workflow.runs import (
     run_directory,
     run_names,
 )
+from pipeline.workflow.sealed import write_json_atomically
 
 
 @dataclass(frozen=True)

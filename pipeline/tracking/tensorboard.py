@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ class TensorBoard:
             return
         name, file = entry[PICTURE], self._work / entry["file"]
         if file.exists():
-            with Image.open(file) as image:
+            with suppress(Exception), Image.open(file) as image:  # Pillow raises all sorts for what is no picture
                 self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
             self._writer.add_text(f"{name}/captions", "\n".join(f"- {each}" for each in entry["captions"]), step)
 

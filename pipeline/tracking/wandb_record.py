@@ -1,11 +1,12 @@
 """Which W&B run belongs to a stage, and how much of the stage's record it has: `wandb.json` in the work directory."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.workflow.artifacts import write_json_atomically
+from pydantic import TypeAdapter
+
+from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 WANDB = "wandb.json"
 
@@ -32,13 +33,12 @@ class WandbRecord:
         return {"wandb_id": self.id, "project": self.project, "entity": self.entity}
 
 
+_RECORD = TypeAdapter(WandbRecord)
+
+
 def read_record(work: Path) -> WandbRecord | None:
-    """The W&B run of the stage in that work directory, or None; also for one that W&B's own files were kept for."""
-    try:
-        values = json.loads((work / WANDB).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return WandbRecord(**values) if "began_at" in values else None
+    """The W&B run of the stage in that work directory, or None."""
+    return read_or_none(_RECORD, work / WANDB, "a new W&B run takes the stage's whole record")
 
 
 def write_record(work: Path, record: WandbRecord) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pipeline.config import TrackedArtifacts
 from pipeline.tracking.wandb_record import WandbRecord, read_record, write_record
-from pipeline.workflow.artifacts import MANIFEST, Artifact, file_sha256
+from pipeline.workflow.artifacts import MANIFEST, Artifact
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import EXIT_INTERRUPTED
 from pipeline.workflow.record import AXIS, PICTURE, Entry, Replay
@@ -78,7 +79,7 @@ class WandbRun:
         if PICTURE not in entry:
             return entry
         content: dict[str, Any] = {AXIS: entry[AXIS]}
-        with suppress(OSError), Image.open(self._frozen.work / entry["file"]) as image:
+        with suppress(Exception), Image.open(self._frozen.work / entry["file"]) as image:  # Pillow raises all sorts
             content[entry[PICTURE]] = wandb.Image(image, caption="\n".join(entry["captions"]))
         return content
 
@@ -94,7 +95,7 @@ class WandbRun:
             for artifact in artifacts:
                 tracking = artifact.manifest.tracking
                 if tracking:
-                    place = "/".join(part for part in (tracking.get("entity"), tracking["project"]) if part)
+                    place = "/".join(part for key in ("entity", "project") if (part := tracking.get(key)))
                     name = f"{place}/{_artifact_name(artifact)}:latest"
                     _try(lambda name=name: self._run.use_artifact(name), f"input {name} not linked")
 
@@ -111,7 +112,7 @@ class WandbRun:
         }
         described = wandb.Artifact(_artifact_name(artifact), type=manifest.kind, metadata=metadata)
         if self._frozen.tracking.artifacts is TrackedArtifacts.COPY:
-            described.add_dir(str(artifact.path))
+            described.add_dir(str(artifact.opened().path))
         else:
             # The manifest has the digests of the files; W&B's own would have it read all of them.
             described.add_reference(artifact.path.absolute().as_uri(), checksum=False)

@@ -1,10 +1,8 @@
 """Checkpoints of a stage in progress. Each is complete or absent, and has a digest. The last few are kept."""
 
-import json
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,31 +12,13 @@ from pipeline.training.context import StageContext
 from pipeline.training.ranks import gather_objects
 from pipeline.training.strategies.part import CheckpointPart
 from pipeline.training.strategies.portable import PortableStrategy
-from pipeline.workflow.artifacts import file_sha256, sync_directory, write_json_atomically
+from pipeline.workflow.artifacts import sync
+from pipeline.workflow.checkpoint import SUFFIX
 from pipeline.workflow.progress import CHECKPOINTS
-
-SUFFIX = ".ckpt"
+from pipeline.workflow.record import size_of_rows
+from pipeline.workflow.sealed import write_json_atomically
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint's record: its directory, `samples_seen`, the SHA-256 (hex) of its files, seconds spent so far."""
-
-    path: Path
-    samples_seen: int
-    files: Mapping[str, str]
-    elapsed_s: float
-
-    @property
-    def writers(self) -> int:
-        """How many processes wrote it."""
-        return len({name.partition(".")[0] for name in self.files if name.startswith("fragments-")})
-
-    def is_whole(self) -> bool:
-        """Whether every file has the digest in the record."""
-        return all(file_sha256(self.path / name) == digest for name, digest in self.files.items())
 
 
 class CheckpointWriter:
@@ -76,7 +56,12 @@ class CheckpointWriter:
             except OSError as caught:
                 error = caught
         _gather_or_fail((), error, part.directory)
-        self._write = _Write(part, target, {"samples_seen": samples_seen, "elapsed_s": round(elapsed_s, 3)})
+        record = {
+            "samples_seen": samples_seen,
+            "elapsed_s": round(elapsed_s, 3),
+            "rows_bytes": size_of_rows(self._context.work),
+        }
+        self._write = _Write(part, target, record)
 
     def finish(self) -> None:
         """Wait until all parts are written and make the checkpoint, if there is one to make; all processes call this.
@@ -104,13 +89,13 @@ class CheckpointWriter:
 
     def _make(self, write: "_Write", files: Mapping[str, str]) -> None:
         target = write.target
-        sync_directory(write.directory)
+        sync(write.directory)
         self._context.ownership.require()
         if target.exists():
             shutil.rmtree(target)
         write.directory.rename(target)
         write_json_atomically(target.with_suffix(".json"), {**write.record, "files": files})
-        sync_directory(target.parent)
+        sync(target.parent)
         for stale in sorted(target.parent.glob("samples-*.json"))[: -self._keep]:
             stale.unlink()
             shutil.rmtree(stale.with_suffix(SUFFIX), ignore_errors=True)
@@ -153,20 +138,6 @@ class _Write:
             self._digests = part.write(self._cancelled)
         except Exception as error:  # a thread's own would be lost: `finish` raises it at a step, on all processes
             self._error = error
-
-
-def latest_checkpoint(work: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its record. A damaged one is skipped, with a warning in the log."""
-    for record_path in sorted((work / CHECKPOINTS).glob("samples-*.json"), reverse=True):
-        path = record_path.with_suffix(SUFFIX)
-        try:
-            checkpoint = Checkpoint(path=path, **json.loads(record_path.read_text()))
-            if checkpoint.is_whole():
-                return checkpoint
-        except (json.JSONDecodeError, TypeError, AttributeError, OSError):
-            pass
-        print(f"warning: checkpoint {path} is damaged and passed over; the one before it is used", flush=True)
-    return None
 
 
 def _gather_or_fail(own: T, error: Exception | None, directory: Path) -> list[T]:

@@ -24,7 +24,6 @@ from pipeline.training.callbacks import (
     SeedEveryStep,
     Validation,
 )
-from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
 from pipeline.training.compiling import StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
 from pipeline.training.disk import require_disk
@@ -38,6 +37,7 @@ from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
+from pipeline.workflow.checkpoint import Checkpoint, latest_checkpoint
 from pipeline.workflow.progress import COMPILER_CACHE, Failure, Phase, read_failure, write_failure
 
 

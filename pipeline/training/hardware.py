@@ -10,8 +10,8 @@ import torch
 
 from pipeline.config import TrainerSettings
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import write_json_atomically
 from pipeline.workflow.progress import HARDWARE
+from pipeline.workflow.sealed import write_json_atomically
 
 if TYPE_CHECKING:
     from pipeline.training.context import Attempt

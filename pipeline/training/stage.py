@@ -13,12 +13,13 @@ from pipeline.data.mixing import named_seed
 from pipeline.errors import ProcessKilledError, StageInterrupted, UserError
 from pipeline.launch.identity import this_process
 from pipeline.tracking import Tracker
-from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import Attempt, ProgressWriter, StageContext, StageResult
 from pipeline.training.hardware import record_hardware
 from pipeline.workflow import code
-from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
+from pipeline.workflow.artifacts import SCHEMA_VERSION, DamagedArtifactError, Manifest
+from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.declaration import resolve
+from pipeline.workflow.digests import describe_files
 from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
@@ -48,7 +49,10 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
     """
 
     def is_finished() -> bool:
-        return frozen.store.find(frozen.stage, frozen.fingerprint) is not None
+        try:
+            return frozen.store.find(frozen.stage, frozen.fingerprint) is not None
+        except DamagedArtifactError:  # to be made anew, or this stage would not have been started
+            return False
 
     if is_finished():
         return Outcome.REUSED
@@ -173,7 +177,8 @@ def _run_and_publish(attempt: Attempt) -> None:
     version = code.code_version() if attempt.is_first_process else code.UNKNOWN  # now: others may work on it meanwhile
     record = code.require(frozen.outputs, frozen.code) if frozen.code is not None else None
     settings = frozen.read_settings()
-    inputs = frozen.find_inputs()
+    # One process of each node verifies them; where it fails, all do.
+    inputs = frozen.open_inputs() if attempt.process.local_rank == 0 else frozen.find_inputs()
     checkpoint = latest_checkpoint(frozen.work)
     elapsed_before_s = checkpoint.elapsed_s if checkpoint else 0.0
     torch.set_num_threads(frozen.trainer.cpu_threads or THREADS_AT_START)

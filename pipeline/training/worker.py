@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.launch.identity import this_process
 from pipeline.training.stage import run_stage
 from pipeline.workflow.frozen import FrozenStage, read_frozen
-from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
+from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Failure, Outcome, result_path, write_failure
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_SAY_WHY = 5.0
@@ -39,7 +40,12 @@ def main() -> int:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(), interruption), daemon=True).start()
     outcome = Outcome.FINISHED
     for path in _paths():
-        frozen = read_frozen(path)
+        try:
+            frozen = read_frozen(path)
+        except UserError as error:
+            print(error, flush=True)
+            write_failure(path.parent.parent, Failure(str(error), is_user_error=True))
+            return EXIT_STATUS[Outcome.FAILED]
         _log_to(frozen)
         outcome = run_stage(frozen, interruption)
         if len(sys.argv) == 1 and "deepspeed" in sys.modules:

@@ -1,7 +1,5 @@
 """What stages publish: `artifacts/<stage>/<fingerprint>/`, complete with its manifest or not there at all."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,18 +13,28 @@ from pydantic import Field, ValidationError
 
 from pipeline.config import Settings, validate
 from pipeline.errors import UserError
+from pipeline.workflow.digests import FileRecord, fault, size_fault
+from pipeline.workflow.sealed import DamagedRecordError, read_json, write_json_atomically
 
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
+SET_ASIDE = "damaged.json"
+"""The manifest's name once a file was found damaged. The files stay where they are, for those who have them open."""
+VERIFIED = "verified"
+"""In the work directory: what each host has verified."""
 SCHEMA_VERSION = 1
+REMEDY = (
+    "run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there and "
+    "`unclip verify` takes it back"
+)
 
 
-class FileRecord(Settings):
-    """A file of an artifact: POSIX path inside it, bytes, SHA-256 (hex)."""
+class DamagedArtifactError(UserError):
+    """A file of an artifact is not what its manifest says; `fault` says which, and how it differs."""
 
-    path: str
-    size: int
-    sha256: str
+    def __init__(self, fault: str, consequence: str = "") -> None:
+        super().__init__(f"{fault}{consequence}; {REMEDY}")
+        self.fault = fault
 
 
 class Numbers(Settings):
@@ -75,12 +83,13 @@ class Artifact:
         """The settings that it was made with, typed as its kind's own class."""
         return validate(schema, self.manifest.config, str(self.path))
 
-    def verify(self) -> None:
-        """Compare every file with the manifest's size and digest. Raises `UserError` for a damaged artifact."""
-        for record in self.manifest.files:
-            file = self.path / record.path
-            if not file.is_file() or file.stat().st_size != record.size or file_sha256(file) != record.sha256:
-                raise UserError(f"{file} does not match its manifest; remove {self.path} and run again")
+    def opened(self) -> "Artifact":
+        """The same for whoever uses its files. Raises `UserError` where one is damaged: see `ArtifactStore.open`."""
+        store, manifest = ArtifactStore(self.path.parents[2]), self.manifest
+        found = store.open(manifest.stage, manifest.fingerprint)
+        if found is None:
+            raise UserError(f"{self.path} is not there any more; run the workflow again")
+        return found
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,58 @@ class ArtifactStore:
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """The published artifact, or None."""
         return read_artifact(self.path(stage, fingerprint))
+
+    def open(self, stage: str, fingerprint: str, *, anew: bool = False) -> Artifact | None:
+        """The published artifact for whoever uses its files, which are what the manifest says; or None.
+
+        What this host has verified before is not read again, unless `anew`.
+
+        Raises:
+            DamagedArtifactError: a file is damaged; the artifact is set aside, and not found any more.
+        """
+        directory = self.path(stage, fingerprint)
+        try:
+            inode = (directory / MANIFEST).stat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        artifact = None
+        try:
+            artifact = read_artifact(directory)
+            found = None if artifact is None else self._fault(artifact, anew)
+        except DamagedArtifactError as error:
+            found = error.fault
+        if found is None:
+            return artifact
+        state = "is set aside" if _set_aside(directory, inode) else "is damaged"
+        raise DamagedArtifactError(found, f": stage {stage} {state}")
+
+    def take_back(self, stage: str, fingerprint: str) -> bool:
+        """Publish an artifact again that was set aside, if its files are what the manifest says by now."""
+        directory = self.path(stage, fingerprint)
+        try:
+            artifact = read_artifact(directory, SET_ASIDE)
+            if artifact is None or (directory / MANIFEST).exists() or self._fault(artifact, anew=True) is not None:
+                return False
+            (directory / SET_ASIDE).rename(directory / MANIFEST)
+        except (DamagedArtifactError, FileNotFoundError):
+            return False
+        return True
+
+    def known_damage(self, stage: str, fingerprint: str) -> str | None:
+        """What is wrong with an artifact as far as it can be known without reading its files."""
+        directory = self.path(stage, fingerprint)
+        try:
+            artifact = read_artifact(directory)
+        except DamagedArtifactError as error:
+            return error.fault
+        if artifact is not None:
+            return size_fault(directory, artifact.manifest.files)
+        return f"{directory} was found damaged and set aside" if (directory / SET_ASIDE).exists() else None
+
+    def _fault(self, artifact: Artifact, anew: bool) -> str | None:
+        manifest = artifact.manifest
+        memory = self.work(manifest.stage, manifest.fingerprint) / VERIFIED
+        return fault(artifact.path, manifest.files, None if anew else memory)
 
     def all_of(self, stage: str) -> Iterator[Artifact]:
         """Every artifact of that stage that this code can read, whatever its settings."""
@@ -122,77 +183,76 @@ class ArtifactStore:
         return building
 
     def publish(self, building: Path, manifest: Manifest, before_rename: Callable[[], None] = lambda: None) -> Artifact:
-        """Write the manifest last, flush it to disk and rename the directory to its place.
+        """Write the manifest, flush all to disk, and rename the directory to its place.
 
         An artifact that is already there stays, since it never changes, and the new one is dropped. `before_rename` is
         called when nothing but the rename is left to do.
         """
         write_json_atomically(building / MANIFEST, manifest.model_dump(mode="json"))
+        for path in (*building.rglob("*"), building):
+            sync(path)
         before_rename()
         target = self.path(manifest.stage, manifest.fingerprint)
         try:
             building.rename(target)
         except OSError:
-            published = read_artifact(target)
-            if published is not None:
-                shutil.rmtree(building)
-                return published
-            # A directory without a manifest is no artifact, and must not be in the way of one.
-            shutil.rmtree(target)
+            with suppress(DamagedArtifactError):
+                published = read_artifact(target)
+                if published is not None:
+                    shutil.rmtree(building)
+                    return published
+            # What is no artifact must not be in the way of one. It may be a damaged one that others have open.
+            target.rename(target.with_name(f".damaged-{target.name}-{uuid4().hex}"))
             building.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
         return Artifact(target, manifest)
 
 
-def read_artifact(directory: Path) -> Artifact | None:
-    """The artifact in that directory; None without a manifest. A manifest of another schema is a `UserError`."""
-    try:
-        raw = (directory / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        manifest = Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        raise UserError(f"{directory / MANIFEST} cannot be read; remove {directory} and run again") from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise UserError(
-            f"{directory} has manifest schema {manifest.schema_version} and this code reads {SCHEMA_VERSION}; "
-            f"remove it and run again, or use the version of unclip that made it ({manifest.code_version})"
-        )
-    return Artifact(directory, manifest)
+def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
+    """The artifact in that directory; None without a manifest.
 
-
-def describe_files(directory: Path) -> list[FileRecord]:
-    """Every file below `directory` with its size and digest, sorted by path."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return [
-        FileRecord(path=file.relative_to(directory).as_posix(), size=file.stat().st_size, sha256=file_sha256(file))
-        for file in files
-    ]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one.
-
-    The directory must exist.
+    Raises:
+        DamagedArtifactError: the manifest is not what was written.
+        UserError: it is another version's.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        values = read_json(directory / name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except DamagedRecordError as error:
+        raise DamagedArtifactError(str(error)) from error
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{directory} has manifest schema {version} and this code reads {SCHEMA_VERSION}; "
+            f"remove it and run again, or use the version of unclip that made it ({values.get('code_version')})"
+        )
+    try:
+        return Artifact(directory, Manifest.model_validate(values))
+    except ValidationError as error:
+        raise UserError(
+            f"{directory / name} cannot be read; remove {directory} and run again, or use the version of unclip that "
+            f"made it ({values.get('code_version')})"
+        ) from error
 
 
-def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries to disk, so that a rename in it outlives a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _set_aside(directory: Path, inode: int) -> bool:
+    """Give the manifest that was read another name; whether it has none of its own any more."""
+    manifest, aside = directory / MANIFEST, directory / SET_ASIDE
+    try:
+        manifest.rename(aside)
+        if aside.stat().st_ino != inode:  # meanwhile another process has set it aside and made it anew
+            aside.rename(manifest)
+    except FileNotFoundError:  # another process was faster
+        return True
+    except OSError:  # a store of others'
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to disk, so that it outlives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

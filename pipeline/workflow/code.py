@@ -5,7 +5,6 @@ A snapshot holds this package, and those that the catalog's stages are in, in a 
 """
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import write_json_atomically
 from pipeline.workflow.declaration import Catalog, resolve
+from pipeline.workflow.sealed import DamagedRecordError, read_json, warn, write_json_atomically
 
 DIRECTORY = "code"
 RECORD = "code.json"
@@ -149,11 +148,14 @@ def begin(work: Path, record: Mapping[str, Any]) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of the code in that directory: of a snapshot, a stage in progress or an artifact; None without one."""
     try:
-        values = json.loads((directory / RECORD).read_bytes())
-        is_one = isinstance(values["digest"], str) and isinstance(values["version"], str)
-        return values if is_one and isinstance(values["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        values = read_json(directory / RECORD)
+    except DamagedRecordError as error:
+        warn(f"{error}; which code it was is not known")
         return None
+    except OSError:
+        return None
+    is_one = isinstance(values.get("digest"), str) and isinstance(values.get("version"), str)
+    return values if is_one and isinstance(values.get("files"), dict) else None
 
 
 def code_version() -> str:

@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipeline.config import Seed, Settings, TrackingSettings, TrainerSettings, TrainingStageSettings, validate
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.declaration import StageDeclaration, resolve
+from pipeline.workflow.sealed import DamagedRecordError, read_record, write_json_atomically
 
 StageKey = tuple[str, str]
 """A stage's name and fingerprint."""
@@ -58,6 +63,11 @@ class FrozenStage(Settings):
         return self.store.work(self.stage, self.fingerprint)
 
     @property
+    def key(self) -> StageKey:
+        """What it makes."""
+        return self.stage, self.fingerprint
+
+    @property
     def needs(self) -> list[StageKey]:
         """The stages whose artifacts are its inputs."""
         return [(each.stage, each.fingerprint) for references in self.inputs.values() for each in references]
@@ -84,21 +94,31 @@ class FrozenStage(Settings):
         return validate(self.declaration.settings, self.settings, f"stage.{self.stage}")
 
     def find_inputs(self) -> dict[str, tuple[Artifact, ...]]:
-        """The artifacts behind each input. Raises `UserError` where one is not there."""
-        return {name: tuple(self._find(each) for each in references) for name, references in self.inputs.items()}
+        """The artifacts behind each input, to be told of. Raises `UserError` where one is not there."""
+        return self._inputs(self.store.find)
+
+    def open_inputs(self) -> dict[str, tuple[Artifact, ...]]:
+        """The same, to be used. Raises `UserError` where one is not there, or damaged."""
+        return self._inputs(self.store.open)
 
     def find_initial(self) -> Artifact | None:
-        """The artifact whose weights the stage starts from, if any. Raises `UserError` where it is not there."""
-        return None if self.initial is None else self._find(self.initial)
+        """The artifact whose weights it starts from, to be used; or None. Raises `UserError` as `open_inputs` does."""
+        return None if self.initial is None else self._input(self.initial, self.store.open)
 
-    def _find(self, reference: ArtifactReference) -> Artifact:
-        artifact = self.store.find(reference.stage, reference.fingerprint)
+    def _inputs(self, find: Callable[[str, str], Artifact | None]) -> dict[str, tuple[Artifact, ...]]:
+        return {name: tuple(self._input(each, find) for each in found) for name, found in self.inputs.items()}
+
+    def _input(self, reference: ArtifactReference, find: Callable[[str, str], Artifact | None]) -> Artifact:
+        artifact = find(reference.stage, reference.fingerprint)
         if artifact is None:
             raise UserError(
                 f"stage {self.stage} needs the artifact {reference.stage}/{reference.fingerprint[:12]}, "
                 f"which is not under {self.outputs}; run the workflow again so that {reference.stage} is made first"
             )
         return artifact
+
+
+_FROZEN = TypeAdapter(FrozenStage)
 
 
 @dataclass(frozen=True)
@@ -132,15 +152,17 @@ def frozen_path(stage: FrozenStage) -> Path:
 def write_frozen(stage: FrozenStage) -> FrozenFile:
     """Write the stage to its file, unless it is there."""
     path = frozen_path(stage)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(path, stage.model_dump(mode="json"))
+    with suppress(UserError):
+        read_frozen(path)
+        return FrozenFile(path, stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(path, stage.model_dump(mode="json"))
     return FrozenFile(path, stage)
 
 
 def read_frozen(path: Path) -> FrozenStage:
     """Read a frozen stage back. Raises `UserError` where the file is not there or not one."""
     try:
-        return validate(FrozenStage, json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        return read_record(_FROZEN, path)
+    except (DamagedRecordError, OSError) as error:
         raise UserError(f"{path} is no frozen stage ({error}); start it through `unclip run`") from error

@@ -5,7 +5,6 @@ it away in one go: the two have a lock. What a plan found finished is still ther
 anew, and from then on it is kept.
 """
 
-import json
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from pydantic import TypeAdapter
+
 from pipeline.config import Settings
 from pipeline.errors import UserError, is_disk_full
-from pipeline.workflow.artifacts import MANIFEST, write_json_atomically
+from pipeline.workflow.artifacts import MANIFEST
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import Owner, StageLost, acquire, at_work
 from pipeline.workflow.plan import Action, Plan, plan_run
 from pipeline.workflow.runs import record_run
+from pipeline.workflow.sealed import DamagedRecordError, read_record, write_json_atomically
 
 COMMANDS = "commands"
 _LOCK = "lock"
@@ -33,6 +35,9 @@ class Needs(Settings):
     runs: list[str]
     stages: list[StageKey]
     code: list[str]
+
+
+_RECORD = TypeAdapter(Needs)
 
 
 @contextmanager
@@ -108,12 +113,11 @@ def commands_at_work(outputs: Path) -> list[Needs]:
     for path in outputs.glob(f"{COMMANDS}/*/{_NEEDS}"):
         if at_work(path.parent):
             try:
-                values = json.loads(path.read_bytes())
-                found.append(Needs.model_validate({name: values[name] for name in Needs.model_fields}))
+                found.append(read_record(_RECORD, path))
             except FileNotFoundError:
                 continue  # it has ended meanwhile
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} cannot be read; wait until the command that wrote it has ended") from error
+            except DamagedRecordError as error:
+                raise UserError(f"{error}; wait until the command that wrote it has ended") from error
     return found
 
 

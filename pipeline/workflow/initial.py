@@ -9,8 +9,9 @@ from typing import Any
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, ArtifactStore, file_sha256
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.declaration import Blocked, StageDeclaration
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.weights import WEIGHTS_SUFFIXES, weight_shapes
 
 RUN = "run"

@@ -8,7 +8,6 @@ A batch job that starts again takes over from its earlier start at once: its que
 processes go on (a node that lost its daemon), and they must not publish over the later one.
 """
 
-import json
 import os
 import socket
 import threading
@@ -20,10 +19,11 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from typing_extensions import override
 
 from pipeline.errors import StageInterrupted
+from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 ATTEMPTS = "attempts"
 BEATS_PER_LEASE = 6
@@ -215,7 +215,7 @@ def wait_for_first_process(
 
 def latest_attempt(directory: Path) -> int:
     """The highest number that was taken; 0 without one."""
-    return max((int(path.stem) for path in directory.glob("*.json")), default=0)
+    return max((int(path.stem) for path in directory.glob("[0-9]*.json") if path.stem.isdecimal()), default=0)
 
 
 class Vacancy:
@@ -228,7 +228,7 @@ class Vacancy:
         self._directory = work / ATTEMPTS
         self._lease_s = lease_s
         self._job = job
-        self._seen: tuple[int, str] | None = None
+        self._seen: tuple[int, bytes] | None = None
         self._since = 0.0
 
     @property
@@ -251,9 +251,9 @@ class Vacancy:
 
     def _is_silent(self, attempt: int, lease_s: float) -> bool:
         try:
-            beat = (self._directory / f"{attempt:06}.alive").read_text()
+            beat = (self._directory / f"{attempt:06}.alive").read_bytes()
         except FileNotFoundError:
-            beat = ""
+            beat = b""
         if self._seen != (attempt, beat):
             self._seen, self._since = (attempt, beat), time.monotonic()
         return time.monotonic() - self._since > lease_s
@@ -283,21 +283,17 @@ def _is_over(directory: Path, attempt: int) -> bool:
 
 
 def _read_claim(directory: Path, attempt: int) -> Claim | None:
-    """None where a power cut took its content."""
-    try:
-        return _CLAIM.validate_json((directory / f"{attempt:06}.json").read_bytes())
-    except ValidationError:
-        return None
+    """None where a power cut took its content: its owner is given a lease to show that it lives."""
+    return read_or_none(
+        _CLAIM, directory / f"{attempt:06}.json", "without a sign of life for a lease, it counts as dead"
+    )
 
 
 def _claim(directory: Path, attempt: int, lease_s: float, job: JobStart | None) -> bool:
     """Take a number; False where another process was faster."""
     claim = Claim(attempt, this_host(), os.getpid(), process_started(os.getpid()), lease_s, job)
     temporary = directory / f".{attempt:06}.{uuid4().hex}"
-    with temporary.open("w") as file:
-        json.dump(asdict(claim), file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json_atomically(temporary, asdict(claim))
     try:
         # A link appears with its content, and only one can have the name: on network file systems too.
         os.link(temporary, directory / f"{attempt:06}.json")

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from pipeline.config import (
+    OnDamage,
     RunConfig,
     Settings,
     TrainerSettings,
@@ -15,7 +16,7 @@ from pipeline.config import (
     validate,
 )
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.artifacts import REMEDY, Artifact, ArtifactStore
 from pipeline.workflow.batch_shape import check_batch
 from pipeline.workflow.code import Code, current_code, read_record
 from pipeline.workflow.declaration import Blocked, Catalog, StageDeclaration, StageSettings, Workflow, resolve
@@ -222,7 +223,10 @@ def _plan_stage(
         overrides=list(overrides),
         initial=_reference(valid.initial),
     )
-    action, reason = _decide(node, frozen, planned, store)
+    damage = store.known_damage(node.name, frozen.fingerprint)
+    if damage is not None and config.store.on_damage is OnDamage.STOP:
+        return blocked(f"{damage}; {REMEDY}")
+    action, reason = _decide(node, frozen, planned, store, damage)
     if valid.initial is not None and action is Action.RUN:
         others = _other_inputs(valid.initial, input_fingerprints)
         reason = f"{reason}; starts from {valid.initial.source}, {valid.initial.weights} weights{others}"
@@ -273,18 +277,22 @@ def _identity(node: Node, valid: _ValidStage, config: RunConfig) -> dict[str, An
 
 
 def _decide(
-    node: Node, frozen: FrozenStage, planned: Mapping[str, PlannedStage], store: ArtifactStore
+    node: Node, frozen: FrozenStage, planned: Mapping[str, PlannedStage], store: ArtifactStore, damage: str | None
 ) -> tuple[Action, str]:
-    artifact = store.find(node.name, frozen.fingerprint)
+    artifact = None if damage is not None else store.find(node.name, frozen.fingerprint)
     if artifact is not None:
         manifest = artifact.manifest
         return Action.REUSE, f"finished {manifest.finished_at[:16].replace('T', ' ')} in {manifest.duration_s:.0f} s"
     work = store.work(node.name, frozen.fingerprint)
     failure = read_failure(work)
     after_failure = f"; the last attempt failed: {failure.message}" if failure else ""
+    if damage is not None:
+        after_failure = f", as {damage}"
     samples_seen = latest_checkpoint_samples(work)
     if samples_seen is not None:
         return Action.RESUME, f"from the checkpoint at {samples_seen:,} samples{after_failure}"
+    if damage is not None:
+        return Action.RUN, f"anew{after_failure}"
     changed_inputs = [name for name in node.upstream if planned[name].action is not Action.REUSE]
     nearest = _nearest(frozen, store)
     if nearest is None:

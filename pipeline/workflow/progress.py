@@ -1,15 +1,14 @@
 """How far a stage in progress is, in small files of its work directory that any process can read."""
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from pipeline.workflow.artifacts import write_json_atomically
+from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 PROGRESS = "progress.json"
 FAILURE = "failure.json"
@@ -91,19 +90,17 @@ class Failure:
 _PROGRESS = TypeAdapter(Progress)
 _FAILURE = TypeAdapter(Failure)
 _HARDWARE = TypeAdapter(dict[str, Any])
-T = TypeVar("T")
+_NOTHING_KNOWN = "it is left out"
 
 
 def write_progress(work: Path, progress: Progress) -> None:
     """Publish progress; not flushed to disk, as losing it costs nothing."""
-    temporary = work / f".{PROGRESS}"
-    temporary.write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    temporary.replace(work / PROGRESS)
+    write_json_atomically(work / PROGRESS, asdict(progress), is_flushed=False)
 
 
 def read_progress(work: Path) -> Progress | None:
     """The last published progress; None without one, or where the file holds something else."""
-    return _read(_PROGRESS, work / PROGRESS)
+    return read_or_none(_PROGRESS, work / PROGRESS, _NOTHING_KNOWN)
 
 
 def write_failure(work: Path, failure: Failure) -> None:
@@ -113,25 +110,29 @@ def write_failure(work: Path, failure: Failure) -> None:
 
 def read_failure(work: Path) -> Failure | None:
     """Why the last attempt failed; None where it did not, or where the file holds something else."""
-    return _read(_FAILURE, work / FAILURE)
+    return read_or_none(_FAILURE, work / FAILURE, _NOTHING_KNOWN)
 
 
 def read_hardware(work: Path) -> dict[str, Any]:
     """What the stage runs on, as its process found it; {} before it started."""
-    return _read(_HARDWARE, work / HARDWARE) or {}
+    return read_or_none(_HARDWARE, work / HARDWARE, _NOTHING_KNOWN) or {}
+
+
+def checkpoint_records(work: Path) -> list[Path]:
+    """The records of a stage's checkpoints, the oldest first."""
+    return sorted(path for path in (work / CHECKPOINTS).glob("samples-*.json") if samples_of(path) is not None)
+
+
+def samples_of(checkpoint_record: Path) -> int | None:
+    """`samples_seen` in a file name; None in that of something else."""
+    digits = checkpoint_record.stem.removeprefix("samples-")
+    return int(digits) if digits.isdecimal() and digits.isascii() else None
 
 
 def latest_checkpoint_samples(work: Path) -> int | None:
     """`samples_seen` of the newest complete checkpoint, from its file name; None without one."""
-    records = sorted((work / CHECKPOINTS).glob("samples-*.json"))
-    return int(records[-1].stem.removeprefix("samples-")) if records else None
-
-
-def _read(schema: TypeAdapter[T], path: Path) -> T | None:
-    try:
-        return schema.validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
+    records = checkpoint_records(work)
+    return samples_of(records[-1]) if records else None
 
 
 def result_path(frozen: Path, worker_pid: int) -> Path:

@@ -1,6 +1,7 @@
 """A stage's one record: `metrics.jsonl` in its work directory, one JSON object a line, in the order of what happened.
 
-Lines are appended, flushed to disk and never changed. There are three kinds:
+Lines are appended, flushed to disk and never changed. Each ends with its CRC-32, by which a damaged one is known;
+it is left out. Lines of earlier versions have none. There are three kinds:
 
 - a row: `samples_seen`, and metrics by name;
 - a picture: `samples_seen`, `picture` (its name), `file` (below the work directory) and `captions`;
@@ -11,11 +12,16 @@ The file of that name beside an artifact has the rows that stand, and nothing el
 
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
+
+from pipeline.config import INTEGER_LIMIT
+from pipeline.workflow.sealed import warn
 
 METRICS = "metrics.jsonl"
 AXIS = "samples_seen"
@@ -23,6 +29,8 @@ PICTURE = "picture"
 RESUMES = "resumes_at"
 MEASURED = "system/"
 """The prefix of what was measured of the machine. All else in a row is the same on every run of the same stage."""
+
+_CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
 
 Entry = dict[str, Any]
 EntryKey = tuple[int, frozenset[str]]
@@ -37,7 +45,7 @@ def without_measured(row: Mapping[str, float]) -> dict[str, float]:
 def append(work: Path, entry: Mapping[str, Any]) -> None:
     """Add a line to the record of that work directory; it is on disk when this returns."""
     with (work / METRICS).open("ab") as file:
-        file.write(json.dumps(entry).encode() + b"\n")
+        file.write(_line_of(entry))
         file.flush()
         os.fsync(file.fileno())
 
@@ -51,8 +59,14 @@ def resume(work: Path, samples_seen: int) -> None:
     end = whole_lines(content)
     if end < len(content):
         os.truncate(path, end)
-    if any(entry[AXIS] > samples_seen for entry in standing(entries(content[:end].splitlines()))):
+    if any(entry[AXIS] > samples_seen for entry in standing(entries(content[:end].splitlines(), path))):
         append(work, {RESUMES: samples_seen})
+
+
+def size_of_rows(work: Path) -> int:
+    """How many bytes the record of that work directory has."""
+    path = work / METRICS
+    return path.stat().st_size if path.exists() else 0
 
 
 def whole_lines(content: bytes) -> int:
@@ -60,15 +74,56 @@ def whole_lines(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-def entries(lines: Iterable[bytes]) -> Iterator[Entry]:
-    """The entries of lines, superseded ones and resumes too; what is no entry is left out."""
+def entries(lines: Iterable[bytes], path: Path) -> Iterator[Entry]:
+    """The entries of whole lines of a file, superseded ones and resumes too; damaged ones are left out, and said."""
+    return (entry for entry in _entries(lines, path) if entry is not None)
+
+
+def _entries(lines: Iterable[bytes], path: Path) -> Iterator[Entry | None]:
+    """The same, with None for a damaged line."""
+    damaged = 0
     for line in lines:
-        try:
-            entry = from_json(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and (isinstance(entry.get(AXIS), int) or isinstance(entry.get(RESUMES), int)):
-            yield entry
+        entry = _entry_of(line)
+        damaged += entry is None
+        yield entry
+    if damaged:
+        warn(f"{path}: {damaged} line{' is' if damaged == 1 else 's are'} damaged and left out")
+
+
+def _line_of(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry).encode()
+    return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
+
+
+def _entry_of(line: bytes) -> Entry | None:
+    """None for what is no entry, or not as it was written."""
+    checked = _CHECKED.search(line)
+    if checked is not None:
+        line = line[: checked.start()] + b"}"
+        if zlib.crc32(line) != int(checked[1], 16):
+            return None
+    try:
+        entry = from_json(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and _is_entry(entry) else None
+
+
+def _is_entry(entry: Entry) -> bool:
+    if RESUMES in entry:
+        return _is_count(entry[RESUMES])
+    if not _is_count(entry.get(AXIS)):
+        return False
+    if PICTURE in entry:
+        captions = entry.get("captions")
+        return isinstance(captions, list) and all(
+            isinstance(each, str) for each in (entry[PICTURE], entry.get("file"), *captions)
+        )
+    return all(each is None or isinstance(each, float) or _is_count(each, -INTEGER_LIMIT) for each in entry.values())
+
+
+def _is_count(value: object, least: int = -1) -> bool:
+    return isinstance(value, int) and least <= value < INTEGER_LIMIT
 
 
 def standing(found: Iterable[Entry]) -> list[Entry]:
@@ -86,14 +141,14 @@ def read_standing(work: Path) -> list[Entry]:
     """The rows and pictures that stand in the record of that work directory; none without a record."""
     path = work / METRICS
     content = path.read_bytes() if path.exists() else b""
-    return standing(entries(content[: whole_lines(content)].splitlines()))
+    return standing(entries(content[: whole_lines(content)].splitlines(), path))
 
 
 def write_rows(work: Path, directory: Path) -> None:
     """Put the rows that stand beside an artifact, as its `metrics.jsonl`; nothing where there is no record."""
     if (work / METRICS).exists():
         rows = [entry for entry in read_standing(work) if PICTURE not in entry]
-        (directory / METRICS).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        (directory / METRICS).write_bytes(b"".join(map(_line_of, rows)))
 
 
 class Replay:
@@ -122,7 +177,10 @@ class Replay:
             content = file.read()
         end = whole_lines(content)
         self._read += end
-        for entry in entries(content[:end].splitlines()):
+        for entry in _entries(content[:end].splitlines(), self._path):
+            if entry is None:  # it keeps its step: it may have been sent when it was whole
+                self._seen.add((len(self._seen), frozenset()))
+                continue
             if RESUMES in entry:
                 continue
             key = _key_of(entry)

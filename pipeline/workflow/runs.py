@@ -1,7 +1,5 @@
 """A run on disk: `runs/<run.name>/run.json` says which artifact stands for each of its stages."""
 
-import hashlib
-import json
 import re
 import shutil
 import time
@@ -10,12 +8,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Settings, validate
+from pydantic import TypeAdapter, field_validator
+
+from pipeline.config import Settings
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG
+from pipeline.workflow.sealed import (
+    DamagedRecordError,
+    digest_of,
+    read_or_none,
+    read_record,
+    write_json_atomically,
+)
 
 RECORD = "run.json"
 EARLIER = "earlier"
@@ -44,9 +51,21 @@ class RunRecord(Settings):
     code: str | None = None
     """The digest of the code that it was started with, which is kept under `paths.outputs`."""
 
+    @field_validator("config")
+    @classmethod
+    def _has_groups(cls, config: dict[str, Any]) -> dict[str, Any]:
+        groups = [config.get(name, {}) for name in ("run", "launch", "trainer", "stage")]
+        stages = groups[-1].values() if isinstance(groups[-1], dict) else ()
+        if not all(isinstance(each, dict) for each in (*groups, *stages)):
+            raise ValueError("a group of settings is none")
+        return config
+
     def fingerprint_of(self, stage: str) -> str | None:
         """The fingerprint behind a stage's name, or None."""
         return next((each.fingerprint for each in self.stages if each.name == stage), None)
+
+
+_RECORD = TypeAdapter(RunRecord)
 
 
 def run_directory(outputs: Path, name: str) -> Path:
@@ -78,15 +97,11 @@ def record_run(plan: Plan) -> Path:
 
 def _keep_earlier(directory: Path, record: RunRecord) -> None:
     """Keep what stands there if it has another config."""
-    try:
-        values = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        config = values["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # none, or nothing to be kept
-    if config != record.model_dump(mode="json")["config"]:
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+    earlier = read_or_none(_RECORD, directory / RECORD, "it is replaced")
+    if earlier is not None and earlier.config != record.model_dump(mode="json")["config"]:
         (directory / EARLIER).mkdir(exist_ok=True)
-        write_json_atomically(directory / EARLIER / f"{digest}.json", values)
+        path = directory / EARLIER / f"{digest_of(earlier.config)[:12]}.json"
+        write_json_atomically(path, earlier.model_dump(mode="json"))
 
 
 def keys_of(record: RunRecord) -> list[StageKey]:
@@ -99,8 +114,9 @@ def earlier_records(outputs: Path, name: str) -> dict[Path, RunRecord]:
     found = {}
     paths = (run_directory(outputs, name) / EARLIER).glob("*.json")
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        with suppress(OSError, ValueError, UserError):
-            found[path] = validate(RunRecord, json.loads(path.read_bytes()), str(path))
+        record = read_or_none(_RECORD, path, "it is left out")
+        if record is not None:
+            found[path] = record
     return found
 
 
@@ -116,13 +132,13 @@ def read_run(outputs: Path, name: str) -> RunRecord:
     """A recorded run. Raises `UserError` that lists the runs there are, or says that its record is broken."""
     path = run_directory(outputs, name) / RECORD
     try:
-        return renamed(validate(RunRecord, json.loads(path.read_bytes()), str(path)), name)
+        return renamed(read_record(_RECORD, path), name)
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run {name} again, or remove {path.parent}") from error
+    except (OSError, DamagedRecordError) as error:
+        raise UserError(f"{error}; run {name} again, or remove {path.parent}") from error
 
 
 def renamed(record: RunRecord, name: str) -> RunRecord:

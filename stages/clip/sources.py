@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import file_sha256
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.weights import WEIGHTS_SUFFIXES, Shape, weight_shapes
 from stages.diffusers_folder import read_json
 

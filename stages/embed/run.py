@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,6 +29,7 @@ from pipeline.forecast.rehearsal import Pass, Passes, Rehearsal
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
 from pipeline.workflow.progress import CHECKPOINTS
+from pipeline.workflow.sealed import warn
 from stages.clip.network import ClipModel, load_clip
 from stages.clip.settings import ClipSettings
 from stages.embed.embeddings import Embeddings, Whitening, save_embeddings
@@ -106,6 +108,14 @@ class Part:
     text_embed: Tensor
     faults: Counter[DecodeFault]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all of it."""
+        found = sha256(json.dumps(self.faults).encode())
+        for embeds in (self.image_embed, self.text_embed):
+            found.update(embeds.contiguous().numpy().data)
+        return found.hexdigest()
+
 
 @torch.inference_mode()
 def _embed_rows(
@@ -136,21 +146,27 @@ def _embed_rows(
 def _write_part(path: Path, part: Part) -> None:
     temporary = path.with_suffix(f".tmp-{uuid4().hex}")
     embeds = {"image_embed": part.image_embed, "text_embed": part.text_embed}
-    save_file(embeds, temporary, metadata={"faults": json.dumps(part.faults)})
+    save_file(embeds, temporary, metadata={"faults": json.dumps(part.faults), "sha256": part.digest})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def _read_part(path: Path) -> Part | None:
-    """A part that was made before; None if there is none, or a power cut tore it."""
+    """A part that was made before; None if there is none, or it is not what was written."""
     try:
         with safe_open(path, "pt") as file:
-            faults = json.loads(file.metadata()["faults"])
-            image_embed, text_embed = file.get_tensor("image_embed"), file.get_tensor("text_embed")
-    except (FileNotFoundError, SafetensorError):
+            metadata = file.metadata()
+            faults = Counter({DecodeFault(name): int(count) for name, count in json.loads(metadata["faults"]).items()})
+            part = Part(file.get_tensor("image_embed"), file.get_tensor("text_embed"), faults)
+    except FileNotFoundError:
         return None
-    return Part(image_embed, text_embed, Counter({DecodeFault(name): count for name, count in faults.items()}))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+        part, metadata = None, {}
+    if part is None or part.digest != metadata.get("sha256"):
+        warn(f"{path} is damaged; its samples are embedded again")
+        return None
+    return part
 
 
 def _similarities(embeddings: Embeddings, data: PreparedData) -> dict[str, float]:

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.report.evaluations import evaluations_directory, new_evaluation
 from pipeline.report.metrics import finite, format_interval, is_bound
 from pipeline.training.inference import inference_fabric
-from pipeline.workflow.artifacts import write_json_atomically
+from pipeline.workflow.sealed import write_json_atomically
 from stages.clip.network import load_clip
 from stages.evaluate.evaluation import OWN_SAMPLERS, Evaluation, Subject, measured_size
 from stages.evaluate.request import (

@@ -31,6 +31,8 @@ SECTIONS = (RETRIEVAL, ZERO_SHOT, UPSAMPLING, ATTRIBUTES)
 
 OF_NO_SAMPLING = (RETRIEVAL, ZERO_SHOT)
 _NEEDED = {"prior": "prior", UPSAMPLING: "upsampler", ATTRIBUTES: "judge"}
+_USED = (*KINDS, "judge", JUDGE_CLIP, "prepare")
+"""The kinds of the stages whose files are read."""
 _SAMPLED = {"prior": PriorSettings, "decoder": DecoderSettings, "upsampler": UpsamplerSettings}
 
 S = TypeVar("S", bound=Settings)
@@ -56,7 +58,7 @@ class Request:
     @property
     def trainer(self) -> TrainerSettings:
         """How the run uses its devices."""
-        return validate(TrainerSettings, self.record.config["trainer"], "trainer")
+        return validate(TrainerSettings, self.record.config.get("trainer", {}), "trainer")
 
     @property
     def makes_pictures(self) -> bool:
@@ -112,6 +114,7 @@ def read_request(options: argparse.Namespace, name: str, shards: WebDatasetSetti
         settings.encoders.find(encoder, "--")
     if sweep is not None:
         _check_sweep(sweep, chosen, name, artifacts.values())
+    artifacts = {name: each.opened() if each.manifest.kind in _USED else each for name, each in artifacts.items()}
     return Request(
         record=record,
         artifacts=tuple(artifacts.values()),
@@ -126,7 +129,7 @@ def read_request(options: argparse.Namespace, name: str, shards: WebDatasetSetti
 def _settings(options: argparse.Namespace, record: RunRecord) -> EvaluateSettings:
     """The run's own `stage.evaluate`, or the default's, with what the command line says."""
     values = yaml.safe_load((CONFIG_DIRECTORY / "stage" / "evaluate.yaml").read_text(encoding="utf-8"))
-    values |= next((stage for stage in record.config["stage"].values() if stage["kind"] == "evaluate"), {})
+    values |= next((stage for stage in record.config.get("stage", {}).values() if stage.get("kind") == "evaluate"), {})
     if options.samples is not None:
         values |= dict.fromkeys(("samples", "retrieval_samples", "judged_samples"), options.samples)
     if options.batch_size is not None:

@@ -10,8 +10,9 @@ from pydantic import field_validator
 
 from pipeline.config import ADDED_LATER, RUNTIME, Positive, Settings
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Numbers, file_sha256
+from pipeline.workflow.artifacts import Numbers
 from pipeline.workflow.declaration import Arity, Better, Input, StageDeclaration, Workflow, modules_in
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.fingerprint import counted_settings
 from stages.evaluate.metric import ENCODERS, INCEPTION, JUDGE_CLIP, OF_FILES, OPEN_CLIP, FeatureMetric, Metric
 

@@ -28,8 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     kind = ExportFormat(options.format)
     sources = _sources(record, artifacts, kind)
     with written_whole(options.directory, overwrite=options.overwrite) as directory:
-        for artifact in sources:
-            artifact.verify()
+        sources = [each.opened() for each in sources]
         from stages.export.write import write_export
 
         write_export(directory, record.name, kind, Dtype(options.dtype), sources, list(artifacts.values()))

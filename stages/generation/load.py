@@ -73,8 +73,10 @@ def _model_of(
     batch_size: int,
     shows_progress: bool,
 ) -> Model:
+    kinds = (*KINDS, Judge.JUDGE_CLIP)
+    artifacts = {name: each.opened() for name, each in artifacts.items() if each.manifest.kind in kinds}
     changes = {} if accelerator is None else {"accelerator": accelerator}
-    fabric = inference_fabric(validate(TrainerSettings, {**record.config["trainer"], **changes}, "trainer"))
+    fabric = inference_fabric(validate(TrainerSettings, {**record.config.get("trainer", {}), **changes}, "trainer"))
     with fabric.autocast():
         chain = chain_of_inputs(inputs_by_kind(artifacts.values()), fabric.device)
     networks = {name: each.manifest.fingerprint for name, each in artifacts.items() if each.manifest.kind in KINDS}

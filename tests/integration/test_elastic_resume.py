@@ -10,10 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
-from pipeline.workflow.artifacts import file_sha256
+from pipeline.workflow.checkpoint import Checkpoint, latest_checkpoint
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Outcome
+from pipeline.workflow.sealed import read_json
 from tests.support.ranks import log_of, run_on_ranks
 from tests.support.tiny_runs import plan_stages, rows_of, run_stage_of, run_until
 
@@ -78,7 +79,7 @@ class Runs:
         file = checkpoint / "constants.safetensors"
         constants = load_file(file)
         save_file({**constants, "clip_mean": constants["clip_mean"] + 1}, file)
-        described = json.loads(record.read_text())
+        described = read_json(record)
         described["files"][file.name] = file_sha256(file)
         record.write_text(json.dumps(described))
         return stage

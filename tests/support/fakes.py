@@ -9,19 +9,22 @@ from omegaconf import OmegaConf
 from pipeline.compose import CONFIG_DIRECTORY
 from pipeline.config import (
     RUNTIME,
+    OnDamage,
     PathSettings,
     Positive,
     RunConfig,
     RunSettings,
     Settings,
+    StoreSettings,
     TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
     TrainerSettings,
     validate,
 )
-from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest, describe_files
+from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest
 from pipeline.workflow.declaration import Arity, Blocked, Catalog, Input, StageDeclaration
+from pipeline.workflow.digests import describe_files
 from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.plan import Plan, PlannedStage, plan_run
 
@@ -133,6 +136,7 @@ def run_config(outputs: Path, stages: dict[str, dict[str, Any]] | None = None, *
         stage=WORKFLOW if stages is None else stages,
         trainer=TRAINER,
         launch={"kind": "local", "max_parallel": None},
+        store=StoreSettings(on_damage=OnDamage.STOP),
         tracking=TrackingSettings(
             mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
         ),

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline.config import RUNTIME, Settings
+from pipeline.config import RUNTIME, OnDamage, Settings, StoreSettings
 from pipeline.errors import UserError
 from pipeline.training.context import StageContext, StageResult
 from pipeline.workflow.declaration import Arity, Catalog, Input, StageDeclaration
@@ -37,6 +37,7 @@ def run_half(context: StageContext) -> StageResult:
         time.sleep(0.02)
     if settings.fails:
         raise UserError(f"{settings.name} was to fail")
+    (context.output / "said.txt").write_text(settings.name)
     return StageResult()
 
 
@@ -56,14 +57,20 @@ CATALOG = Catalog(
 )
 
 
-def plan_halves(outputs: Path, run: str, halves: dict[str, dict[str, Any]], max_parallel: int | None = 2) -> Plan:
+def plan_halves(
+    outputs: Path,
+    run: str,
+    halves: dict[str, dict[str, Any]],
+    max_parallel: int | None = 2,
+    on_damage: OnDamage = OnDamage.STOP,
+) -> Plan:
     """source -> one half of each given name -> end. The halves' names tell runs apart; the source is shared."""
     stages: dict[str, dict[str, Any]] = {"source": {"kind": "source", "name": "source"}}
     stages |= {name: {"kind": "half", "name": name, **own} for name, own in halves.items()}
     stages["end"] = {"kind": "end", "name": f"end-{run}"}
     config = run_config(
         outputs, stages, catalog="tests.support.halves:CATALOG",
-        launch={"kind": "local", "max_parallel": max_parallel},
+        launch={"kind": "local", "max_parallel": max_parallel}, store=StoreSettings(on_damage=on_damage),
     )  # fmt: skip
     return plan_run(config.model_copy(update={"run": config.run.model_copy(update={"name": run})}))
 

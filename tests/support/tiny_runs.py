@@ -1,6 +1,5 @@
 """Real stages on tiny data, run in this process through the engine's entry point."""
 
-import json
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.progress import Failure, Outcome, read_failure
+from pipeline.workflow.record import METRICS, entries
 
 NARROW_UNET = (
     "{channels: [8, 16], layers_per_block: 1, attention: [false, true], attention_head_dim: 8, norm_groups: 4}"
@@ -87,8 +87,7 @@ def run_until(outputs: Path, target: str, *overrides: str, base: Sequence[str] =
         assert outcome in (Outcome.FINISHED, Outcome.REUSED), read_failure(frozen.work)
     artifact = stages[target].store.find(target, stages[target].fingerprint)
     assert artifact is not None
-    artifact.verify()
-    return artifact
+    return artifact.opened()
 
 
 def failure_of(outputs: Path, target: str, *overrides: str) -> Failure:
@@ -128,7 +127,7 @@ def run_and_stop(frozen: FrozenStage, *, when: Callable[[], bool]) -> Outcome:
 
 
 def rows_of(artifact: Artifact) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+    return list(entries((artifact.path / METRICS).read_bytes().splitlines(), artifact.path))
 
 
 def needed(stages: dict[str, FrozenStage], target: str) -> list[FrozenStage]:

@@ -13,10 +13,12 @@ from torch import Tensor
 from pipeline.compose import CONFIG_DIRECTORY
 from pipeline.config import (
     RUNTIME,
+    OnDamage,
     PathSettings,
     RunConfig,
     RunSettings,
     Settings,
+    StoreSettings,
     TrackedArtifacts,
     TrackingMode,
     TrackingSettings,
@@ -117,6 +119,7 @@ def plan(
         run=RunSettings(name=name, group=group),
         seed=seed,
         paths=PathSettings(outputs=outputs),
+        store=StoreSettings(on_damage=OnDamage.STOP),
         catalog=f"{__name__}:CATALOG",
         data={},
         stage=stages,

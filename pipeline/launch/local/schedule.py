@@ -5,9 +5,10 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
+from pipeline.config import OnDamage
 from pipeline.launch.identity import this_process
 from pipeline.launch.launcher import StageOutcome
 from pipeline.launch.local.devices import Devices, Share
@@ -62,6 +63,9 @@ class Schedule:
         self._idle: dict[tuple[str, ...], list[Worker]] = {}
         self._waiting: set[StageKey] = set()
         self._is_stopping = False
+        self._tasks: dict[StageKey, Task] = {}
+        self._made_anew: set[StageKey] = set()
+        self._rebuilds = all(plan.config.store.on_damage is OnDamage.REBUILD for plan in plans)
         for plan in plans:
             self._take_in(plan, is_sweep=len(plans) > 1)
 
@@ -94,7 +98,9 @@ class Schedule:
             if task.key in known or task.key in self._outcomes:
                 first = known[task.key].run if task.key in known else self._outcomes[task.key].run
                 self._display.share(title, first)
-            elif stage.action is Action.REUSE:
+                continue
+            self._tasks[task.key] = task
+            if stage.action is Action.REUSE:
                 self._display.reuse(title, stage)
                 self._settle(task, Outcome.REUSED)
             else:
@@ -161,7 +167,21 @@ class Schedule:
             failure = _failure(each.task.frozen) if outcome is Outcome.FAILED else None
             self._is_stopping |= outcome is Outcome.INTERRUPTED
             self._display.finish(each.task.title, each.task.stage, duration_s, outcome, failure)
-            self._settle(each.task, outcome, duration_s, failure)
+            if outcome is not Outcome.FAILED or not self._starts_again_on_other_inputs(each.task):
+                self._settle(each.task, outcome, duration_s, failure)
+
+    def _starts_again_on_other_inputs(self, task: Task) -> bool:
+        """Whether it failed as inputs were found damaged: they are made anew, once, and it is to start again."""
+        damaged = [self._tasks[key] for key in task.frozen.needs if task.frozen.store.known_damage(*key) is not None]
+        if not self._rebuilds or not damaged or any(each.key in self._made_anew for each in damaged):
+            return False
+        for each in damaged:
+            self._made_anew.add(each.key)
+            self._outcomes.pop(each.key, None)
+            stage = replace(each.stage, action=Action.RUN, reason="anew, as it was found damaged")
+            self._pending.append(replace(each, stage=stage))
+        self._pending.append(task)
+        return True
 
     def _settle(self, task: Task, outcome: Outcome, duration_s: float = 0.0, failure: Failure | None = None) -> None:
         self._outcomes[task.key] = StageOutcome(task.run, *task.key, outcome, duration_s, failure)

@@ -47,9 +47,9 @@ class Worker:
         status = self._process.poll()
         result = result_path(self._frozen.path, self._process.pid)
         if result.exists():
-            outcome = Outcome(result.read_text())
+            said = result.read_bytes()
             result.unlink()
-            return outcome
+            return next((outcome for outcome in Outcome if outcome.value.encode() == said), Outcome.FAILED)
         if status is None:
             return None
         if status == 0:

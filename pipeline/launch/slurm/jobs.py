@@ -1,15 +1,16 @@
 """The jobs that were submitted for a stage: `work/<stage>/<fingerprint>/jobs/<number>.json`, one file each."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.config import Settings, validate
+from pydantic import TypeAdapter
+
+from pipeline.config import Settings
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.commands import QueuedJob
-from pipeline.workflow.artifacts import write_json_atomically
+from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 JOBS = "jobs"
 
@@ -29,6 +30,9 @@ class JobRecord(Settings):
     submitted_at: str
     lane: int | None = None
     job_id: int | None = None
+
+
+_RECORD = TypeAdapter(JobRecord)
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,10 @@ def write_record(work: Path, record: JobRecord) -> None:
 
 
 def latest_record(work: Path) -> JobRecord | None:
-    """The last submission of the stage with that work directory, or None."""
-    paths = sorted((work / JOBS).glob("[0-9]*.json"))
-    return validate(JobRecord, json.loads(paths[-1].read_text()), str(paths[-1])) if paths else None
+    """The last submission of the stage with that work directory whose record is whole, or None."""
+    paths = sorted((work / JOBS).glob("[0-9]*.json"), reverse=True)
+    found = (read_or_none(_RECORD, path, "the submission before it counts") for path in paths)
+    return next((record for record in found if record is not None), None)
 
 
 def look_up(works: Iterable[Path]) -> dict[Path, KnownJob]:

@@ -7,6 +7,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from pipeline.report.records import Comparison
+from pipeline.workflow.sealed import read_json
 from tests.support import small_world
 from tests.support.small_world import compared
 
@@ -37,7 +38,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_world.run(outputs, "broken", weight=0.9, fails_at=12, note=small_world.HARM)
     killed = small_world.work_of(small_world.run(outputs, "killed", weight=0.8, stops_at=15), "painter")
     # What SIGKILL leaves: a last word that grows old, and a row that is cut short.
-    progress = json.loads((killed / "progress.json").read_text())
+    progress = read_json(killed / "progress.json")
     (killed / "progress.json").write_text(json.dumps(progress | {"phase": "working", "updated_at": 1.0}))
     with (killed / "metrics.jsonl").open("a") as rows:
         rows.write('{"samples_seen": 128, "train/err')

@@ -15,6 +15,7 @@ from pipeline.report.sweep import SweepView, effects
 from pipeline.report.table import columns, table_csv, table_json
 from pipeline.workflow.progress import read_failure, read_progress
 from pipeline.workflow.runs import RECORD
+from pipeline.workflow.sealed import read_json
 from tests.support import small_world
 from tests.support.small_world import compared
 
@@ -30,7 +31,7 @@ def diverged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         painter = compared(outputs, f"d.{run}").runs[0].stage("painter")
         assert painter is not None
         path = painter.directory / "manifest.json"
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         manifest["metrics"] |= {"error": value, "accuracy": -value, "accuracy_low": value}
         path.write_text(json.dumps(manifest))
     return outputs

@@ -8,6 +8,7 @@ import pytest
 from pipeline.report.records import RunReport, State
 from pipeline.report.rows import sampled_rows
 from pipeline.workflow.progress import read_progress
+from pipeline.workflow.sealed import read_json
 from tests.support.small_world import compared
 
 
@@ -67,7 +68,7 @@ def test_a_stage_that_was_heard_of_just_now_is_running(outputs: Path):
     assert painter is not None
     path = painter.work / "progress.json"
     before = path.read_text()
-    path.write_text(json.dumps(json.loads(before) | {"updated_at": time.time()}))
+    path.write_text(json.dumps(read_json(path) | {"updated_at": time.time()}))
     try:
         assert run_of(outputs, "killed").state is State.RUNNING
     finally:

@@ -1,6 +1,5 @@
 """Stages whose record is sent while they train, to a server that may be ill, by processes that may be killed."""
 
-import json
 import random
 import signal
 import time
@@ -20,6 +19,7 @@ from pipeline.training.context import StageContext
 from pipeline.training.stage import run_stage
 from pipeline.workflow.ownership import ATTEMPTS
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
+from pipeline.workflow.record import entries
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, run
 from tests.support.tracked import ALL, again, at_40, is_long_ago, no_secret_below, start, stop, tracked, wait_until
@@ -334,5 +334,5 @@ def test_rows_that_are_logged_more_rarely_after_a_kill_are_neither_lost_nor_ther
     assert again(tracked(tmp_path, ONLINE, checkpoint_every_samples=32, log_every_steps=3)) is Outcome.FINISHED
     assert [row["samples_seen"] for row in tiny.rows(stage) if "train/loss" in row] == [8, 16, 24, 32, 48, 72, 80]
     require_every_row_once(server, [8, 16, 24, 32, 40, 48, 56, 72, 80])
-    lines = [json.loads(line) for line in (stage.work / "metrics.jsonl").read_text().splitlines()]
-    assert {"resumes_at": 32} in lines
+    record = stage.work / "metrics.jsonl"
+    assert {"resumes_at": 32} in entries(record.read_bytes().splitlines(), record)

@@ -19,7 +19,8 @@ from pipeline.tracking.sync import sync
 from pipeline.tracking.wandb_record import read_record
 from pipeline.training.context import StageContext
 from pipeline.training.stage import run_stage
-from pipeline.workflow.artifacts import MANIFEST, file_sha256
+from pipeline.workflow.artifacts import MANIFEST
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
 from tests.support import tiny

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.checkpoints import latest_checkpoint
+from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.progress import latest_checkpoint_samples
 
 PART = "fragments-00000-of-00001.000.safetensors"
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.samples_seen == 100
-    assert f"{newest} is damaged and passed over" in capsys.readouterr().out
+    assert f"{newest} is damaged and passed over" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_its_record_is_not_used(tmp_path: Path):

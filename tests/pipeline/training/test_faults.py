@@ -22,14 +22,15 @@ from pipeline.config import NonFinite
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.splits import Split
 from pipeline.errors import UserError
-from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.non_finite import MAX_SKIPPED_IN_A_ROW, RECORD, NonFiniteGuard
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.stage import run_stage
 from pipeline.training.strategies.portable import PlainStrategy
+from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import StageLost
 from pipeline.workflow.progress import Failure, Outcome, Phase, latest_checkpoint_samples, read_failure, read_progress
+from pipeline.workflow.sealed import read_json
 from tests.support import ROOT, tiny
 from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
 
@@ -269,7 +270,7 @@ def test_a_stage_that_is_lost_in_mid_step_says_so_writes_nothing_more_and_is_fin
 ):
     def lose(context: tiny.StageContext) -> None:
         attempts = context.work / "attempts"
-        other = json.loads((attempts / "000001.json").read_text()) | {"attempt": 2, "pid": 2**30}
+        other = read_json(attempts / "000001.json") | {"attempt": 2, "pid": 2**30}
         (attempts / "000002.json").write_text(json.dumps(other))
         notice(context)
 
@@ -353,7 +354,7 @@ def test_a_stalled_worker_that_wakes_up_leaves_its_successor_s_artifact_alone(tm
     stalled.send_signal(signal.SIGCONT)
     assert stalled.wait(timeout=180) == 75
     assert finished(stage) == published
-    published.verify()
+    published.opened()
     assert [row["samples_seen"] for row in rows(stage) if "train/loss" in row] == list(range(8, 8 * 60 + 1, 8))
     assert not list((tmp_path / "artifacts" / "learner").glob(".building-*"))
 

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -10,14 +9,16 @@ from torch.utils.data import DataLoader
 from pipeline.config import Precision, StrategyName
 from pipeline.data.batch import ImageBatch
 from pipeline.training import context
-from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.optimizer import learning_rate_factor
 from pipeline.training.stage import THREADS_AT_START, run_stage
-from pipeline.workflow.artifacts import file_sha256
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
+from pipeline.workflow.checkpoint import latest_checkpoint
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.progress import Outcome, Phase, read_failure, read_progress
+from pipeline.workflow.sealed import read_json, write_json_atomically
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, are_equal, finished, frozen, rows, run, weights
+from tests.support.tiny_runs import rows_of
 
 
 def crash(_context: object) -> None:
@@ -36,12 +37,11 @@ def test_training_publishes_weights_metrics_and_the_counter(tmp_path: Path):
     stage = frozen(tmp_path)
     assert run(stage) is Outcome.FINISHED
     artifact = finished(stage)
-    artifact.verify()
+    artifact.opened()
     assert artifact.manifest.samples_seen == 80
     assert artifact.manifest.metrics["loss"] > 0
     assert (artifact.path / "samples.png").exists()
-    published = (artifact.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in published] == rows(stage)
+    assert rows_of(artifact) == rows(stage)
 
 
 def test_a_stage_that_sets_no_threads_has_those_of_its_process_whatever_ran_there_before(tmp_path: Path):
@@ -311,7 +311,8 @@ def test_the_checkpoint_of_another_model_is_refused_in_one_line(tmp_path: Path):
     description.write_text(description.read_text().replace("[16, 192]", "[16, 48]"))
     record = checkpoint.path.with_suffix(".json")
     digest = file_sha256(description)
-    record.write_text(record.read_text().replace(checkpoint.files["description.json"], digest))
+    values = read_json(record)
+    write_json_atomically(record, {**values, "files": {**values["files"], "description.json": digest}})
     assert run(stage) is Outcome.FAILED
     failure = read_failure(stage.work)
     assert failure is not None

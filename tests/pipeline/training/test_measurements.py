@@ -14,7 +14,7 @@ from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, SampleRequest
 from pipeline.training import measurements
 from pipeline.training.measurements import peak_flops
-from pipeline.workflow.progress import Outcome
+from pipeline.workflow.progress import Outcome, read_hardware
 from pipeline.workflow.record import without_measured
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, finished, frozen, rows, run
@@ -120,4 +120,4 @@ def test_what_a_stage_runs_on_is_in_its_work_and_its_manifest(tmp_path: Path):
     assert hardware["cpus"] >= 1
     assert hardware["memory_gib"] > 0
     assert hardware["torch"] == torch.__version__
-    assert json.loads((stage.work / "hardware.json").read_text()) == hardware
+    assert read_hardware(stage.work) == hardware

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.parameters import freeze, learning_rate_factors
 from pipeline.training.stage import run_stage
+from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.progress import Outcome, read_failure
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, are_equal, finished, frozen, run, weights

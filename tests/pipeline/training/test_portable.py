@@ -16,7 +16,7 @@ from pipeline.training.strategies import host_memory, portable
 from pipeline.training.strategies.fragments import Fragment, named_tensors, read_fragments, trained_parameters
 from pipeline.training.strategies.part import write_tensors
 from pipeline.training.strategies.portable import PlainStrategy
-from pipeline.workflow.artifacts import file_sha256
+from pipeline.workflow.digests import file_sha256
 from tests.support import tiny
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import StrategyName
-from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.stage import run_stage
 from pipeline.training.strategies import host_memory
+from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.record import without_measured

@@ -1,10 +1,21 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, file_sha256, write_json_atomically
+from pipeline.workflow import artifacts, digests
+from pipeline.workflow.artifacts import (
+    MANIFEST,
+    SET_ASIDE,
+    VERIFIED,
+    Artifact,
+    ArtifactStore,
+    DamagedArtifactError,
+)
+from pipeline.workflow.digests import file_sha256
+from pipeline.workflow.sealed import read_json, write_json_atomically
 from tests.support.fakes import manifest_of
 
 FINGERPRINT = "ab" * 32
@@ -93,10 +104,7 @@ def test_a_directory_that_lost_its_manifest_is_replaced(store: ArtifactStore):
     assert store.find("clip", FINGERPRINT) is not None
 
 
-@pytest.mark.parametrize("damage", ["flip a byte", "cut", "remove"])
-def test_verify_finds_a_damaged_file_and_names_it(store: ArtifactStore, damage: str):
-    artifact = publish(store)
-    artifact.verify()
+def damaged(artifact: Artifact, damage: str) -> Path:
     file = artifact.path / "part" / "weights.bin"
     match damage:
         case "flip a byte":
@@ -105,13 +113,110 @@ def test_verify_finds_a_damaged_file_and_names_it(store: ArtifactStore, damage: 
             file.write_bytes(b"01234")
         case "remove":
             file.unlink()
-    with pytest.raises(UserError, match=r"part/weights\.bin does not match its manifest; remove .* and run again"):
-        artifact.verify()
+    return file
+
+
+@pytest.mark.parametrize("damage", ["flip a byte", "cut", "remove"])
+def test_opening_names_a_damaged_file_and_sets_the_artifact_aside(store: ArtifactStore, damage: str):
+    artifact = publish(store)
+    assert artifact.opened() == artifact
+    before = (artifact.path / MANIFEST).read_bytes()
+    file = damaged(artifact, damage)
+    with pytest.raises(DamagedArtifactError, match=rf"{file} .*: stage clip is set aside; .*on_damage=rebuild"):
+        store.open("clip", FINGERPRINT)
+    assert store.find("clip", FINGERPRINT) is None
+    assert store.known_damage("clip", FINGERPRINT) is not None
+    # Nothing is deleted, and whoever has the other files open goes on.
+    assert (artifact.path / SET_ASIDE).read_bytes() == before
+    assert (artifact.path / "config.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "remove"])
+def test_another_size_is_known_without_reading_a_file(store: ArtifactStore, damage: str):
+    file = damaged(publish(store), damage)
+    assert str(file) in (store.known_damage("clip", FINGERPRINT) or "")
+
+
+def test_what_was_verified_is_read_again_only_when_somebody_touched_it(store: ArtifactStore, monkeypatch):
+    artifact = publish(store)
+    read: list[Path] = []
+    monkeypatch.setattr(digests, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    store.open("clip", FINGERPRINT)
+    store.open("clip", FINGERPRINT)
+    assert sorted(path.name for path in read) == ["config.json", "weights.bin"]
+    (artifact.path / "config.json").touch()
+    store.open("clip", FINGERPRINT)
+    assert [path.name for path in read[2:]] == ["config.json"]
+    store.open("clip", FINGERPRINT, anew=True)
+    assert len(read) == 5
+
+
+@pytest.mark.parametrize("memory", [b"", b"\xff", b"{", b"[]", b'{"files": 3}', b'{"files": {"config.json": [null]}}'])
+def test_a_damaged_memory_of_what_was_verified_is_no_memory(store: ArtifactStore, memory: bytes):
+    artifact = publish(store)
+    store.open("clip", FINGERPRINT)
+    (remembered,) = (store.work("clip", FINGERPRINT) / VERIFIED).glob("*.json")
+    remembered.write_bytes(memory)
+    damaged(artifact, "flip a byte")
+    with pytest.raises(DamagedArtifactError):
+        store.open("clip", FINGERPRINT)
+
+
+def test_a_damaged_artifact_is_found_once_by_all_who_open_it(store: ArtifactStore):
+    damaged(publish(store), "flip a byte")
+
+    def opened(_: int) -> str:
+        try:
+            return "nothing" if store.open("clip", FINGERPRINT) is None else "whole"
+        except DamagedArtifactError:
+            return "damaged"
+
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(opened, range(16)))
+    assert "damaged" in found
+    assert "whole" not in found
+    assert store.find("clip", FINGERPRINT) is None
+
+
+def test_what_was_made_anew_meanwhile_is_not_set_aside(store: ArtifactStore, monkeypatch):
+    damaged(publish(store, b"0123456789"), "flip a byte")
+
+    def found_late(*_: object) -> str:
+        store.path("clip", FINGERPRINT).rename(store.outputs / "damaged")
+        publish(store)
+        return "a file is damaged"
+
+    monkeypatch.setattr(artifacts, "fault", found_late)
+    with pytest.raises(DamagedArtifactError):
+        store.open("clip", FINGERPRINT)
+    assert store.find("clip", FINGERPRINT) is not None
+
+
+def test_what_is_made_anew_takes_the_place_of_what_was_set_aside_which_stays(store: ArtifactStore):
+    artifact = publish(store)
+    damaged(artifact, "flip a byte")
+    with pytest.raises(DamagedArtifactError):
+        store.open("clip", FINGERPRINT)
+    publish(store)
+    assert store.open("clip", FINGERPRINT) is not None
+    assert store.known_damage("clip", FINGERPRINT) is None
+    (kept,) = artifact.path.parent.glob(f".damaged-{FINGERPRINT}-*")
+    assert (kept / "part" / "weights.bin").read_bytes() == b"0123456780"
+
+
+def test_an_intact_copy_brings_back_what_was_set_aside(store: ArtifactStore):
+    file = damaged(publish(store), "cut")
+    with pytest.raises(DamagedArtifactError):
+        store.open("clip", FINGERPRINT)
+    assert not store.take_back("clip", FINGERPRINT)
+    file.write_bytes(b"0123456789")
+    assert store.take_back("clip", FINGERPRINT)
+    assert store.open("clip", FINGERPRINT) is not None
 
 
 def test_a_manifest_from_before_hardware_was_recorded_is_read(store: ArtifactStore):
     path = publish(store).path / MANIFEST
-    values = json.loads(path.read_text())
+    values = read_json(path)
     del values["hardware"]
     path.write_text(json.dumps(values))
     (artifact,) = store.all_of("clip")
@@ -120,22 +225,30 @@ def test_a_manifest_from_before_hardware_was_recorded_is_read(store: ArtifactSto
 
 def test_a_manifest_of_another_schema_says_what_to_do(store: ArtifactStore):
     path = publish(store).path / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    path.write_text(json.dumps({**read_json(path), "schema_version": 99}))
     with pytest.raises(UserError, match=r"schema 99 .* remove it and run again"):
         store.find("clip", FINGERPRINT)
 
 
 def test_a_manifest_that_is_no_json_says_what_to_do(store: ArtifactStore):
     (publish(store).path / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match=r"cannot be read; remove .* and run again"):
+    with pytest.raises(UserError, match=r"cannot be read .*on_damage=rebuild"):
         store.find("clip", FINGERPRINT)
+
+
+def test_a_manifest_of_which_one_value_was_changed_is_damaged(store: ArtifactStore):
+    path = publish(store).path / MANIFEST
+    path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.4'))
+    with pytest.raises(DamagedArtifactError, match="does not match its own digest"):
+        store.open("clip", FINGERPRINT)
+    assert store.find("clip", FINGERPRINT) is None
 
 
 def test_json_is_replaced_whole_and_nothing_is_left_beside(tmp_path: Path):
     path = tmp_path / "value.json"
     write_json_atomically(path, {"a": "ü"})
     write_json_atomically(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 2}
+    assert read_json(path) == {"a": 2}
     assert [each.name for each in path.parent.iterdir()] == ["value.json"]
 
 
@@ -144,7 +257,7 @@ def test_a_failed_write_keeps_the_old_json(tmp_path: Path):
     write_json_atomically(path, {"a": 1})
     with pytest.raises(TypeError):
         write_json_atomically(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert read_json(path) == {"a": 1}
 
 
 def test_a_file_s_digest_is_its_sha256(tmp_path: Path):

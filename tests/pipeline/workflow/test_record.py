@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workflow.record import Replay, append, read_standing, resume, write_rows
+from pipeline.workflow.record import Replay, append, entries, read_standing, resume, write_rows
 
 ROWS = [{"samples_seen": 8 * (step + 1), "train/loss": 1.0 / (step + 1)} for step in range(6)]
 PICTURE = {"samples_seen": 24, "picture": "samples", "file": "samples/24.png", "captions": ["red", "blue"]}
 
 
 def lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return list(entries(path.read_bytes().splitlines(), path))
 
 
 def test_what_is_appended_is_read_back_in_its_order(tmp_path: Path):

@@ -130,7 +130,7 @@ def test_a_damaged_artifact_is_not_handed_on(finished: Path, tmp_path: Path, cap
     (weights,) = copy.glob("artifacts/clip/*/clip.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert export(copy, "tiny", tmp_path / "it", "--format", "transformers") == 2
-    assert "does not match its manifest" in capsys.readouterr().err
+    assert "does not have the digest in its manifest" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["outputs"]
 
 

@@ -1,0 +1,89 @@
+"""A run builds on finished stages only where their files are what they were."""
+
+import io
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.cli import main
+from pipeline.config import OnDamage
+from pipeline.errors import UserError
+from pipeline.launch.local import LAUNCHER
+from pipeline.launch.run import start
+from pipeline.terminal.display import Display
+from pipeline.training.stage import run_stage
+from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.plan import Plan
+from pipeline.workflow.progress import Outcome
+from pipeline.workflow.runs import record_run
+from tests.support import ROOT
+from tests.support.halves import plan_halves, starts
+
+ALL_FINISHED = dict.fromkeys(("source", "right", "end"), Outcome.FINISHED)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FrozenStage:
+    """The finished source of run `a`, of which a byte was flipped."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    plan = plan_halves(tmp_path, "a", {"left": {}})
+    record_run(plan)
+    frozen = [stage.frozen for stage in plan.stages if stage.frozen is not None]
+    assert [run_stage(each, threading.Event()) for each in frozen] == [Outcome.FINISHED] * 3
+    file_of(frozen[0]).write_text("sourcf")
+    return frozen[0]
+
+
+def file_of(stage: FrozenStage) -> Path:
+    return stage.store.path(*stage.key) / "said.txt"
+
+
+def other(outputs: Path, on_damage: OnDamage) -> Plan:
+    return plan_halves(outputs, "b", {"right": {}}, on_damage=on_damage)
+
+
+def test_where_it_is_to_stop_one_line_says_so_and_nothing_is_started(source: FrozenStage):
+    for said in (rf"{file_of(source)} does not have .*: stage source is set aside", "stage source is blocked: "):
+        with pytest.raises(UserError, match=f"{said}.*store.on_damage=rebuild"):
+            start([other(source.outputs, OnDamage.STOP)], Display(), waits=True)
+    assert set(starts(source.outputs)) == {"source", "left", "end-a"}
+
+
+def test_where_it_is_to_rebuild_the_stage_runs_anew_and_what_was_made_of_it_stays(source: FrozenStage):
+    text = io.StringIO()
+    outcomes = start([other(source.outputs, OnDamage.REBUILD)], Display(Console(file=text, width=200)), waits=True)
+    assert {each.stage: each.outcome for each in outcomes} == dict.fromkeys(
+        ("source", "right", "end"), Outcome.FINISHED
+    )
+    assert {name: len(each) for name, each in starts(source.outputs).items()} == {
+        "source": 2, "left": 1, "end-a": 1, "right": 1, "end-b": 1,
+    }  # fmt: skip
+    assert file_of(source).read_text() == "source"
+    assert text.getvalue().count(str(file_of(source))) == 1
+
+
+def test_damage_that_a_stage_finds_when_it_starts_is_mended_too(source: FrozenStage):
+    outcomes = LAUNCHER.submit([other(source.outputs, OnDamage.REBUILD)], Display(Console(file=io.StringIO())))
+    assert {each.stage: each.outcome for each in outcomes} == dict.fromkeys(
+        ("source", "right", "end"), Outcome.FINISHED
+    )
+    assert len(starts(source.outputs)["source"]) == 2
+
+
+def test_verify_names_what_is_damaged_and_takes_it_back_when_it_is_whole_again(source: FrozenStage, capsys):
+    arguments = ["verify", "a", "--outputs", str(source.outputs)]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert len(lines) == 3
+    assert str(file_of(source)) in lines[0]
+    assert all("whole (" in line for line in lines[1:])
+    assert shown.err.startswith("unclip: 1 damaged")
+    assert main(arguments) == 2
+    file_of(source).write_text("source")
+    capsys.readouterr()
+    assert main([*arguments[:1], "--all", *arguments[2:]]) == 0
+    assert "taken back" in capsys.readouterr().out
+    assert source.store.open(*source.key) is not None
