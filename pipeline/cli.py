@@ -21,6 +21,8 @@ _STORE = {
     "gc": "Say what no run needs, and remove it with --delete. What is at work, pinned or young stays.",
     "rm": "Say what goes with runs or sweeps, and remove it with --delete. What another run needs stays.",
     "mv": "Rename a run, or a sweep with its members.",
+    "push": "Copy a run and its finished stages to a store elsewhere.",
+    "pull": "Fetch a run and its stages from a store elsewhere, and verify them.",
 }
 
 USAGE = """\
@@ -46,6 +48,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip gc                           what could go of what no run needs; --delete removes it
   unclip rm RUN                       what goes with a run or sweep; --delete removes it
   unclip mv RUN NEW                   rename a run or sweep
+  unclip push RUN URL                 copy a run and its finished stages to s3://… or a directory; pull fetches it
 {registered}
 `unclip run --help` lists the config groups, `unclip run --cfg job` prints the composed config.
 `unclip COMMAND --help` says more of a command.

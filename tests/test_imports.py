@@ -239,7 +239,8 @@ def test_what_stages_share_knows_of_no_stage(room: str):
         (("deepspeed",), "pipeline/training/strategies/zero.py"),
         (("open_clip",), "stages/clip/network.py"),
         (("webdataset",), "pipeline/data/"),
-        (("s3fs", "fsspec", "aiobotocore", "botocore", "boto3"), "pipeline/data/s3.py"),
+        (("s3fs", "aiobotocore", "botocore", "boto3"), "pipeline/data/s3.py"),
+        (("fsspec",), "pipeline/store/remote.py"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.errors import UserError, is_disk_full
+from pipeline.store import remote
 from pipeline.store.collect import DEFAULT_AGE, find, make_room, pin, take_away
 from pipeline.store.references import jobs_at_work
 from pipeline.store.removable import Removable, measured
@@ -145,6 +146,30 @@ def mv(options: argparse.Namespace) -> int:
     """Rename it."""
     names = rename_run(options.outputs, options.run, options.new, jobs_at_work(options.outputs))
     print("\n".join(f"{old} is {new} now" for old, new in names.items()))
+    return 0
+
+
+def add_push_options(parser: argparse.ArgumentParser) -> None:
+    """What `unclip push` takes beside `--outputs`."""
+    parser.add_argument("run", help="name of a run")
+    parser.add_argument("url", help="where to: s3://BUCKET/PREFIX, a directory, or any other URL of fsspec's")
+
+
+def push(options: argparse.Namespace) -> int:
+    """Copy it there."""
+    remote.push(options.outputs, options.run, options.url, print)
+    return 0
+
+
+def add_pull_options(parser: argparse.ArgumentParser) -> None:
+    """What `unclip pull` takes beside `--outputs`."""
+    parser.add_argument("run", help="name of a run that was pushed")
+    parser.add_argument("url", help="where it was pushed to")
+
+
+def pull(options: argparse.Namespace) -> int:
+    """Fetch it."""
+    remote.pull(options.outputs, options.run, options.url, print)
     return 0
 
 

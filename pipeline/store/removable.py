@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.store.references import References, entries
+from pipeline.store.remote import PULLING
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.code import DIRECTORY as CODE
 from pipeline.workflow.frozen import StageKey
@@ -105,6 +106,8 @@ def removables(
         for path in sorted(outputs.glob(f"artifacts/*/{beginning}*")):
             key = path.parent.name, path.name.removeprefix(beginning).rpartition("-")[0]
             yield Removable(Kind.LEFT_OVER, path, key, why)
+    for path in sorted(outputs.glob(f"{PULLING}*")):
+        yield Removable(Kind.LEFT_OVER, path, None, "its pull was stopped")
     store = ArtifactStore(outputs)
     for key in references.users if not keeps_checkpoints else ():
         path = store.work(*key) / CHECKPOINTS

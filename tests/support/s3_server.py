@@ -1,5 +1,6 @@
 """A real S3 server (moto's) in a process of its own, and a front before it that counts requests and spoils some."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -8,7 +9,11 @@ from contextlib import contextmanager
 from enum import Enum, auto
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import cast
+
+import fsspec.config
+import pytest
 
 # The server wants to see that a request is signed, and does not look whether it is signed well.
 _SIGNED = "AWS4-HMAC-SHA256 Credential=me/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
@@ -122,6 +127,28 @@ def s3_server() -> Iterator[int]:
         finally:
             process.terminate()
             process.wait(10)
+
+
+@contextmanager
+def bucket(port: int, monkeypatch: pytest.MonkeyPatch, nowhere: Path) -> Iterator[Front]:
+    """The server with an empty bucket, `bucket`, to which the environment points; the outside is out of reach."""
+    monkeypatch.setitem(fsspec.config.conf, "s3", {})
+    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    assert request(port, "POST", "/moto-api/reset")[0] == 200
+    with front_of(port) as front:
+        for name, value in {
+            "AWS_ENDPOINT_URL": front.url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": str(nowhere / "no-config"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(nowhere / "no-credentials"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        front.put("bucket")
+        yield front
 
 
 @contextmanager

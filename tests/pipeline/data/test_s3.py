@@ -1,6 +1,5 @@
 import errno
 import multiprocessing
-import os
 import socket
 import sys
 import threading
@@ -24,7 +23,7 @@ from pipeline.data.shards import expand_shards
 from pipeline.data.write import write_shards
 from pipeline.errors import UserError
 from tests.support.pictures import source_sample
-from tests.support.s3_server import Fault, Front, front_of, request, s3_server
+from tests.support.s3_server import Fault, Front, bucket, request, s3_server
 from tests.support.shards import update_index
 
 
@@ -36,24 +35,8 @@ def server() -> Iterator[int]:
 
 @pytest.fixture
 def s3(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
-    """A server with an empty bucket, `bucket`, to which the environment points; the outside is out of reach."""
     monkeypatch.setattr("pipeline.data.remote.FIRST_WAIT_S", 0.001)
-    monkeypatch.setitem(fsspec.config.conf, "s3", {})
-    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    assert request(server, "POST", "/moto-api/reset")[0] == 200
-    with front_of(server) as front:
-        for name, value in {
-            "AWS_ENDPOINT_URL": front.url,
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": str(tmp_path / "no-config"),
-            "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
-        }.items():
-            monkeypatch.setenv(name, value)
-        front.put("bucket")
+    with bucket(server, monkeypatch, tmp_path) as front:
         yield front
 
 

@@ -1,0 +1,120 @@
+"""A run in a store elsewhere: a real S3 server, and a directory."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.store.remote import PULLING, RemoteStore, pull, push
+from pipeline.workflow.artifacts import MANIFEST
+from pipeline.workflow.runs import read_run, run_artifacts
+from tests.support.command import said
+from tests.support.s3_server import bucket, s3_server
+from tests.support.stores import contents, finish, record, there
+
+URL = "s3://bucket/team"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with bucket(server, monkeypatch, tmp_path):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
+        yield
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A store with a finished run `first`."""
+    outputs = tmp_path / "mine"
+    finish(record(outputs, "first").values())
+    return outputs
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_was_pushed_to_s3_is_pulled_as_it_was_and_once(mine: Path, tmp_path: Path):
+    pushed = said("push", "first", URL, "--outputs", str(mine))
+    stages = len(run_artifacts(mine, read_run(mine, "first")))
+    assert pushed.count("pushed, ") == stages
+    assert said("push", "first", URL, "--outputs", str(mine)).count("is there") == stages
+    theirs = tmp_path / "theirs"
+    assert said("pull", "first", URL, "--outputs", str(theirs)).count("pulled, ") == stages
+    assert contents(theirs, ["artifacts"]) == contents(mine, ["artifacts"])
+    assert read_run(theirs, "first") == read_run(mine, "first")
+    assert said("pull", "first", URL, "--outputs", str(theirs)).count("  is here") == stages
+    assert not list(theirs.glob(f"{PULLING}*"))
+
+
+def test_a_stopped_pull_goes_on_and_a_push_that_was_stopped_shows_no_artifact(mine: Path, tmp_path: Path):
+    there_url, theirs = tmp_path / "there", tmp_path / "theirs"
+    push(mine, "first", str(there_url), print)
+    (manifest,) = (there_url / "artifacts" / "decoder").glob(f"*/{MANIFEST}")
+    held = manifest.rename(manifest.with_name("held"))
+    said_of_it: list[str] = []
+    pull(theirs, "first", str(there_url), said_of_it.append)
+    assert "without decoder, not finished there" in said_of_it[-1]
+    assert "decoder" not in {stage for stage, _ in there(theirs)}
+    held.rename(manifest)
+    pull(theirs, "first", str(there_url), print)
+    assert contents(theirs, ["artifacts"]) == contents(mine, ["artifacts"])
+
+
+def test_a_file_that_was_damaged_on_the_way_is_not_taken_in(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    place = tmp_path / "there"
+    push(mine, "first", str(place), print)
+    (manifest,) = (place / "artifacts" / "clip").glob(f"*/{MANIFEST}")
+    name = json.loads(manifest.read_text())["files"][0]["path"]
+    file = manifest.with_name(name)
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+    theirs = tmp_path / "theirs"
+    assert name in refused(capsys, "pull", "first", str(place), "--outputs", str(theirs))
+    assert "clip" not in {stage for stage, _ in there(theirs)}
+
+
+def test_a_manifest_that_points_out_of_its_folder_is_refused(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    place = tmp_path / "there"
+    push(mine, "first", str(place), print)
+    (manifest,) = (place / "artifacts" / "clip").glob(f"*/{MANIFEST}")
+    values = json.loads(manifest.read_text())
+    values["files"][0]["path"] = "../../../../stolen"
+    values.pop("sha256", None)
+    manifest.write_text(json.dumps(values))
+    theirs = tmp_path / "theirs"
+    assert "none of its own" in refused(capsys, "pull", "first", str(place), "--outputs", str(theirs))
+    assert not list(tmp_path.rglob("stolen"))
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_cannot_be_is_said_in_a_line(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    at = ["--outputs", str(mine)]
+    assert "no run 'x'" in refused(capsys, "push", "x", URL, *at)
+    assert "nothing was pushed there" in refused(capsys, "pull", "first", URL, *at)
+    push(mine, "first", URL, print)
+    assert "runs there: first" in refused(capsys, "pull", "fist", URL, *at)
+    assert "cannot be reached" in refused(capsys, "push", "first", "s3://no-such-bucket/x", *at)
+    assert "cannot be reached" in refused(capsys, "push", "first", "nothing://x", *at)
+    record(tmp_path / "begun", "first")
+    assert "has no finished stage" in refused(capsys, "push", "first", URL, "--outputs", str(tmp_path / "begun"))
+    shutil.rmtree(mine / "runs" / "first")
+    finish(record(mine, "first", weight=0.9).values())
+    assert "another run first is at s3://bucket/team" in refused(capsys, "push", "first", URL, *at)
+    assert "another run first is here" in refused(capsys, "pull", "first", URL, *at)
+    assert RemoteStore(URL).names_in("runs") == ["first"]
