@@ -3,7 +3,6 @@
 import re
 import shutil
 import time
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -122,9 +121,8 @@ def earlier_records(outputs: Path, name: str) -> dict[Path, RunRecord]:
 
 def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[str, Any] | None:
     """The whole config of a run as it was given with that stage, though another may have been given since; or None."""
-    records = list(earlier_records(outputs, name).values())
-    with suppress(UserError):
-        records.insert(0, read_run(outputs, name))
+    latest = read_or_none(_RECORD, run_directory(outputs, name) / RECORD, "it is left out")
+    records = [*([] if latest is None else [renamed(latest, name)]), *earlier_records(outputs, name).values()]
     return next((record.config for record in records if record.fingerprint_of(stage) == fingerprint), None)
 
 
