@@ -40,8 +40,6 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
     launcher.check(plans)
     with recorded(plans) as in_use:
         require_unblocked(in_use)
-        for plan in in_use:
-            plan.code.keep(plan.store.outputs)
         outcomes = launcher.submit([plan.with_code() for plan in in_use], display)
         if waits:
             for plan in in_use:
@@ -58,7 +56,7 @@ def _on_whole_inputs(plans: Sequence[Plan], display: Display) -> Sequence[Plan]:
         stages = [stage for plan in plans for stage in plan.stages]
         to_run = [each.frozen for each in stages if each.frozen is not None and each.action is not Action.REUSE]
         is_damaged = False
-        for store, key in {(each.store, key) for each in to_run for key in (*each.needs_with_initial, each.key)}:
+        for store, key in {(each.store, key) for each in to_run for key in (*each.reads, each.key)}:
             try:
                 store.open(*key)
             except DamagedArtifactError as damage:

@@ -5,12 +5,11 @@ changed a moment ago may be changed back, and processes of an earlier version do
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError, is_disk_full
 from pipeline.store.references import PIN, read_references
-from pipeline.store.removable import Removable, obstacle, removables
+from pipeline.store.removable import Found, Removable, obstacle, removables, split
 from pipeline.store.trash import delete_in_place, empty_trash, in_trash, set_aside
 from pipeline.workflow.in_use import forget_ended_commands, store_lock
 from pipeline.workflow.runs import read_runs, run_directory
@@ -18,30 +17,17 @@ from pipeline.workflow.runs import read_runs, run_directory
 DEFAULT_AGE = "6h"
 
 
-@dataclass(frozen=True)
-class Found:
-    """What goes, and what stays although no run needs it, with the reason."""
-
-    going: Sequence[Removable]
-    staying: Sequence[tuple[Removable, str]]
-
-
 def find(
     outputs: Path, jobs: Mapping[Path, str], *, older_than_s: float, keeps_checkpoints: bool, takes_caches: bool
 ) -> Found:
     """Look, and write nothing."""
     references = read_references(outputs, jobs)
-    going: list[Removable] = []
-    staying: list[tuple[Removable, str]] = []
-    for each in removables(outputs, references, keeps_checkpoints=keeps_checkpoints, takes_caches=takes_caches):
-        why = obstacle(outputs, each, references)
-        if why is None and each.age_s < older_than_s:
-            why = "too young"
-        if why is None:
-            going.append(each)
-        else:
-            staying.append((each, why))
-    return Found(going, staying)
+
+    def why_not(each: Removable) -> str | None:
+        return obstacle(outputs, each, references) or ("too young" if each.age_s < older_than_s else None)
+
+    found = removables(outputs, references, keeps_checkpoints=keeps_checkpoints, takes_caches=takes_caches)
+    return split(found, why_not)
 
 
 def take_away(outputs: Path, going: Iterable[Removable], jobs: Mapping[Path, str]) -> Found:
@@ -49,11 +35,10 @@ def take_away(outputs: Path, going: Iterable[Removable], jobs: Mapping[Path, str
 
     Raises `OSError` on a disk that is full to the last byte: see `make_room`.
     """
-    gone: list[Removable] = []
-    staying: list[tuple[Removable, str]] = []
     with store_lock(outputs) as owner:
         references = read_references(outputs, jobs)
-        for each in going:
+
+        def take(each: Removable) -> str | None:
             why = obstacle(outputs, each, references)
             if why is None:
                 owner.require()
@@ -65,12 +50,10 @@ def take_away(outputs: Path, going: Iterable[Removable], jobs: Mapping[Path, str
                     if is_disk_full(error):
                         raise
                     why = f"it cannot be removed ({error.strerror})"
-            if why is None:
-                gone.append(each)
-            else:
-                staying.append((each, why))
+            return why
+
         forget_ended_commands(outputs)
-    return Found(gone, staying)
+        return split(going, take)
 
 
 def make_room(outputs: Path, going: Sequence[Removable], jobs: Mapping[Path, str]) -> None:

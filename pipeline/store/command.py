@@ -13,7 +13,7 @@ from pipeline.errors import UserError, is_disk_full
 from pipeline.store.collect import DEFAULT_AGE, find, make_room, pin, take_away
 from pipeline.store.references import jobs_at_work
 from pipeline.store.removable import Removable, measured
-from pipeline.store.runs import Removal, removal_of, remove_runs, rename_run
+from pipeline.store.runs import removal_of, remove_runs, rename_run
 from pipeline.store.trash import empty_trash, in_trash
 from pipeline.store.usage import Holding, usage_of
 from pipeline.terminal.display import shown_path
@@ -86,14 +86,13 @@ def gc(options: argparse.Namespace) -> int:
         keeps_checkpoints=options.keep_checkpoints, takes_caches=options.caches,
     )  # fmt: skip
     console = Console(highlight=False)
-    size_bytes = sum(each.space.size_bytes for each in found.going)
     _show(console, "goes", [(each, each.why) for each in found.going])
     _show(console, "stays", found.staying)
     trash_bytes = sum(measured(path).size_bytes for path in in_trash(outputs))
     if not options.delete:
         if found.going or trash_bytes:
             trash = f" ({format_bytes(trash_bytes)} is in the trash)" if trash_bytes else ""
-            print(f"{format_bytes(size_bytes + trash_bytes)}{trash} would be freed; --delete does it")
+            print(f"{format_bytes(found.size_bytes + trash_bytes)}{trash} would be freed; --delete does it")
         else:
             print("there is nothing to remove")
         return 0
@@ -105,9 +104,8 @@ def gc(options: argparse.Namespace) -> int:
         make_room(outputs, found.going, jobs)
         done = take_away(outputs, found.going, jobs)
     _show(console, "stays, as it came into use", done.staying)
-    freed_bytes = sum(each.space.size_bytes for each in done.going)
     _empty_trash(outputs)
-    print(f"{format_bytes(freed_bytes + trash_bytes)} freed")
+    print(f"{format_bytes(done.size_bytes + trash_bytes)} freed")
     return 0
 
 
@@ -123,9 +121,10 @@ def rm(options: argparse.Namespace) -> int:
     jobs = jobs_at_work(outputs)
     removal = removal_of(outputs, options.runs, jobs)
     console = Console(highlight=False)
-    _show(console, "goes", [(each, "no other run needs it") for each in removal.going])
-    _show(console, "stays", removal.staying)
-    size = format_bytes(_size_bytes(outputs, removal))
+    _show(console, "goes", [(each, "no other run needs it") for each in removal.found.going])
+    _show(console, "stays", removal.found.staying)
+    folders_bytes = sum(measured(run_directory(outputs, name)).size_bytes for name in removal.names)
+    size = format_bytes(folders_bytes + removal.found.size_bytes)
     names = _few(removal.names)
     if not options.delete:
         print(f"{names}: {size} would be freed; --delete does it")
@@ -152,11 +151,6 @@ def mv(options: argparse.Namespace) -> int:
 def _require_store(outputs: Path) -> None:
     if not outputs.is_dir():
         raise UserError(f"there is nothing at {outputs}; give the --outputs of your runs")
-
-
-def _size_bytes(outputs: Path, removal: Removal) -> int:
-    folders = sum(measured(run_directory(outputs, name)).size_bytes for name in removal.names)
-    return folders + sum(each.space.size_bytes for each in removal.going)
 
 
 def _few(names: Sequence[str]) -> str:

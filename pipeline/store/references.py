@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.launcher import launchers
-from pipeline.workflow.artifacts import ArtifactStore
-from pipeline.workflow.frozen import StageKey, frozen_stages
+from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
+from pipeline.workflow.frozen import FrozenStage, StageKey, read_frozen
 from pipeline.workflow.in_use import commands_at_work
 from pipeline.workflow.ownership import at_work
 from pipeline.workflow.runs import RunRecord, earlier_records, keys_of, read_run, run_directory, run_names
@@ -33,7 +33,10 @@ class Earlier:
 
 @dataclass(frozen=True)
 class References:
-    """Who needs which stages. `busy` and `busy_runs` say in words why a stage or a run is not to be touched now."""
+    """Who needs which stages. `busy` and `busy_runs` say in words why a stage or a run is not to be touched now.
+
+    `code` are the digests of the snapshots that runs were started with, and that something may yet run.
+    """
 
     records: Mapping[str, RunRecord]
     users: Mapping[StageKey, tuple[str, ...]]
@@ -41,8 +44,7 @@ class References:
     busy_runs: Mapping[str, str]
     earlier: Mapping[StageKey, Earlier]
     pinned: Collection[str]
-    codes: Collection[str]
-    """The digests of the code that runs were started with, and that what is at work runs."""
+    code: Collection[str]
 
     @cached_property
     def of_runs(self) -> Mapping[str, frozenset[StageKey]]:
@@ -59,18 +61,19 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
 
     Raises `UserError` where a run's record cannot be read: what that run needs is not known.
     """
-    inputs = _Inputs(outputs)
+    inputs, commands = _Inputs(outputs), commands_at_work(outputs)
     records = {name: read_run(outputs, name) for name in run_names(outputs) if name not in without}
     pinned = {name for name in records if (run_directory(outputs, name) / PIN).exists()}
     users: dict[StageKey, dict[str, None]] = {}
     earlier: dict[StageKey, Earlier] = {}
-    codes = {record.code for record in records.values()}
+    code = {digest for needs in commands for digest in needs.code}
     for name, record in records.items():
         needed = keys_of(record)
+        code.add(record.code or "")
         for path, replaced in earlier_records(outputs, name).items():
-            codes.add(replaced.code)
             if name in pinned:
                 needed += keys_of(replaced)
+                code.add(replaced.code or "")
             for key in keys_of(replaced):
                 when = Earlier(name, path.stat().st_mtime)
                 earlier[key] = max(earlier.get(key, when), when, key=lambda each: each.replaced_at)
@@ -78,7 +81,6 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
             users.setdefault(key, {})[name] = None
     works = dict(entries(outputs, "work"))
     directly = {key: why for key, path in works.items() if (why := at_work(path) or jobs.get(path))}
-    commands = commands_at_work(outputs)
     planned = {key: "a command at work has planned with it" for needs in commands for key in needs.stages}
     at_hand = planned | directly
     needed_by = {each: f"{key[0]} needs it: {why}" for key, why in at_hand.items() for each in inputs.with_all([key])}
@@ -87,10 +89,11 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
         for key in keys_of(record):
             if key in directly:
                 busy_runs.setdefault(name, f"of its stage {key[0]}, {directly[key]}")
+    busy = needed_by | at_hand
+    goes_on = [key for key in works if key in busy or (key in users and not inputs.is_finished(key))]
+    code |= {each.code or "" for key in goes_on for each in inputs.frozen_of(key)}
     of_keys = {key: tuple(names) for key, names in users.items()}
-    codes |= {frozen.code for key in at_hand.keys() & works.keys() for frozen in frozen_stages(works[key])}
-    known_codes = {each for each in codes if each is not None}
-    return References(records, of_keys, needed_by | at_hand, busy_runs, earlier, pinned, known_codes)
+    return References(records, of_keys, busy, busy_runs, earlier, pinned, code)
 
 
 def jobs_at_work(outputs: Path) -> dict[Path, str]:
@@ -139,7 +142,13 @@ class _Inputs:
             fingerprints = [each for found in artifact.manifest.inputs.values() for each in found]
             yield from ((self._stage_of[each], each) for each in fingerprints if each in self._stage_of)
             return
-        for frozen in frozen_stages(self._store.work(*key)):
-            yield from frozen.needs
-            if frozen.initial is not None:
-                yield frozen.initial.stage, frozen.initial.fingerprint
+        for frozen in self.frozen_of(key):
+            yield from frozen.reads
+
+    def frozen_of(self, key: StageKey) -> Iterator[FrozenStage]:
+        """What a stage was or will be started by."""
+        yield from map(read_frozen, (self._store.work(*key) / "frozen").glob("*.json"))
+
+    def is_finished(self, key: StageKey) -> bool:
+        """Whether its artifact is there."""
+        return (self._store.path(*key) / MANIFEST).exists()

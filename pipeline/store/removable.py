@@ -1,22 +1,24 @@
 """What of a store can go: what no run needs, and what finished stages went on from."""
 
 import os
+import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
 from pipeline.store.references import References, entries
-from pipeline.workflow import code
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
+from pipeline.workflow.code import DIRECTORY as CODE
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.progress import CHECKPOINTS, COMPILER_CACHE
 
 _LEFT_OVER = {".building-": "its process has ended", ".damaged-": "another was made in its place"}
 """Names beside artifacts, before `<fingerprint>-<something>`."""
+_DIGEST = re.compile(r"[0-9a-f]{16}")
 _BLOCK_BYTES = 512
 
 
@@ -63,6 +65,32 @@ class Removable:
         return time.time() - max(self.space.changed_at, self.needed_until)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What goes, and what stays although no run needs it, with the reason."""
+
+    going: Sequence[Removable]
+    staying: Sequence[tuple[Removable, str]]
+
+    @property
+    def size_bytes(self) -> int:
+        """What goes takes so much."""
+        return sum(each.space.size_bytes for each in self.going)
+
+
+def split(candidates: Iterable[Removable], why_not: Callable[[Removable], str | None]) -> Found:
+    """What goes is what `why_not` has nothing to say of."""
+    going: list[Removable] = []
+    staying: list[tuple[Removable, str]] = []
+    for each in candidates:
+        why = why_not(each)
+        if why is None:
+            going.append(each)
+        else:
+            staying.append((each, why))
+    return Found(going, staying)
+
+
 def removables(
     outputs: Path, references: References, *, keeps_checkpoints: bool, takes_caches: bool
 ) -> Iterator[Removable]:
@@ -82,9 +110,9 @@ def removables(
         path = store.work(*key) / CHECKPOINTS
         if path.is_dir() and (store.path(*key) / MANIFEST).exists() and not _is_pinned(key, references):
             yield Removable(Kind.CHECKPOINTS, path, key, "its stage is finished")
-    for path in sorted((outputs / code.DIRECTORY).glob("*")):
-        if path.name not in references.codes:
-            yield Removable(Kind.CODE, path, None, "no run was started with it")
+    for path in sorted((outputs / CODE).glob("*")):
+        if _DIGEST.fullmatch(path.name) and path.name not in references.code:
+            yield Removable(Kind.CODE, path, None, "nothing is to run it")
     cache = outputs / COMPILER_CACHE
     if takes_caches and cache.is_dir():
         yield Removable(Kind.COMPILER_CACHE, cache, None, "it can be made again")
@@ -93,7 +121,7 @@ def removables(
 def obstacle(outputs: Path, each: Removable, references: References) -> str | None:
     """Why it has to stay, whoever asks; None if nothing stands in the way."""
     if each.kind is Kind.CODE:
-        return "a run was started with it" if each.path.name in references.codes else None
+        return "something is to run it" if each.path.name in references.code else None
     if each.key is None:
         return next((f"{stage} uses it: {why}" for (stage, _), why in references.busy.items()), None)
     if each.key in references.busy:

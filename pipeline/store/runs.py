@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config import RunSettings, validate
 from pipeline.errors import UserError
 from pipeline.store.references import References, read_references
-from pipeline.store.removable import Removable, obstacle, removables
+from pipeline.store.removable import Found, obstacle, removables, split
 from pipeline.store.trash import set_aside
 from pipeline.workflow.in_use import store_lock
 from pipeline.workflow.runs import (
@@ -26,11 +26,10 @@ from pipeline.workflow.sealed import write_json_atomically
 
 @dataclass(frozen=True)
 class Removal:
-    """Runs, what goes with them, and what stays of what nobody else needs, with the reason."""
+    """Runs, and what goes with them of what nobody else needs."""
 
     names: Sequence[str]
-    going: Sequence[Removable]
-    staying: Sequence[tuple[Removable, str]]
+    found: Found
 
 
 def removal_of(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:
@@ -48,23 +47,16 @@ def removal_of(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) ->
     theirs |= {key for name in names for record in earlier_records(outputs, name).values() for key in keys_of(record)}
     after = read_references(outputs, jobs, without=names)
     unneeded = removables(outputs, after, keeps_checkpoints=True, takes_caches=False)
-    going: list[Removable] = []
-    staying: list[tuple[Removable, str]] = []
-    for each in unneeded:
-        if each.key in theirs:
-            why = obstacle(outputs, each, after)
-            if why is None:
-                going.append(each)
-            else:
-                staying.append((each, why))
-    return Removal(names, going, staying)
+    of_theirs = (each for each in unneeded if each.key in theirs)
+    return Removal(names, split(of_theirs, lambda each: obstacle(outputs, each, after)))
 
 
 def remove_runs(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:
     """Take them out of the store, the records first: what a kill leaves of the rest, no run needs."""
     with store_lock(outputs) as owner:
         removal = removal_of(outputs, given, jobs)
-        for path in (*(run_directory(outputs, name) for name in removal.names), *(each.path for each in removal.going)):
+        folders = [run_directory(outputs, name) for name in removal.names]
+        for path in (*folders, *(each.path for each in removal.found.going)):
             owner.require()
             try:
                 set_aside(outputs, path)

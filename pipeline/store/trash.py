@@ -11,7 +11,7 @@ from uuid import uuid4
 from pipeline.workflow.artifacts import MANIFEST
 
 TRASH = ".trash"
-_PLACES = ("", "runs/", "artifacts/*/", "work/*/")
+_PLACES = ("", "runs/", "code/", "artifacts/*/", "work/*/")
 _OF_STARTS = "artifacts/*/.trash-*"
 """What a start of a stage was deleting when it was killed."""
 

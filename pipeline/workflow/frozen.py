@@ -19,8 +19,6 @@ from pipeline.workflow.sealed import DamagedRecordError, read_record, write_json
 StageKey = tuple[str, str]
 """A stage's name and fingerprint."""
 
-_DIRECTORY = "frozen"
-
 
 class ArtifactReference(Settings):
     """An artifact by stage and fingerprint.
@@ -75,9 +73,9 @@ class FrozenStage(Settings):
         return [(each.stage, each.fingerprint) for references in self.inputs.values() for each in references]
 
     @property
-    def needs_with_initial(self) -> list[StageKey]:
-        """All artifacts whose files it reads: its inputs, and whose weights it starts from."""
-        return [*self.needs, *([] if self.initial is None else [(self.initial.stage, self.initial.fingerprint)])]
+    def reads(self) -> list[StageKey]:
+        """The stages whose artifacts it reads: its inputs, and what it starts from."""
+        return [*self.needs, *((each.stage, each.fingerprint) for each in [self.initial] if each is not None)]
 
     @property
     def declaration(self) -> StageDeclaration:
@@ -148,7 +146,7 @@ def frozen_path(stage: FrozenStage) -> Path:
     """Where the stage is written: a file named by its contents, so that a queued job's is never rewritten."""
     values = stage.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-    return stage.work / _DIRECTORY / f"{digest}.json"
+    return stage.work / "frozen" / f"{digest}.json"
 
 
 def write_frozen(stage: FrozenStage) -> FrozenFile:
@@ -160,11 +158,6 @@ def write_frozen(stage: FrozenStage) -> FrozenFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomically(path, stage.model_dump(mode="json"))
     return FrozenFile(path, stage)
-
-
-def frozen_stages(work: Path) -> list[FrozenStage]:
-    """All that a stage was frozen as, for its starts and its jobs."""
-    return [read_frozen(path) for path in sorted((work / _DIRECTORY).glob("*.json"))]
 
 
 def read_frozen(path: Path) -> FrozenStage:

@@ -30,10 +30,11 @@ _LEASE_S = 60.0
 
 
 class Needs(Settings):
-    """What a command has planned with: its runs, and their stages, finished or not."""
+    """What a command has planned with: its runs, their stages and what these read, and its code."""
 
     runs: list[str]
     stages: list[StageKey]
+    code: list[str]
 
 
 _RECORD = TypeAdapter(Needs)
@@ -55,18 +56,32 @@ def recorded(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
 
 @contextmanager
 def _recorded_in(outputs: Path, plans: Sequence[Plan]) -> Iterator[list[Plan]]:
-    place = outputs / COMMANDS / uuid4().hex
-    with store_lock(outputs):
-        made = [plan if _stands(plan) else plan_run(plan.config, plan.overrides) for plan in plans]
-        stages = {(stage.name, stage.fingerprint): None for plan in made for stage in plan.stages if stage.fingerprint}
-        place.mkdir()
-        owner = acquire(place, _LEASE_S, threading.Event())
-        needs = Needs(runs=[plan.config.run.name for plan in made], stages=list(stages))
-        write_json_atomically(place / _NEEDS, needs.model_dump(mode="json"))
-        for plan in made:
-            record_run(plan)
-    try:
+    with ExitStack() as stack:
+        with store_lock(outputs):
+            made = [plan if _stands(plan) else plan_run(plan.config, plan.overrides) for plan in plans]
+            stack.enter_context(_in_use(outputs, made))
+            for plan in made:
+                plan.code.keep(outputs)
+                record_run(plan)
         yield made
+
+
+@contextmanager
+def _in_use(outputs: Path, plans: Sequence[Plan]) -> Iterator[None]:
+    """To be begun with the lock."""
+    frozen = [stage.frozen for plan in plans for stage in plan.stages if stage.frozen is not None]
+    stages = dict.fromkeys(key for each in frozen for key in ((each.stage, each.fingerprint), *each.reads))
+    needs = Needs(
+        runs=[plan.config.run.name for plan in plans],
+        stages=list(stages),
+        code=sorted({plan.code.digest for plan in plans}),
+    )
+    place = outputs / COMMANDS / uuid4().hex
+    place.mkdir()
+    owner = acquire(place, _LEASE_S, threading.Event())
+    try:
+        write_json_atomically(place / _NEEDS, needs.model_dump(mode="json"))
+        yield
     finally:
         owner.release()
         shutil.rmtree(place, ignore_errors=True)
@@ -114,9 +129,8 @@ def forget_ended_commands(outputs: Path) -> None:
 
 
 def _stands(plan: Plan) -> bool:
-    """Whether all that a plan found finished is still there."""
-    return all(
-        (plan.store.path(stage.name, stage.fingerprint) / MANIFEST).exists()
-        for stage in plan.stages
-        if stage.action is Action.REUSE and stage.fingerprint is not None
-    )
+    """Whether all that a plan found finished is still there, and what its stages are to start from."""
+    finished = [(each.name, each.fingerprint) for each in plan.stages if each.action is Action.REUSE]
+    initial = [each.frozen.initial for each in plan.stages if each.frozen is not None]
+    keys = [*finished, *((each.stage, each.fingerprint) for each in initial if each is not None)]
+    return all((plan.store.path(name, fingerprint or "") / MANIFEST).exists() for name, fingerprint in keys)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import RunSettings
-from pipeline.store.collect import Found, find, take_away
+from pipeline.store.collect import find, take_away
+from pipeline.store.removable import Found
 from pipeline.store.trash import TRASH, empty_trash
 from pipeline.workflow.frozen import StageKey, write_frozen
 from pipeline.workflow.ownership import Owner, acquire

@@ -11,16 +11,17 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.slurm.jobs import JobRecord, write_record
-from pipeline.store.collect import Found, find, pin, take_away
+from pipeline.store.collect import find, pin, take_away
 from pipeline.store.references import jobs_at_work
-from pipeline.store.removable import Kind
+from pipeline.store.removable import Found, Kind
 from pipeline.store.trash import in_trash
 from pipeline.workflow.artifacts import ArtifactStore
-from pipeline.workflow.frozen import StageKey, write_frozen
+from pipeline.workflow.frozen import ArtifactReference, StageKey, write_frozen
 from pipeline.workflow.in_use import recorded
 from pipeline.workflow.plan import Action
 from pipeline.workflow.progress import CHECKPOINTS
-from pipeline.workflow.runs import RECORD, run_directory
+from pipeline.workflow.runs import RECORD, read_run, run_directory
+from tests.support.fakes import publish
 from tests.support.stores import (
     ALL_AGES,
     Stages,
@@ -236,6 +237,39 @@ def test_the_compiler_s_cache_goes_when_asked_for_and_nothing_is_at_work(tmp_pat
     assert not cache.exists()
 
 
+def test_code_stays_that_a_run_was_started_with_or_a_stage_goes_on_with(tmp_path: Path):
+    stages = record(tmp_path, "first")
+    recorded_code = read_run(tmp_path, "first").code
+    frozen = stages["clip"].frozen
+    assert recorded_code is not None
+    assert frozen is not None
+    for digest in ("1" * 16, "2" * 16, recorded_code):
+        (tmp_path / "code" / digest).mkdir(parents=True)
+    write_frozen(frozen.model_copy(update={"code": "1" * 16}))
+    assert {each.path.name for each in collect(tmp_path).going} == {"2" * 16}
+    publish(stages["clip"])
+    owner = own(stages["clip"])
+    assert [each for each in collect(tmp_path).going if each.kind is Kind.CODE] == []
+    owner.release()
+    assert {each.path.name for each in collect(tmp_path).going if each.kind is Kind.CODE} == {"1" * 16}
+    shutil.rmtree(run_directory(tmp_path, "first"))
+    assert recorded_code in {each.path.name for each in collect(tmp_path).going}
+
+
+def test_what_a_stage_starts_from_stays_while_it_is_to_start(tmp_path: Path):
+    other, stages = record(tmp_path, "other", width=9), record(tmp_path, "first")
+    finish([other["prepare"], other["clip"]])
+    frozen, (name, fingerprint) = stages["clip"].frozen, key_of(other["clip"])
+    assert frozen is not None
+    write_frozen(frozen.model_copy(update={"initial": ArtifactReference(stage=name, fingerprint=fingerprint)}))
+    shutil.rmtree(run_directory(tmp_path, "other"))
+    collect(tmp_path)
+    assert there(tmp_path) == keys(other, "prepare", "clip")
+    publish(stages["clip"])
+    collect(tmp_path)
+    assert there(tmp_path) == keys(stages, "prepare", "clip")
+
+
 def test_a_link_to_an_artifact_goes_and_what_it_leads_to_stays(tmp_path: Path):
     stages = record(tmp_path / "a", "first")
     finish(stages.values())
@@ -370,18 +404,3 @@ def test_killed_at_random_moments_it_leaves_a_valid_store(tmp_path: Path):
     assert killed > 5
     assert in_trash(tmp_path) == []
     assert there(tmp_path) == there(tmp_path, "work") == keys(kept)
-
-
-def test_code_stays_for_the_runs_and_the_jobs_that_were_started_with_it(tmp_path: Path):
-    plan = planned(tmp_path, "first")
-    kept = plan.code.keep(tmp_path)
-    with recorded([plan]):
-        pass
-    queued, dropped = (Path(shutil.copytree(kept, kept.with_name(name))) for name in ("queued", "dropped"))
-    job = record(tmp_path, "first")["clip"]
-    assert job.frozen is not None
-    work = write_frozen(job.frozen.model_copy(update={"code": queued.name})).stage.work
-    found = find(tmp_path, {work: "job 7 is PENDING"}, **ALL_AGES)
-    assert [each.path for each in found.going if each.kind is Kind.CODE] == [dropped]
-    collect(tmp_path)
-    assert (kept.exists(), queued.exists(), dropped.exists()) == (True, False, False)
