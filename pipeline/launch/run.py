@@ -6,8 +6,9 @@ from pipeline.config import OnDamage, RunConfig
 from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
 from pipeline.terminal.display import Display
-from pipeline.workflow.artifacts import DamagedArtifactError
+from pipeline.workflow.artifacts import ArtifactStore, DamagedArtifactError
 from pipeline.workflow.code import read_record
+from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.in_use import recorded
 from pipeline.workflow.ownership import Vacancy
 from pipeline.workflow.plan import Action, Plan, plan_run, require_unblocked, several
@@ -52,19 +53,21 @@ def _on_whole_inputs(plans: Sequence[Plan], display: Display) -> Sequence[Plan]:
 
     Raises `DamagedArtifactError` where they are not to be.
     """
+    found: set[tuple[ArtifactStore, StageKey]] = set()
     while True:
         stages = [stage for plan in plans for stage in plan.stages]
         to_run = [each.frozen for each in stages if each.frozen is not None and each.action is not Action.REUSE]
-        is_damaged = False
+        before = len(found)
         for store, key in {(each.store, key) for each in to_run for key in (*each.reads, each.key)}:
             try:
                 store.open(*key)
             except DamagedArtifactError as damage:
-                if any(plan.config.store.on_damage is OnDamage.STOP for plan in plans):
+                # What is found again could not be set aside.
+                if (store, key) in found or any(plan.config.store.on_damage is OnDamage.STOP for plan in plans):
                     raise
                 display.note(str(damage))
-                is_damaged = True
-        if not is_damaged:
+                found.add((store, key))
+        if len(found) == before:
             return plans
         plans = [plan_run(plan.config, plan.overrides) for plan in plans]
 
