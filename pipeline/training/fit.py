@@ -38,6 +38,7 @@ from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
+from pipeline.workflow.causes import Cause
 from pipeline.workflow.progress import Failure, Phase, read_failure, write_failure
 
 
@@ -179,7 +180,7 @@ class _Trainer(pl.Trainer):
 def _keep_death(context: StageContext, died: str) -> None:
     print(died, flush=True)
     if read_failure(context.work) is None:
-        write_failure(context.work, Failure(died, is_user_error=False))
+        write_failure(context.work, Failure(died, False, Cause.COLLECTIVE))
 
 
 def _keep_last_picture(context: StageContext) -> None:

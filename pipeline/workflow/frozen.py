@@ -9,7 +9,11 @@ from typing import Any
 from pipeline.config import Seed, Settings, TrackingSettings, TrainerSettings, TrainingStageSettings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
+from pipeline.workflow.batch_shape import largest_piece, shape_of_batch
 from pipeline.workflow.declaration import StageDeclaration, resolve
+
+SMALLER = ".smaller.json"
+"""Beside a frozen stage's file: the same with a smaller micro-batch."""
 
 StageKey = tuple[str, str]
 """A stage's name and fingerprint."""
@@ -126,8 +130,29 @@ def write_frozen(stage: FrozenStage) -> FrozenFile:
     return FrozenFile(path, stage)
 
 
+def halve_micro_batch(path: Path) -> int | None:
+    """Have what is read of that file from now on take at most half as many samples at once, which changes no result.
+
+    The new number; None where there is nothing to halve.
+    """
+    frozen = read_frozen(path)
+    settings = frozen.read_settings()
+    if not isinstance(settings, TrainingStageSettings):
+        return None
+    shape = shape_of_batch(settings.global_batch_size, frozen.trainer)
+    if shape.micro_batch_size == 1:
+        return None
+    half = largest_piece(shape.micro_batch_size * shape.accumulation, shape.micro_batch_size // 2)
+    trainer = frozen.trainer.model_copy(update={"micro_batch_size": half})
+    smaller = frozen.model_copy(update={"trainer": trainer})
+    write_json_atomically(path.with_suffix(SMALLER), smaller.model_dump(mode="json"))
+    return half
+
+
 def read_frozen(path: Path) -> FrozenStage:
     """Read a frozen stage back. Raises `UserError` where the file is not there or not one."""
+    smaller = path.with_suffix(SMALLER)
+    path = smaller if smaller.exists() else path
     try:
         return validate(FrozenStage, json.loads(path.read_text(encoding="utf-8")), str(path))
     except (FileNotFoundError, json.JSONDecodeError) as error:

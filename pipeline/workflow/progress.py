@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.workflow.artifacts import write_json_atomically
+from pipeline.workflow.causes import Cause
 
 PROGRESS = "progress.json"
 FAILURE = "failure.json"
@@ -83,6 +84,7 @@ class Failure:
 
     message: str
     is_user_error: bool
+    cause: Cause = Cause.UNKNOWN
 
 
 _PROGRESS = TypeAdapter(Progress)

@@ -1,7 +1,7 @@
 """The jobs that were submitted for a stage: `work/<stage>/<fingerprint>/jobs/<number>.json`, one file each."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -10,8 +10,11 @@ from pipeline.config import Settings, validate
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.commands import QueuedJob
 from pipeline.workflow.artifacts import write_json_atomically
+from pipeline.workflow.causes import Cause, End, write_end
 
 JOBS = "jobs"
+_MOST_RESTARTS_OF_A_HELD_JOB = 10
+"""Who wants more than that has to look why."""
 
 
 class JobRecord(Settings):
@@ -80,6 +83,18 @@ def look_up(works: Iterable[Path]) -> dict[Path, KnownJob]:
     unanswered = {record.token for record in records.values() if record.job_id is None}
     by_token = {job.comment: job for job in commands.squeue("--me")} if unanswered else {}
     return {work: _known(record, queue, by_token) for work, record in records.items()}
+
+
+def release_held(known: Mapping[Path, KnownJob]) -> None:
+    """Let jobs that Slurm holds after a launch that failed start again, and count that among their starts.
+
+    Where the node was at fault Slurm has taken it out, so that they start elsewhere.
+    """
+    for work, each in known.items():
+        job = each.queued
+        if job is not None and job.is_held_by_slurm and job.restarts <= _MOST_RESTARTS_OF_A_HELD_JOB:
+            commands.release(job.job_id)
+            write_end(work, End(str(job.job_id), job.restarts - 1, "", Cause.LAUNCH, job.reason, "released"))
 
 
 def _known(record: JobRecord, queue: dict[int, QueuedJob], by_token: dict[str, QueuedJob]) -> KnownJob:
