@@ -159,6 +159,7 @@ class TrainerSettings(Settings):
 
     `devices` are those of one node. `micro_batch_size` is the most samples that one device takes at once; null means
     its whole share of the batch.
+    `drop_checkpoints` has a stage remove its checkpoints once it is finished.
     `lease_s` is how many seconds a process may give no sign of life before another takes its stage over,
     `collective_timeout_s` how many the processes of a stage wait for each other before they give up.
     """
@@ -184,6 +185,7 @@ class TrainerSettings(Settings):
     checkpoint_every_samples: Positive | None
     checkpoint_every_min: PositiveFloat
     keep_checkpoints: Positive
+    drop_checkpoints: bool = False  # newer than records that lack it
     max_faulty_share: Fraction
     lease_s: PositiveFloat
     collective_timeout_s: PositiveFloat

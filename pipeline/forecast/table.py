@@ -81,7 +81,7 @@ def _sums(forecast: Forecast) -> Iterator[str]:
     without = f" and what is unknown of {', '.join(forecast.unknown_sizes)}" if forecast.unknown_sizes else ""
     needs = f"on disk: {_size(forecast.needed_bytes)}{without}; {_size(forecast.free_bytes)} free at {forecast.outputs}"
     if forecast.needed_bytes > forecast.free_bytes:
-        yield f"{needs}: NOT ENOUGH; free some, lower trainer.keep_checkpoints, or set paths.outputs"
+        yield f"{needs}: NOT ENOUGH; free some, or set paths.outputs"
     else:
         yield needs
 

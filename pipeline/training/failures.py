@@ -9,6 +9,7 @@ from torch.distributed import DistError
 
 from pipeline.errors import ProcessKilledError, UserError
 from pipeline.training.checkpoints import latest_checkpoint
+from pipeline.training.disk import fewer_checkpoints
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Failure
@@ -31,8 +32,8 @@ def explained(error: Exception, frozen: FrozenStage) -> Failure:
         checkpoint = latest_checkpoint(frozen.work)
         kept = f"the checkpoint at {checkpoint.samples_seen} samples is intact" if checkpoint else "nothing was kept"
         message = (
-            f"stage {stage}: no space is left for {frozen.outputs} ({error}); {kept}: free some, or lower "
-            "trainer.keep_checkpoints, and run again"
+            f"stage {stage}: no space is left for {frozen.outputs} ({error}); {kept}: free some"
+            f"{fewer_checkpoints(frozen.trainer)}, and run again"
         )
     elif cause in (Cause.OUT_OF_MEMORY, Cause.OUT_OF_DEVICE_MEMORY):
         said = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,5 +1,6 @@
 """The entry point of every stage: from a frozen stage to a published artifact."""
 
+import shutil
 import subprocess
 import threading
 import time
@@ -23,7 +24,16 @@ from pipeline.workflow.declaration import resolve
 from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
-from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, read_hardware, write_failure
+from pipeline.workflow.progress import (
+    CHECKPOINTS,
+    FAILURE,
+    Failure,
+    Outcome,
+    Phase,
+    read_failure,
+    read_hardware,
+    write_failure,
+)
 from pipeline.workflow.record import write_rows
 
 
@@ -91,6 +101,8 @@ def _outcome_of(attempt: Attempt) -> Outcome:
             return _gave_way(error)
         attempt.progress.update(phase=Phase.FAILED)
         return _failed(error, attempt.frozen)
+    if attempt.frozen.trainer.drop_checkpoints and attempt.is_first_process:
+        shutil.rmtree(attempt.work / CHECKPOINTS, ignore_errors=True)
     return Outcome.FINISHED
 
 
