@@ -1,10 +1,12 @@
 """The one way to start runs, for `unclip run`, `unclip submit`, and Hydra's own sweepers."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
+from pipeline.launch.notify import Event, tell
 from pipeline.terminal.display import Display
 from pipeline.workflow.plan import Plan, require_unblocked
 from pipeline.workflow.progress import Outcome
@@ -35,6 +37,11 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool) -> list[Stage
         record_run(plan)
     outcomes = launcher.submit(plans, display)
     if waits:
+        config = plans[0].config
+        ended = Counter(each.outcome.value for each in outcomes)
+        name = config.run.group or config.run.name
+        text = f"{name} has ended: {', '.join(f'{number} {outcome}' for outcome, number in ended.items())}"
+        tell(config.notify, Event.END, name, text)
         for plan in plans:
             display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
     return outcomes

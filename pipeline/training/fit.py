@@ -37,6 +37,7 @@ from pipeline.training.processes import process_environment
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
 from pipeline.training.strategies.portable import PortableStrategy
+from pipeline.training.watch import HangWatch
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.progress import Failure, Phase, read_failure, write_failure
@@ -140,6 +141,7 @@ def _assemble(
         accumulate_grad_batches=shape.accumulation,
         gradient_clip_val=module.stage_settings.optimizer.gradient_clip_norm,
         callbacks=[
+            *([] if settings.hang_after_s is None else [HangWatch(context, settings.hang_after_s)]),
             SeedEveryStep(context.frozen.seed),
             ResumeAtSamples(steps_done, shape.accumulation),
             NonFiniteGuard(context, settings, images, module.stage_settings.optimizer.non_finite),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.launch.identity import this_process
+from pipeline.launch.notify import tell_of_end
 from pipeline.training.stage import run_stage
 from pipeline.training.worker import EXIT_KILLED
 from pipeline.workflow.frozen import FrozenStage, read_frozen
@@ -36,6 +37,8 @@ def serve(interruption: threading.Event) -> int:
         frozen = read_frozen(path)
         _log_to(frozen)
         outcome = run_stage(frozen, interruption)
+        if outcome is Outcome.FINISHED and process.is_first and process.world_size is not None:
+            tell_of_end(frozen)  # a queue has nobody who waits for all
         if len(sys.argv) == 1 and "deepspeed" in sys.modules:
             # Its engine stays in memory, on the device that the next stage needs whole: a new process runs that.
             break

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Seed, Settings, TrackingSettings, TrainerSettings, TrainingStageSettings, validate
+from pipeline.config import (
+    NotifySettings,
+    Seed,
+    Settings,
+    TrackingSettings,
+    TrainerSettings,
+    TrainingStageSettings,
+    validate,
+)
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
 from pipeline.workflow.batch_shape import largest_piece, shape_of_batch
@@ -47,6 +55,7 @@ class FrozenStage(Settings):
     trainer: TrainerSettings
     tracking: TrackingSettings
     overrides: list[str]
+    notify: NotifySettings | None = None  # newer than files that lack it
 
     @property
     def store(self) -> ArtifactStore:

@@ -172,6 +172,7 @@ def _plan_stage(
         trainer=trainer,
         tracking=config.tracking,
         overrides=list(overrides),
+        notify=config.notify,
     )
     action, reason = _decide(node, frozen, planned, store)
     place = node.declaration.place(node.stage.settings) if node.declaration.place else None

@@ -12,6 +12,7 @@ from pipeline.launch.identity import this_process
 from pipeline.launch.launcher import StageOutcome
 from pipeline.launch.local.devices import Devices, Share
 from pipeline.launch.local.worker import Worker
+from pipeline.launch.notify import tell_of_failure
 from pipeline.terminal.display import Display
 from pipeline.workflow.causes import Cause, oom_kills, starts_again
 from pipeline.workflow.frozen import FrozenStage, StageKey, frozen_path, halve_micro_batch, write_frozen
@@ -173,6 +174,8 @@ class Schedule:
                 continue
             self._display.finish(each.task.title, each.task.stage, duration_s, outcome, failure)
             self._settle(each.task, outcome, duration_s, failure)
+            if failure is not None:
+                tell_of_failure(each.task.frozen, failure)
 
     def _again(self, task: Task, cause: Cause) -> str | None:
         """How a stage that failed is started once more, in words; None where it is not."""

@@ -14,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
+from pipeline.launch.notify import tell_of_failure
 from pipeline.launch.slurm.identity import job_around
 from pipeline.launch.slurm.settings import Policy
 from pipeline.workflow.causes import Cause, End, read_ends, starts_again, write_end
@@ -39,7 +40,9 @@ def main() -> None:
     write_failure(frozen.work, failure)
     write_end(frozen.work, End(job.job_id, job.restarts, nodes, failure.cause, failure.message, then))
     print(f"unclip: {failure.cause.words}: {failure.message}; {then}")
-    if changes is not None:
+    if changes is None:
+        tell_of_failure(frozen, failure)
+    else:
         print(AGAIN, *changes)
 
 

@@ -189,7 +189,9 @@ def test_more_time_than_the_partition_gives_is_refused_before_anything_is_submit
 
 
 def test_jobs_of_other_people_may_be_called_whatever_they_like(tmp_path: Path):
-    odd = world.slurm("sbatch", "--parsable", "--hold", "--job-name=a\nb|7\r\n", "--comment=\n1|x", "--wrap", "true")
+    odd = world.slurm(
+        "sbatch", "--parsable", "--hold", "--job-name=a\nb|7\r\n", "--comment=\n1|x", "--wrap", "true"
+    ).strip()
     learner, job_id = world.submitted_learner(tmp_path, steps=4, launch={"sbatch_arguments": ["--hold"]})
     (record,) = (learner.work / "jobs").glob("*.json")
     record.write_text(record.read_text().replace(f'"job_id": {job_id}', '"job_id": null'))
