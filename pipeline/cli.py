@@ -15,12 +15,14 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
 _FORECAST = "--forecast"
+_ACCEPT_CODE = "--accept-code"
 
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
 
   unclip run [key=value ...] [-m]     train what is not finished (no overrides: the demo); -m sweeps over a=1,2,
-                                      --members FILE over the overrides in its lines
+                                      --members FILE over the overrides in its lines; --accept-code goes on from
+                                      checkpoints of other code
   unclip plan [key=value ...] [-m]    say for each stage: reuse, resume, run or blocked, and why; --forecast: FLOPs,
                                       memory, time, cost and disk too, on forecast.device=here or a named one
   unclip submit [key=value ...] [-m]  give a queue (Slurm) a job for each stage that is not finished, and return
@@ -30,6 +32,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip sync [RUN]                   upload W&B runs that were tracked offline, and what an outage kept back
   unclip compare RUN ...              a table of runs or a sweep; --output report.html: curves and pictures too
   unclip card RUN                     write a run's model card
+  unclip board                        the same page of all runs, served to a browser, live
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
 {registered}
@@ -90,6 +93,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "sync": _sync,
         "compare": _compare,
         "card": _card,
+        "board": _board,
         "shards": _shards,
     }
 
@@ -114,7 +118,7 @@ def _plan(arguments: list[str]) -> int:
     if plans and not any(plan.blocked for plan in plans):
         launcher = launcher_of(plans[0].config)
         launcher.check(plans)
-        for each in launcher.preview(plans):
+        for each in launcher.preview([plan.with_code() for plan in plans]):
             console.print(each, soft_wrap=isinstance(each, str), markup=False)
     if asks_forecast:
         from pipeline.forecast.estimate import forecast
@@ -130,6 +134,10 @@ def _run(arguments: list[str]) -> int:
     from pipeline.compose import is_left_to_hydra, run_by_hydra
 
     if is_left_to_hydra(arguments):
+        if _ACCEPT_CODE in arguments:
+            raise UserError(
+                f"{_ACCEPT_CODE} is not for Hydra's own sweepers; finish the member that asks for it by itself"
+            )
         run_by_hydra("unclip run", arguments)
         return 0
     return _start("unclip run", arguments, waits=True)
@@ -146,9 +154,11 @@ def _start(program: str, arguments: list[str], *, waits: bool, default: str | No
     from pipeline.workflow.plan import plan_run
     from pipeline.workflow.progress import Outcome
 
+    accepts_code = _ACCEPT_CODE in arguments
+    arguments = [each for each in arguments if each != _ACCEPT_CODE]
     members = compose_members(program, arguments, default=default)
     plans = [plan_run(member.config, member.overrides) for member in members]
-    outcomes = start(plans, Display(), waits=waits)
+    outcomes = start(plans, Display(), waits=waits, accepts_code=accepts_code)
     failures = [each for each in outcomes if each.outcome is Outcome.FAILED]
     if any(each.outcome is Outcome.INTERRUPTED for each in outcomes):
         return EXIT_INTERRUPTED
@@ -163,9 +173,9 @@ def _status(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
-    from pipeline.launch.launcher import LauncherUnavailableError, launchers
+    from pipeline.launch.launcher import state_tables
     from pipeline.terminal.display import shown_path
-    from pipeline.terminal.tables import status_table, unfinished_logs
+    from pipeline.terminal.tables import unfinished_logs
     from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
 
     outputs = options.outputs
@@ -173,15 +183,10 @@ def _status(arguments: list[str]) -> int:
     title = options.run or (names[0] if names else "demo")
     records = read_runs(outputs, title)
     console = Console(highlight=False)
-    tables = []
-    for launcher in launchers().values():
-        try:
-            table = launcher.state(outputs, records, f"run {title}")
-        except LauncherUnavailableError as error:
-            console.print(f"from files alone, as {error}", markup=False, soft_wrap=True)
-        else:
-            tables += [] if table is None else [table]
-    for table in tables or [status_table(outputs, record) for record in records]:
+    tables, notes = state_tables(outputs, records, f"run {title}")
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+    for table in tables:
         console.print(table)
     for record in records:
         if is_finished(outputs, record) and (pictures := gather_pictures(outputs, record)):
@@ -244,6 +249,14 @@ def _card(arguments: list[str]) -> int:
     parser = command_parser("card", "A run's model card, in Markdown.")
     add_card_options(parser)
     return card(parser.parse_args(arguments))
+
+
+def _board(arguments: list[str]) -> int:
+    from pipeline.board.command import add_board_options, board
+
+    parser = command_parser("board", "The report of all runs in a browser, live.")
+    add_board_options(parser)
+    return board(parser.parse_args(arguments))
 
 
 def _shards(arguments: list[str]) -> int:

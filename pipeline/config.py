@@ -47,6 +47,7 @@ NotNegative = Annotated[int, Field(ge=0, lt=INTEGER_LIMIT, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0.0, strict=True, allow_inf_nan=False)]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, strict=True, allow_inf_nan=False)]
+LayerDecay = Annotated[float, Field(gt=0.0, le=1.0, strict=True, allow_inf_nan=False)]
 
 
 class DecayKind(StrEnum):
@@ -68,6 +69,9 @@ class OptimizerSettings(Settings):
     """AdamW with warm-up and decay on the `samples_seen` axis, and an exponential moving average of the weights.
 
     `ema_decay` is per optimiser step; 0 keeps the weights themselves.
+    `freeze` and `learning_rate_factors` name parameters, as the weights' file does, by shell patterns: those that keep
+    their values, and what the learning rate of others is multiplied by (where several patterns fit, by each).
+    `layer_decay` multiplies that of each layer of CLIP's towers once for every layer above it.
     """
 
     learning_rate: PositiveFloat
@@ -81,11 +85,15 @@ class OptimizerSettings(Settings):
     gradient_clip_norm: PositiveFloat | None
     non_finite: NonFinite
     ema_decay: Fraction
+    freeze: Annotated[tuple[str, ...], ADDED_LATER] = ()
+    learning_rate_factors: Annotated[dict[str, PositiveFloat] | None, ADDED_LATER] = None
+    layer_decay: Annotated[LayerDecay | None, ADDED_LATER] = None
 
 
 class TrainingStageSettings(Settings):
-    """What every stage that trains a network has."""
+    """What every stage that trains a network has. `initial` names the weights that it starts from: run:NAME."""
 
+    initial: Annotated[str | None, ADDED_LATER] = None
     global_batch_size: Positive
     max_samples: NotNegative
     optimizer: OptimizerSettings

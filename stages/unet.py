@@ -1,6 +1,8 @@
 """The settings of a diffusers U-Net, and what must hold of them. Imports no torch."""
 
-from pipeline.config import Fraction, Positive, Settings
+from typing import Annotated, Literal
+
+from pipeline.config import ADDED_LATER, Fraction, Positive, Settings
 from pipeline.errors import UserError
 from pipeline.workflow.batch_shape import nearest_multiples
 
@@ -9,7 +11,10 @@ CLIP_EXTRA_CONTEXT_TOKENS = 4
 
 
 class UNetSettings(Settings):
-    """A diffusers U-Net: `channels` per resolution level, each level half the size of the one before."""
+    """A diffusers U-Net: `channels` per resolution level, each level half the size of the one before.
+
+    Residual blocks take the timestep in by `resnet_time_scale_shift`, after the norm, or add it before ("default").
+    """
 
     channels: tuple[Positive, ...]
     layers_per_block: Positive
@@ -17,6 +22,7 @@ class UNetSettings(Settings):
     attention_head_dim: Positive
     norm_groups: Positive
     dropout: Fraction
+    resnet_time_scale_shift: Annotated[Literal["scale_shift", "default"], ADDED_LATER] = "scale_shift"
 
 
 def check_unet(

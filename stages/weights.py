@@ -8,10 +8,12 @@ from typing import TypeVar
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import WEIGHTS_FILE, Artifact
+from pipeline.workflow.weights import SAFETENSORS, Shape, weight_shapes
 
 CPU = torch.device("cpu")
 
@@ -59,6 +61,20 @@ def read_weights(path: Path, device: torch.device, wanted: Callable[[str], bool]
         names = [name for name in list(file.keys()) if wanted(name)]
         # Copied on a CPU too: as they come they begin at any address, by which products round.
         return {name: file.get_tensor(name).to(device, copy=True) for name in names}
+
+
+def read_plain_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in a file that others may have made. Raises `UserError` for what `weight_shapes` does not take."""
+    weight_shapes(file)
+    if file.suffix == SAFETENSORS:
+        return load_file(file)
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    return content.get("state_dict", content)
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """The shapes of weights, by name."""
+    return {name: tuple(each.shape) for name, each in weights.items()}
 
 
 def bytes_of(*networks: nn.Module) -> int:

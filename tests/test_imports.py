@@ -163,6 +163,12 @@ def test_the_report_imports_the_workflow_and_no_training():
     assert offenders(sources("pipeline/report/**/*.py"), *HEAVY, "wandb") == []
 
 
+def test_the_board_imports_what_is_shown_and_no_training():
+    own = ("pipeline.board", "pipeline.report", "pipeline.launch", "pipeline.workflow", "pipeline.errors")
+    assert offenders(sources("pipeline/board/**/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/board/**/*.py"), *HEAVY, "wandb") == []
+
+
 def test_the_workflow_knows_no_report():
     assert offenders(sources("pipeline/workflow/**/*.py", "pipeline/training/**/*.py"), "pipeline.report") == []
     assert offenders(sources("pipeline/workflow/**/*.py"), "pipeline.tracking") == []
@@ -222,7 +228,7 @@ def test_what_stages_share_knows_of_no_stage(room: str):
         (("hydra", "omegaconf"), "pipeline/compose.py"),
         (("wandb",), "pipeline/tracking/"),
         (("deepspeed",), "pipeline/training/strategies/zero.py"),
-        (("open_clip",), "stages/clip/"),
+        (("open_clip",), "stages/clip/network.py"),
         (("webdataset",), "pipeline/data/"),
         (("s3fs", "fsspec", "aiobotocore", "botocore", "boto3"), "pipeline/data/s3.py"),
     ],

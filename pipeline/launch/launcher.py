@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import RenderableType
+from rich.table import Table
 
 from pipeline.config import RunConfig, Settings, validate
 from pipeline.errors import UserError
 from pipeline.launch.identity import ProcessIdentity, identity_here
 from pipeline.terminal.display import Display
+from pipeline.terminal.tables import status_table
 from pipeline.workflow.declaration import modules_in
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import Failure, Outcome
@@ -65,7 +67,7 @@ class Launcher(ABC):
         for.
         """
 
-    def state(self, outputs: Path, records: Sequence[RunRecord], title: str) -> RenderableType | None:
+    def state(self, outputs: Path, records: Sequence[RunRecord], title: str) -> Table | None:
         """Where the stages of these runs stand; None where this launcher has none of them.
 
         Raises `LauncherUnavailableError` where that cannot be asked.
@@ -89,6 +91,19 @@ def launchers() -> dict[str, Launcher]:
     """Every launcher by its kind."""
     modules = modules_in("pipeline.launch")
     return {name: module.LAUNCHER for name, module in modules.items() if hasattr(module, "LAUNCHER")}
+
+
+def state_tables(outputs: Path, records: Sequence[RunRecord], title: str) -> tuple[list[Table], list[str]]:
+    """Where the stages of these runs stand, as queues have them, else from files; and lines on what is lacking."""
+    tables, notes = [], []
+    for launcher in launchers().values():
+        try:
+            table = launcher.state(outputs, records, title)
+        except LauncherUnavailableError as error:
+            notes.append(f"from files alone, as {error}")
+        else:
+            tables += [] if table is None else [table]
+    return tables or [status_table(outputs, record) for record in records], notes
 
 
 def launcher_named(kind: object) -> Launcher:

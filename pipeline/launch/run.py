@@ -8,16 +8,18 @@ from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
 from pipeline.launch.notify import Event, tell
 from pipeline.terminal.display import Display
-from pipeline.workflow.plan import Plan, require_unblocked
+from pipeline.workflow.code import read_record
+from pipeline.workflow.ownership import Vacancy
+from pipeline.workflow.plan import Plan, require_unblocked, several
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.runs import read_run, record_run, run_artifacts
 
 
-def start(plans: Sequence[Plan], display: Display, *, waits: bool) -> list[StageOutcome]:
+def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code: bool = False) -> list[StageOutcome]:
     """Start what is not finished of these runs, which have one launcher; the outcomes of what was waited for.
 
-    `waits` says whether it is to return only when all is over. Raises `UserError` before anything is written or
-    started, where a run cannot work.
+    `waits` says whether it is to return only when all is over, `accepts_code` whether checkpoints of other code are
+    gone on from. Raises `UserError` before anything is written or started, where a run cannot work.
     """
     if not plans:
         return []
@@ -32,10 +34,13 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool) -> list[Stage
         )
     for plan in plans:
         _check_objective(plan.config)
+        if not accepts_code:
+            _require_same_code(plan)
     launcher.check(plans)
     for plan in plans:
+        plan.code.keep(plan.store.outputs)
         record_run(plan)
-    outcomes = launcher.submit(plans, display)
+    outcomes = launcher.submit([plan.with_code() for plan in plans], display)
     if waits:
         config = plans[0].config
         ended = Counter(each.outcome.value for each in outcomes)
@@ -67,6 +72,19 @@ def objective_of(plan: Plan, outcomes: Sequence[StageOutcome]) -> float | None:
         raise UserError(f"run.objective={config.run.objective!r} is no metric; there are {', '.join(known)}")
     value = metrics[metric]
     return float("nan") if value is None else float(value)  # a manifest keeps what is no number as null
+
+
+def _require_same_code(plan: Plan) -> None:
+    """Refuse to go on from a checkpoint with other code than it was made with, unless another command has the stage."""
+    for stage in plan.stages:
+        if stage.other_code and stage.frozen is not None:
+            if not Vacancy(stage.frozen.work, stage.frozen.trainer.lease_s).is_free:
+                continue
+            before = read_record(stage.frozen.work) or {}
+            raise UserError(
+                f"stage {stage.name} would go on from its checkpoint with other code ({several(stage.other_code)} "
+                f"changed); add --accept-code to go on with it, or go back to the code of {before.get('version')}"
+            )
 
 
 def _check_objective(config: RunConfig) -> None:

@@ -172,7 +172,7 @@ def _evaluations(evaluations: Sequence[tuple[EvaluationRecord, str | None]]) -> 
     for each, plot in evaluations:
         names = dict.fromkeys(name for found in each.points.values() for name in found if not is_bound(name, found))
         rows = [[name, *(format_interval(found, name) for found in each.points.values())] for name in names]
-        head = f"Of {each.samples:,} pictures at most, {each.made_at}, data: {_escaped(each.data)}."
+        head = f"Made {each.made_at} of {_escaped(each.conditions)} at most."
         table = _table(["metric", *(value or "value" for value in each.points)], rows)
         parts += [head, table, *([f"![Metrics over what was swept](<{plot}>)"] if plot else [])]
     if parts:

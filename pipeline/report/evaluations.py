@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.report.metrics import is_bound
 from pipeline.workflow.runs import run_directory
 
 EVALUATIONS = "evaluations"
@@ -20,8 +21,15 @@ class EvaluationRecord:
     made_at: str
     data: str
     samples: int
+    encoders: Mapping[str, str]
     points: Mapping[str, Mapping[str, float | None]]
     plot: Path | None
+
+    @property
+    def conditions(self) -> str:
+        """What two evaluations have in common if their figures compare: data, samples, files of encoders."""
+        encoders = [f"{name} {digest[:8]}" for name, digest in sorted(self.encoders.items())]
+        return ", ".join([self.data, f"{self.samples:,} samples", *encoders])
 
 
 def evaluations_directory(outputs: Path, run: str) -> Path:
@@ -56,11 +64,48 @@ def read_evaluations(outputs: Path, run: str) -> list[EvaluationRecord]:
             data = content["data"] if isinstance(content["data"], str) else " ".join(content["data"])
             plot = path.parent / content["plot"] if "plot" in content else None
             samples, points = int(content["settings"]["samples"]), content["points"]
-            found.append(
-                EvaluationRecord(
-                    path, content["made_at"], data, samples, points, plot if plot and plot.is_file() else None
-                )
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+            plot = plot if plot and plot.is_file() else None
+            encoders = {name: str(digest) for name, digest in content["encoders"].items()}
+            found.append(EvaluationRecord(path, content["made_at"], data, samples, encoders, points, plot))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """The latest values of a run, at a `point` of what was swept if anything was."""
+
+    run: str
+    point: str
+    made_at: str
+    values: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """What was measured under the same `conditions`, and so compares."""
+
+    conditions: str
+    rows: tuple[EvaluationRow, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All metrics of all rows; the ends of intervals are none."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.values if not is_bound(name, row.values)))
+
+
+def evaluation_tables(outputs: Path, runs: Sequence[str]) -> list[EvaluationTable]:
+    """The runs' evaluations by what they were made of, those of most runs first.
+
+    A metric that was measured twice has its latest value.
+    """
+    found: dict[str, dict[tuple[str, str], EvaluationRow]] = {}
+    for run in runs:
+        for record in reversed(read_evaluations(outputs, run)):
+            rows = found.setdefault(record.conditions, {})
+            for point, values in record.points.items():
+                before = rows[run, point].values if (run, point) in rows else {}
+                rows[run, point] = EvaluationRow(run, point, record.made_at, {**before, **values})
+    tables = [EvaluationTable(conditions, tuple(rows.values())) for conditions, rows in found.items()]
+    return sorted(tables, key=lambda table: -len({row.run for row in table.rows}))

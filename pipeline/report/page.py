@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from secrets import token_urlsafe
@@ -13,8 +14,9 @@ from markupsafe import Markup
 from pipeline.errors import UserError
 from pipeline.report.curves import curves
 from pipeline.report.differences import ABSENT, differing_settings
+from pipeline.report.evaluations import evaluation_tables
 from pipeline.report.graph import sharing_graph
-from pipeline.report.metrics import finite, format_number
+from pipeline.report.metrics import finite, format_interval, format_number
 from pipeline.report.pictures import picture_tables
 from pipeline.report.records import Comparison
 from pipeline.report.sweep import (
@@ -46,7 +48,16 @@ def write_page(comparison: Comparison, path: Path, sweep: SweepView | None = Non
         ) from error
 
 
-def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
+@dataclass(frozen=True)
+class Live:
+    """What a served page has on top: `html` of what runs now, its `version`, and the `script` that asks again."""
+
+    html: Markup
+    version: str
+    script: str
+
+
+def page(comparison: Comparison, sweep: SweepView | None = None, live: Live | None = None) -> str:
     """The page's HTML. All that comes from configs, captions and records is escaped."""
     environment = Environment(
         loader=PackageLoader("pipeline.report", _ASSETS), autoescape=True, undefined=StrictUndefined,
@@ -54,7 +65,7 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     environment.filters |= {"duration": format_duration, "hours": format_hours}
-    environment.filters |= {"number": format_number, "finite": finite}
+    environment.filters |= {"number": format_number, "finite": finite, "interval": format_interval}
     records = [run.record for run in comparison.runs]
     found = columns(comparison)
     most = max(map(comparison.count_distinct, comparison.stage_names), default=0)
@@ -68,9 +79,11 @@ def page(comparison: Comparison, sweep: SweepView | None = None) -> str:
         costs=[totals(run.stages, comparison) for run in comparison.runs],
         totals=totals(comparison.distinct_stages, comparison),
         stages=[(name, comparison.count_distinct(name) == most) for name in comparison.stage_names],
+        evaluations=evaluation_tables(comparison.outputs, [run.name for run in comparison.runs]),
         pictures=picture_tables(comparison),
         graph=sharing_graph(comparison),
         is_sweep=sweep is not None,
+        live=live,
         data=_data(comparison, sweep),
         asset=_asset,
         nonce=token_urlsafe(16),

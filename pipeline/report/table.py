@@ -12,6 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from pipeline.errors import UserError
 from pipeline.report.differences import differing_settings
+from pipeline.report.evaluations import evaluation_tables
 from pipeline.report.metrics import directions, finite, format_number, is_bound
 from pipeline.report.records import Comparison, RunReport, StageReport
 from pipeline.terminal.words import format_duration
@@ -147,7 +148,8 @@ def table_json(comparison: Comparison) -> str:
             "stages": {stage.name: _stage_json(comparison, run, stage) for stage in run.stages},
         })  # fmt: skip
     total = {"duration_s": everything.duration_s, "device_hours": everything.device_hours}
-    content = {"runs": runs, "total_shared_once": total, "better": better}
+    evaluations = evaluation_tables(comparison.outputs, [run.name for run in comparison.runs])
+    content = {"runs": runs, "total_shared_once": total, "better": better, "evaluations": evaluations}
     return (
         json.dumps(to_jsonable_python(content, inf_nan_mode="null"), indent=2, ensure_ascii=False, allow_nan=False)
         + "\n"

@@ -2,14 +2,15 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice, takewhile
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.differences import differing_overrides, differing_settings
-from pipeline.report.metrics import format_number
+from pipeline.report.evaluations import EvaluationTable, evaluation_tables
+from pipeline.report.metrics import format_interval, format_number
 from pipeline.report.records import Comparison
 from pipeline.report.sweep import Effect, Level, best_levels, directions_of_effects, effects, settings, short_key
 from pipeline.report.table import Column, Quantity, columns, format_hours, named_columns, totals
@@ -46,23 +47,44 @@ def print_comparison(console: Console, comparison: Comparison, metrics: Sequence
     count = min(_SHOWN_DIFFERENCES, len(varied))
     while (room := _room(console, fixed := _fixed(comparison, dict(islice(varied.items(), count))))) < least and count:
         count -= 1
-    fitting: list[Column] = []
-    for column in asked:
-        room -= _as_shown(column).width
-        if room < 0 and not metrics:
-            break
-        fitting.append(column)
-    table = Table(title=_count(len(comparison.runs), "run"), title_justify="left", show_footer=True)
-    shown = [*fixed, *map(_as_shown, fitting)]
-    for column in shown:
-        justify = "right" if column.is_number else "left"
-        table.add_column(Text(column.heading), Text(column.foot), overflow="fold", justify=justify)
-    for number in range(len(comparison.runs)):
-        cells = [column.values[number] for column in shown]
-        table.add_row(*(Text(cell, style="bold green" if cell.endswith(_BEST) else "") for cell in cells))
-    console.print(table)
+    fitting = [_as_shown(column) for column in asked]
+    fitting = fitting if metrics else _that_fit(fitting, room)
+    console.print(_table(_count(len(comparison.runs), "run"), [*fixed, *fitting]))
     hidden = len(varied.keys() | settings.keys()) - count
     _print_notes(console, comparison, [*asked[len(fitting) :], *others], hidden)
+    for table in evaluation_tables(comparison.outputs, [run.name for run in comparison.runs]):
+        _print_evaluations(console, table)
+
+
+def _print_evaluations(console: Console, found: EvaluationTable) -> None:
+    fixed = [_Shown("run", tuple(row.run for row in found.rows))]
+    if any(row.point for row in found.rows):
+        fixed.append(_Shown("swept", tuple(row.point for row in found.rows)))
+    metrics = [
+        _Shown(name.replace("/", "/\n"), tuple(format_interval(row.values, name) for row in found.rows), is_number=True)
+        for name in found.metrics
+    ]
+    fitting = _that_fit(metrics, _room(console, fixed))
+    console.print(_table(f"Evaluated: {found.conditions}", [*fixed, *fitting]))
+    if left_out := len(metrics) - len(fitting):
+        console.print(f"{_count(left_out, 'more metric')}: --json or --output", markup=False, soft_wrap=True)
+
+
+def _that_fit(columns: Sequence[_Shown], room: int) -> list[_Shown]:
+    """The first columns, up to one for which there is no room."""
+    ends = accumulate(column.width for column in columns)
+    return [column for column, _ in takewhile(lambda each: each[1] <= room, zip(columns, ends, strict=True))]
+
+
+def _table(title: str, columns: Sequence[_Shown]) -> Table:
+    has_feet = any(column.foot for column in columns)
+    table = Table(title=Text(title), title_justify="left", show_footer=has_feet)
+    for column in columns:
+        justify = "right" if column.is_number else "left"
+        table.add_column(Text(column.heading), Text(column.foot), overflow="fold", justify=justify)
+    for cells in zip(*(column.values for column in columns), strict=True):
+        table.add_row(*(Text(cell, style="bold green" if cell.endswith(_BEST) else "") for cell in cells))
+    return table
 
 
 def print_effects(console: Console, comparison: Comparison, metric: str) -> None:

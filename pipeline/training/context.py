@@ -142,6 +142,11 @@ class StageContext(Attempt):
         """The artifact behind an input that a workflow may lack."""
         return next(iter(self.inputs[name]), None)
 
+    @property
+    def initial(self) -> Artifact | None:
+        """The artifact whose weights the stage starts from, where `initial` names a run's."""
+        return self.frozen.find_initial()
+
     def images(self, image_size: int, cache_mib: int | None = None, ahead: MadeAhead | None = None) -> CaptionedImages:
         """The pictures of the input `data`, wherever this run finds its shards, of one size.
 

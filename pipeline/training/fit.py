@@ -54,8 +54,11 @@ class FitResult:
 def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> FitResult:
     """Train until `max_samples`, from the last checkpoint if there is one. The network then has the averaged weights.
 
+    Where `max_samples` is 0 the network stays as it is.
     Raises `StageInterrupted` after a requested stop, and `UserError` at once if there is nothing to validate on.
     """
+    if module.stage_settings.max_samples == 0:
+        return FitResult(0, {})
     if len(images.data.samples_in(Split.VALIDATION)) == 0:
         raise UserError(
             f"the split {Split.VALIDATION} has no samples, and training ends with a validation; raise "

@@ -20,6 +20,7 @@ from pipeline.config import TrainingStageSettings
 from pipeline.data.batch import ImageBatch
 from pipeline.picture_grid import GridLayout
 from pipeline.training.optimizer import build_optimizer, learning_rate_factor
+from pipeline.training.parameters import freeze, learning_rate_factors
 from pipeline.training.precision import CastableNetwork
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.training.weighted import weighted_means
@@ -49,15 +50,21 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
     needs_whole_share = False
     block_classes: tuple[type[nn.Module], ...] = ()
     """The classes of the repeated blocks that networks are made of, for `trainer.compile` and checkpointing."""
+    weights_prefix = ""
+    """What the names of the network's parameters begin with and those in its weights' file do not."""
 
     def __init__(
         self, network: Network, settings: TrainingStageSettings, frozen_networks: tuple[nn.Module, ...] = ()
     ) -> None:
         super().__init__()
         self.network = network
+        self.stage_settings = settings
+        freeze(network, settings.optimizer.freeze, self.weights_prefix)
+        self.learning_rate_factors = learning_rate_factors(
+            network, settings.optimizer, self.layers_above, self.weights_prefix
+        )
         # A tuple hides them from nn.Module: no parameters of this module, no entries in its state dict.
         self._hidden_skeleton = (_skeleton_of(network),)
-        self.stage_settings = settings
         self.frozen_networks = frozen_networks
         for frozen in frozen_networks:
             frozen.requires_grad_(False).eval()
@@ -117,6 +124,11 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         return {}
 
     @property
+    def layers_above(self) -> Mapping[str, int] | None:
+        """How many layers of the network follow that of each parameter; None where they have no order."""
+        return None
+
+    @property
     def strategy(self) -> PortableStrategy:
         """How the state is spread over processes."""
         strategy = self.trainer.strategy
@@ -158,7 +170,9 @@ class StageModule(pl.LightningModule, ABC, Generic[Network]):
         # The fused kernel for CPUs rounds the last few elements of a tensor otherwise than the rest, so that a weight
         # would depend on how a tensor is cut into shards.
         is_fused = self.strategy.root_device.type == "cuda" or self.trainer.world_size == 1
-        optimizer = build_optimizer(self.network, settings.optimizer, self.parameter_ranges, fused=is_fused)
+        optimizer = build_optimizer(
+            self.network, settings.optimizer, self.parameter_ranges, self.learning_rate_factors, fused=is_fused
+        )
 
         def factor(step: int) -> float:
             return learning_rate_factor(settings.optimizer, step * settings.global_batch_size, settings.max_samples)
@@ -242,6 +256,5 @@ def _skeleton_of(network: Network) -> Network:
     bare = {
         id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=False)
         for each in network.parameters()
-        if each.requires_grad
     }
     return copy.deepcopy(network, bare)

@@ -106,27 +106,45 @@ def _move_on_the_device(weights: list[Tensor], averages: list[Tensor], share: Te
 
 
 def build_optimizer(
-    network: nn.Module, settings: OptimizerSettings, ranges: Mapping[str, tuple[float, float]], *, fused: bool
+    network: nn.Module,
+    settings: OptimizerSettings,
+    ranges: Mapping[str, tuple[float, float]],
+    factors: Mapping[str, float] | None = None,
+    *,
+    fused: bool,
 ) -> AdamWithEma:
     """AdamW over the parameters that train; vectors (norms, biases, learned embeddings) are not decayed.
 
-    The parameters that `ranges` names are kept between its two numbers.
+    The parameters that `ranges` names are kept between its two numbers. `factors` multiply the learning rate of those
+    that they name.
     """
+    factors = factors or {}
     trained = {name: each for name, each in network.named_parameters() if each.requires_grad}
-    free = [each for name, each in trained.items() if name not in ranges]
+    alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, each in trained.items():
+        if name not in ranges:
+            alike.setdefault((factors.get(name, 1.0), each.ndim >= 2), []).append(each)
     groups: list[dict[str, Any]] = [
-        {"params": [each for each in free if each.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [each for each in free if each.ndim < 2], "weight_decay": 0.0},
-        *({"params": [trained[name]], "weight_decay": 0.0, RANGE: ranges[name]} for name in ranges),
+        _group(alike[factor, is_matrix], settings, factor, settings.weight_decay if is_matrix else 0.0)
+        for factor, is_matrix in sorted(alike, reverse=True)
     ]
+    for name in ranges:
+        if name in trained:
+            groups.append(_group([trained[name]], settings, factors.get(name, 1.0), 0.0) | {RANGE: ranges[name]})
     return AdamWithEma(
-        [group for group in groups if group["params"]],
+        groups,
         ema_decay=settings.ema_decay,
         fused=fused,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
     )
+
+
+def _group(
+    parameters: list[nn.Parameter], settings: OptimizerSettings, factor: float, weight_decay: float
+) -> dict[str, Any]:
+    return {"params": parameters, "weight_decay": weight_decay, "lr": settings.learning_rate * factor}
 
 
 def learning_rate_factor(settings: OptimizerSettings, samples_seen: int, max_samples: int) -> float:

@@ -1,13 +1,10 @@
 """The entry point of every stage: from a frozen stage to a published artifact."""
 
 import shutil
-import subprocess
 import threading
 import time
 import traceback
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -19,6 +16,7 @@ from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.context import Attempt, ProgressWriter, StageContext, StageResult
 from pipeline.training.failures import explained
 from pipeline.training.hardware import record_hardware
+from pipeline.workflow import code
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest, describe_files
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.fingerprint import counted_settings
@@ -45,11 +43,8 @@ class Spent:
     device_s: float
 
 
-UNKNOWN = "unknown"
 THREADS_AT_START = torch.get_num_threads()
 """What the launcher gave to this process, for the stages that set no number: one process can run several."""
-
-_GIT_TIMEOUT_S = 30.0
 
 
 def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
@@ -132,7 +127,8 @@ def _write_failure(frozen: FrozenStage, failure: Failure) -> None:
 def _run_and_publish(attempt: Attempt) -> None:
     started = time.monotonic()
     frozen = attempt.frozen
-    code = code_version() if attempt.is_first_process else UNKNOWN  # as it is now: others may work on it meanwhile
+    version = code.code_version() if attempt.is_first_process else code.UNKNOWN  # now: others may work on it meanwhile
+    record = code.require(frozen.outputs, frozen.code) if frozen.code is not None else None
     settings = frozen.read_settings()
     inputs = frozen.find_inputs()
     checkpoint = latest_checkpoint(frozen.work)
@@ -143,6 +139,8 @@ def _run_and_publish(attempt: Attempt) -> None:
     output = frozen.work
     if attempt.is_first_process:
         output = frozen.store.start_building(frozen.stage, frozen.fingerprint, attempt.ownership.attempt)
+        if record is not None:
+            code.begin(frozen.work, record)
     record_hardware(attempt)
     with Tracker(frozen, attempt.ownership, checkpoint.samples_seen if checkpoint else -1) as tracker:
         context = StageContext(**vars(attempt), settings=settings, inputs=inputs, output=output, tracker=tracker)
@@ -161,12 +159,14 @@ def _run_and_publish(attempt: Attempt) -> None:
             attempt.progress.update(phase=Phase.PUBLISHING, activity="publishing")
             here_s = time.monotonic() - started
             device_s = attempt.progress.earlier_device_s + here_s * frozen.tasks.total
-            _publish(context, result, Spent(elapsed_before_s + here_s, device_s), code)
+            _publish(context, result, Spent(elapsed_before_s + here_s, device_s), version)
 
 
-def _publish(context: StageContext, result: StageResult, spent: Spent, code: str) -> None:
+def _publish(context: StageContext, result: StageResult, spent: Spent, version: str) -> None:
     frozen = context.frozen
     write_rows(frozen.work, context.output)
+    if frozen.code is not None:
+        shutil.copy(frozen.work / code.RECORD, context.output)
     wandb_run = context.tracker.wandb_record
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -176,7 +176,7 @@ def _publish(context: StageContext, result: StageResult, spent: Spent, code: str
         identity=frozen.identity,
         inputs={name: [each.fingerprint for each in found] for name, found in frozen.inputs.items()},
         config=counted_settings(frozen.read_settings()),
-        code_version=code,
+        code_version=version,
         made_by_run=frozen.run,
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         duration_s=round(spent.duration_s, 3),
@@ -189,25 +189,3 @@ def _publish(context: StageContext, result: StageResult, spent: Spent, code: str
         files=describe_files(context.output),
     )
     frozen.store.publish(context.output, manifest, before_rename=context.ownership.require)
-
-
-def code_version() -> str:
-    """The package's version, and the commit where the code is a git checkout; `unknown` for what cannot be told.
-
-    It is for people alone, so that nothing that is amiss with metadata or git ends a stage.
-    """
-    try:
-        release = version("unclip") or UNKNOWN
-    except Exception:  # not installed, or metadata that are damaged in whatever way
-        release = UNKNOWN
-    root = Path(__file__).resolve().parent.parent.parent
-    return f"{release}+{_commit(root)}" if (root / ".git").exists() else release
-
-
-def _commit(root: Path) -> str:
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S)
-    except (OSError, ValueError, subprocess.SubprocessError):  # no git, or one that refuses another user's checkout
-        return UNKNOWN
-    return said.stdout.strip() or UNKNOWN

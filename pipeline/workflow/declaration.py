@@ -5,6 +5,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -48,9 +49,10 @@ class StageSettings:
 
 @dataclass(frozen=True, eq=False)
 class Workflow:
-    """The stages of one workflow, by name."""
+    """The stages of one workflow, by name, and by the same names the numbers of the weights that some start from."""
 
     stages: Mapping[str, StageSettings]
+    initial: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[str]:
@@ -62,6 +64,18 @@ class Workflow:
         return {
             f"stage.{name}": stage.settings for name, stage in self.stages.items() if isinstance(stage.settings, schema)
         }
+
+
+@dataclass(frozen=True)
+class ForeignWeights:
+    """Weights on disk that no run made: their files by name, and the settings that go with them, by dotted key.
+
+    `numbers` are those that an artifact of the same kind would have, as far as they are known.
+    """
+
+    files: Mapping[str, Path]
+    dictated: Mapping[str, Any]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,11 @@ class StageDeclaration:
     not hold, such as the user's own shards; it is no part of what the output is.
     `usage` is a function (run's name, artifact, a caption) -> Markdown that tells a model card's reader how to use
     the output, `origin` one (artifact) -> Markdown that says what of others' work it was made from, "" for none.
+    `dictated` is given the path of the settings and these as the config has them, and returns those that names and
+    files among them dictate, by dotted key, such as the sizes of a network.
+    `inherits` are the settings, by dotted key, that go with the weights of an artifact when a stage starts from it by
+    `initial`; a stage of a class without any cannot. `foreign` finds other weights than runs' to start from: by scheme,
+    a function (path, the key that it was given as) -> `ForeignWeights`.
     `notice` gives a line, or None, that a plan says of the stage's settings in the workflow, and that blocks nothing.
     `rehearse` names a function ("module:function") that gives a forecast what the stage would work with; it is imported
     when a forecast is asked for. Of a stage without one a forecast knows nothing.
@@ -100,6 +119,9 @@ class StageDeclaration:
     place: Callable[[Any], Settings | None] | None = None
     usage: Callable[[str, Artifact, str], str] | None = None
     origin: Callable[[Artifact], str] | None = None
+    dictated: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    inherits: tuple[str, ...] | None = None
+    foreign: Mapping[str, Callable[[Path, str], ForeignWeights]] = field(default_factory=dict)
     notice: Callable[[Any, Workflow], str | None] | None = None
     rehearse: str | None = None
 
@@ -110,10 +132,9 @@ class Catalog:
 
     stages: Mapping[str, StageDeclaration]
 
-    def check(self, stages: Mapping[str, StageSettings]) -> None:
+    def check(self, workflow: Workflow) -> None:
         """Raise `UserError` for whatever can be known to be wrong within and between stages before any runs."""
-        workflow = Workflow(stages)
-        for name, stage in stages.items():
+        for name, stage in workflow.stages.items():
             check = self.stages[stage.kind].check
             if check is not None:
                 check(f"stage.{name}", stage.settings, workflow)

@@ -55,6 +55,9 @@ class FrozenStage(Settings):
     trainer: TrainerSettings
     tracking: TrackingSettings
     overrides: list[str]
+    initial: ArtifactReference | None = None
+    code: str | None = None
+    """The digest of the code that it was submitted with; None where whatever is imported runs it."""
     notify: NotifySettings | None = None  # newer than files that lack it
 
     @property
@@ -91,6 +94,10 @@ class FrozenStage(Settings):
     def find_inputs(self) -> dict[str, tuple[Artifact, ...]]:
         """The artifacts behind each input. Raises `UserError` where one is not there."""
         return {name: tuple(self._find(each) for each in references) for name, references in self.inputs.items()}
+
+    def find_initial(self) -> Artifact | None:
+        """The artifact whose weights the stage starts from, if any. Raises `UserError` where it is not there."""
+        return None if self.initial is None else self._find(self.initial)
 
     def _find(self, reference: ArtifactReference) -> Artifact:
         artifact = self.store.find(reference.stage, reference.fingerprint)

@@ -1,5 +1,6 @@
 """What a run will do with each stage: reuse, resume, run or blocked, and why. Imports no torch, writes nothing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,13 +17,16 @@ from pipeline.config import (
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.batch_shape import check_batch
-from pipeline.workflow.declaration import Blocked, Catalog, StageSettings, Workflow, resolve
+from pipeline.workflow.code import Code, current_code, read_record
+from pipeline.workflow.declaration import Blocked, Catalog, StageDeclaration, StageSettings, Workflow, resolve
 from pipeline.workflow.fingerprint import counted_settings, differences, fingerprint
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.graph import Node, build_graph, declaration_of
+from pipeline.workflow.initial import Initial, find_initial, require_as_typed, with_dictated
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
 
 MAX_DIFFERENCES_SHOWN = 3
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Action(StrEnum):
@@ -39,7 +43,7 @@ class PlannedStage:
     """One stage of a plan. A blocked stage has no fingerprint and no frozen form.
 
     `place` says where this run keeps what the stage's output refers to and does not hold, `notice` is a line on what
-    its settings cannot give.
+    its settings cannot give, `other_code` are the files that changed since the checkpoint it would go on from.
     """
 
     name: str
@@ -50,6 +54,7 @@ class PlannedStage:
     frozen: FrozenStage | None = None
     place: dict[str, Any] | None = None
     notice: str | None = None
+    other_code: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str | None:
@@ -64,12 +69,20 @@ class Plan:
     config: RunConfig
     store: ArtifactStore
     stages: tuple[PlannedStage, ...]
+    code: Code
     overrides: tuple[str, ...] = field(default=())
 
     @property
     def blocked(self) -> list[PlannedStage]:
         """The stages that cannot run yet."""
         return [stage for stage in self.stages if stage.action is Action.BLOCKED]
+
+    def with_code(self) -> "Plan":
+        """The same stages, frozen to run the code that they were planned with, from its snapshot alone."""
+        update = {"code": self.code.digest}
+        frozen = [stage.frozen and stage.frozen.model_copy(update=update) for stage in self.stages]
+        stages = [replace(stage, frozen=each) for stage, each in zip(self.stages, frozen, strict=True)]
+        return replace(self, stages=tuple(stages))
 
 
 def require_unblocked(plans: Sequence[Plan]) -> None:
@@ -82,8 +95,12 @@ def require_unblocked(plans: Sequence[Plan]) -> None:
 
 @dataclass(frozen=True)
 class _ValidStage:
+    """`unmet` says why the weights that it is to start from are not there yet."""
+
     stage: StageSettings
     trainer: TrainerSettings
+    initial: Initial | None
+    unmet: str | None
 
 
 def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
@@ -92,21 +109,32 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     Raises `UserError` for whatever can be known to be wrong before anything runs.
     """
     catalog: Catalog = resolve(config.catalog)
-    valid = {name: _validate_stage(name, values, config, catalog) for name, values in config.stage.items()}
+    store = ArtifactStore(config.paths.outputs.absolute())
+    valid = {
+        name: _validate_stage(name, values, config, catalog, store, overrides) for name, values in config.stage.items()
+    }
     stages = {name: each.stage for name, each in valid.items()}
     graph = build_graph(stages, catalog)
-    catalog.check(stages)
-    store = ArtifactStore(config.paths.outputs.absolute())
+    workflow = Workflow(stages, {name: each.initial.numbers for name, each in valid.items() if each.initial})
+    catalog.check(workflow)
+    code = current_code(config.catalog)
     planned: dict[str, PlannedStage] = {}
     for node in graph:
-        stage = _plan_stage(node, valid[node.name].trainer, planned, config, store, overrides)
+        stage = _plan_stage(node, valid[node.name], planned, config, store, overrides, code)
         notice = node.declaration.notice
-        said = notice(node.stage.settings, Workflow(stages)) if notice is not None else None
+        said = notice(node.stage.settings, workflow) if notice is not None else None
         planned[node.name] = replace(stage, notice=said)
-    return Plan(config, store, tuple(planned.values()), overrides)
+    return Plan(config, store, tuple(planned.values()), code, overrides)
 
 
-def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, catalog: Catalog) -> _ValidStage:
+def _validate_stage(
+    name: str,
+    values: Mapping[str, Any],
+    config: RunConfig,
+    catalog: Catalog,
+    store: ArtifactStore,
+    overrides: tuple[str, ...],
+) -> _ValidStage:
     own = dict(values)
     kind = own.pop("kind", None)
     if kind is None:
@@ -116,26 +144,44 @@ def _validate_stage(name: str, values: Mapping[str, Any], config: RunConfig, cat
         )
     trainer_overrides = own.pop("trainer", None) or {}
     declaration = declaration_of(name, kind, catalog)
-    try:
-        settings: Settings = validate(declaration.settings, own, f"stage.{name}")
-    except UserError as error:
-        # A stage takes the group `data` in by interpolation: its keys are typed without the stage.
-        prefix = f"stage.{name}."
-        message = str(error).removeprefix(f"{prefix}data: ")
-        raise UserError(message.removeprefix(prefix) if message.startswith(f"{prefix}data.") else message) from error
+    path, initial, unmet = f"stage.{name}", None, None
+    dictated = dict(declaration.dictated(path, own)) if declaration.dictated is not None else {}
+    source = f"the model that {path} names"
+    if isinstance(own.get("initial"), str):
+        try:
+            initial = find_initial(own["initial"], name, kind, declaration, config.run.name, store)
+        except Blocked as reason:
+            unmet = str(reason)
+        else:
+            dictated, source = {**dictated, **initial.dictated}, initial.source
+    settings = _validate_settings(declaration, own, path)
+    if dictated:
+        configured, settings = settings, _validate_settings(declaration, with_dictated(own, dictated), path)
+        require_as_typed(configured, settings, dictated, path, source, overrides)
     trainer = stage_trainer(config, trainer_overrides, f"stage.{name}.trainer")
     if isinstance(settings, TrainingStageSettings):
         check_batch(settings.global_batch_size, trainer, f"stage.{name}")
-    return _ValidStage(StageSettings(kind, settings), trainer)
+    return _ValidStage(StageSettings(kind, settings), trainer, initial, unmet)
+
+
+def _validate_settings(declaration: StageDeclaration, values: Mapping[str, Any], path: str) -> Settings:
+    try:
+        return validate(declaration.settings, values, path)
+    except UserError as error:
+        # A stage takes the group `data` in by interpolation: its keys are typed without the stage.
+        message = str(error).removeprefix(f"{path}.data: ")
+        typed = message.removeprefix(f"{path}.") if message.startswith(f"{path}.data.") else message
+        raise UserError(typed) from error
 
 
 def _plan_stage(
     node: Node,
-    trainer: TrainerSettings,
+    valid: _ValidStage,
     planned: Mapping[str, PlannedStage],
     config: RunConfig,
     store: ArtifactStore,
     overrides: tuple[str, ...],
+    code: Code,
 ) -> PlannedStage:
     upstream = tuple(node.upstream)
 
@@ -145,8 +191,10 @@ def _plan_stage(
     waiting_for = [name for name in upstream if planned[name].action is Action.BLOCKED]
     if waiting_for:
         return blocked(f"needs {', '.join(waiting_for)}")
+    if valid.unmet is not None:
+        return blocked(valid.unmet)
     try:
-        identity = _identity(node, trainer, config)
+        identity = _identity(node, valid, config)
     except Blocked as reason:
         return blocked(str(reason))
     references = {
@@ -169,19 +217,47 @@ def _plan_stage(
         settings=node.stage.settings.model_dump(mode="json"),
         seed=config.seed,
         outputs=store.outputs,
-        trainer=trainer,
+        trainer=valid.trainer,
         tracking=config.tracking,
         overrides=list(overrides),
         notify=config.notify,
+        initial=_reference(valid.initial),
     )
     action, reason = _decide(node, frozen, planned, store)
+    if valid.initial is not None and action is Action.RUN:
+        others = _other_inputs(valid.initial, input_fingerprints)
+        reason = f"{reason}; starts from {valid.initial.source}, {valid.initial.weights} weights{others}"
     place = node.declaration.place(node.stage.settings) if node.declaration.place else None
+    other_code: list[str] = []
+    if action is Action.RESUME:
+        other_code = code.changed_since(read_record(frozen.work))
+        reason += f"; other code than then: {several(other_code)}" if other_code else ""
+    elif action is Action.REUSE:
+        own = node.declaration.run.partition(":")[0].rpartition(".")[0].replace(".", "/")
+        changed = code.changed_since(read_record(store.path(node.name, frozen.fingerprint)), f"{own}/")
+        unraised = f"{several(changed)} changed since: if it makes something else now, raise the stage's version"
+        reason += f"; {unraised}" if changed else ""
     return PlannedStage(
-        node.name, node.stage.kind, action, reason, upstream, frozen, place.model_dump(mode="json") if place else None
-    )
+        node.name, node.stage.kind, action, reason, upstream, frozen,
+        place.model_dump(mode="json") if place else None, other_code=tuple(other_code),
+    )  # fmt: skip
 
 
-def _identity(node: Node, trainer: TrainerSettings, config: RunConfig) -> dict[str, Any]:
+def _reference(initial: Initial | None) -> ArtifactReference | None:
+    if initial is None or initial.artifact is None:
+        return None
+    manifest = initial.artifact.manifest
+    return ArtifactReference(stage=manifest.stage, fingerprint=manifest.fingerprint)
+
+
+def _other_inputs(initial: Initial, inputs: Mapping[str, list[str]]) -> str:
+    """Which inputs the weights were made with others of, in half a sentence; "" for none."""
+    made_with = initial.artifact.manifest.inputs if initial.artifact is not None else inputs
+    others = [name for name, found in inputs.items() if made_with.get(name) != found]
+    return f", made with other {' and '.join(others)}" if others else ""
+
+
+def _identity(node: Node, valid: _ValidStage, config: RunConfig) -> dict[str, Any]:
     declaration = node.declaration
     describe = declaration.identity or counted_settings
     identity: dict[str, Any] = {
@@ -189,8 +265,11 @@ def _identity(node: Node, trainer: TrainerSettings, config: RunConfig) -> dict[s
         "version": declaration.version,
         "settings": describe(node.stage.settings),
     }
+    if valid.initial is not None:
+        # By its contents, whatever it is called now.
+        identity["settings"] = {**identity["settings"], "initial": valid.initial.counted}
     if declaration.computes:
-        identity |= {"seed": config.seed, "precision": trainer.precision.value}
+        identity |= {"seed": config.seed, "precision": valid.trainer.precision.value}
     return identity
 
 
@@ -211,17 +290,19 @@ def _decide(
     nearest = _nearest(frozen, store)
     if nearest is None:
         return Action.RUN, f"new{after_failure}"
-    changes = [
-        f"{_setting_key(node.name, key)}: {_short(old)} -> {_short(new)}"
-        for key, old, new in differences(nearest.manifest.identity, frozen.identity)
-    ]
-    if len(changes) > MAX_DIFFERENCES_SHOWN:
-        changes = [*changes[:MAX_DIFFERENCES_SHOWN], f"and {len(changes) - MAX_DIFFERENCES_SHOWN} more"]
+    found = differences(nearest.manifest.identity, frozen.identity)
+    changes = [_change(_setting_key(node.name, key), old, new) for key, old, new in found]
     if changes:
-        return Action.RUN, f"changed {', '.join(changes)}{after_failure}"
+        return Action.RUN, f"changed {several(changes)}{after_failure}"
     if changed_inputs:
         return Action.RUN, f"because {', '.join(changed_inputs)} will be new{after_failure}"
     return Action.RUN, f"its inputs are others than before{after_failure}"
+
+
+def several(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(names) - MAX_DIFFERENCES_SHOWN
+    return ", ".join([*names[:MAX_DIFFERENCES_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _nearest(frozen: FrozenStage, store: ArtifactStore) -> Artifact | None:
@@ -242,6 +323,11 @@ def _setting_key(stage: str, key: str) -> str:
     if key.startswith("settings."):
         return f"stage.{stage}.{key.removeprefix('settings.')}"
     return {"precision": "trainer.precision", "version": f"the version of stage {stage}"}.get(key, key)
+
+
+def _change(key: str, old: object, new: object) -> str:
+    # A digest says nothing to a reader; what weights are called is said elsewhere.
+    return key if _DIGEST.search(f"{old} {new}") else f"{key}: {_short(old)} -> {_short(new)}"
 
 
 def _short(value: object, limit: int = 40) -> str:

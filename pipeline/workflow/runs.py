@@ -38,6 +38,8 @@ class RunRecord(Settings):
     config: dict[str, Any]
     stages: list[RunStage]
     started_at: str
+    code: str | None = None
+    """The digest of the code that it was started with, which is kept under `paths.outputs`."""
 
     def fingerprint_of(self, stage: str) -> str | None:
         """The fingerprint behind a stage's name, or None."""
@@ -63,6 +65,7 @@ def record_run(plan: Plan) -> Path:
             if stage.fingerprint is not None
         ],
         started_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        code=plan.code.digest,
     )
     directory.mkdir(parents=True, exist_ok=True)
     _keep_earlier(directory, record)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
+from stages.clip.network import load_any_open_clip
 from stages.pictures import resize
 
 
@@ -43,11 +43,8 @@ def load_foreign_clip(path: Path, model_name: str | None, device: torch.device) 
     Raises:
         UserError: open_clip cannot build or load it.
     """
-    name = f"{open_clip.factory.LOCAL_DIR_PREFIX}{path.absolute()}" if path.is_dir() else str(model_name)
-    weights = None if path.is_dir() else str(path)
     try:
-        model = open_clip.create_model(name, pretrained=weights, device=device)
-        tokenize = open_clip.get_tokenizer(name)
+        model, tokenize = load_any_open_clip(path, str(model_name), device)
     except Exception as error:
         raise UserError(f"open_clip cannot load {path} ({type(error).__name__}: {error}); give another") from error
-    return ForeignClip(model.eval(), tokenize, device)
+    return ForeignClip(model, tokenize, device)

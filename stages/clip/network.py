@@ -7,29 +7,45 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    build_zero_shot_classifier,
+    create_model,
+    get_tokenizer,
+)
+from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
-from stages.clip.settings import ClipNetworkSettings, ContrastiveLoss
-from stages.weights import CPU, give_weights, read_weights, without_weights
+from pipeline.workflow.weights import require_fit
+from stages.clip.files import read_clip_weights
+from stages.clip.names import LOGIT_BIAS, MAY_EXCEED
+from stages.clip.settings import (
+    ClipNetwork,
+    ClipNetworkSettings,
+    ContrastiveLoss,
+    OpenClipNetworkSettings,
+    clip_network,
+    tower_configs,
+)
+from stages.clip.sources import OPENAI_MEAN, OPENAI_STD, SET_SIZES, ClipSource
+from stages.weights import CPU, give_weights, read_weights, shapes_of, without_weights
 
 ClipBlock = ResidualAttentionBlock
 """What both towers consist of."""
 
 WEIGHTS_FILE = "clip.safetensors"
 SETTINGS_FILE = "clip.json"
-LOGIT_BIAS = "logit_bias"
 _LENGTHS = 16
 _CACHED_CAPTIONS = 65536
 """Tokenising a caption costs as much as a few per cent of a small CLIP's step, and small data sets come round often."""
@@ -85,8 +101,9 @@ class Towers(StrEnum):
 class TextEncoding:
     """A caption as CLIP sees it.
 
-    `embed` [B, E] is the projection (not normalised), `hidden` [B, L, W] the state of every token after the last layer
-    norm, `mask` bool [B, L] true up to and including the end-of-text token.
+    `embed` [B, E] is the projection (not normalised), `hidden` [B, L, E] the state of every token after the last layer
+    norm, projected too where states are not as wide as embeddings, `mask` bool [B, L] true up to and including the
+    end-of-text token.
     """
 
     embed: Tensor
@@ -117,7 +134,7 @@ class ClipModel(nn.Module):
 
     def __init__(
         self,
-        settings: ClipNetworkSettings,
+        settings: ClipNetwork,
         loss: ContrastiveLoss = ContrastiveLoss.CONTRASTIVE,
         towers: Towers = Towers.BOTH,
     ) -> None:
@@ -128,17 +145,35 @@ class ClipModel(nn.Module):
         self.network = _build(settings, loss)
         if towers is Towers.TEXT:
             self.network.visual = cast(VisionTransformer, None)
-        mean = torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1)
-        std = torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1)
+        of_openai = (OPENAI_MEAN, OPENAI_STD)
+        of_pixels = (
+            (settings.image_mean, settings.image_std) if isinstance(settings, OpenClipNetworkSettings) else of_openai
+        )
+        mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in of_pixels)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
+        self.train()
 
     @property
     def towers(self) -> Towers:
         """Which towers this model holds."""
         return Towers.TEXT if cast("nn.Module | None", self.network.visual) is None else Towers.BOTH
+
+    @property
+    def training_tokenizer(self) -> ClipTokenizer:
+        """The tokenizer for training: without what pads all captions of a batch, where that changes nothing."""
+        is_causal = cast("Tensor | None", self.network.attn_mask) is not None
+        return ShortTokenizer(self.settings.context_length) if is_causal else self.tokenize
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but batch normalisation keeps its statistics: those of a micro-batch depend on its size."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     @property
     def logit_scale(self) -> Tensor:
@@ -167,7 +202,8 @@ class ClipModel(nn.Module):
         length = tokens.shape[1]
         # open_clip's own `encode_text` does not hand out the token states.
         transformer, token_embedding = cast(nn.Module, network.transformer), cast(nn.Module, network.token_embedding)
-        mask = cast(Tensor, network.attn_mask)[:length, :length]
+        causal = cast("Tensor | None", network.attn_mask)
+        mask = None if causal is None else causal[:length, :length]
         position = cast(Tensor, network.positional_embedding)[:length]
         hidden = transformer(token_embedding(tokens) + position, attn_mask=mask)
         hidden = cast(nn.Module, network.ln_final)(hidden)
@@ -175,7 +211,10 @@ class ClipModel(nn.Module):
         end = tokens.argmax(dim=-1)
         pooled = hidden[torch.arange(len(tokens), device=tokens.device), end]
         mask = torch.arange(length, device=tokens.device)[None, :] <= end[:, None]
-        return TextEncoding(embed=pooled @ cast(Tensor, network.text_projection), hidden=hidden, mask=mask)
+        projection = cast(Tensor, network.text_projection)
+        if self.settings.text_width != self.settings.embed_dim:
+            hidden = hidden @ projection
+        return TextEncoding(embed=pooled @ projection, hidden=hidden, mask=mask)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Image and text embeddings, float [B, E] each: what the contrastive losses take. `tokens` as `encode_text`."""
@@ -192,17 +231,41 @@ class ClipModel(nn.Module):
     def load(cls, directory: Path, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> Self:
         """Read what `save` wrote. With `Towers.TEXT` the image tower is not read."""
         description = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
-        settings = ClipNetworkSettings.model_validate(description["network"])
+        settings = clip_network(description["network"])
         model = without_weights(lambda: cls(settings, ContrastiveLoss(description["loss"]), towers))
         path = directory / WEIGHTS_FILE
         weights = read_weights(path, device, lambda name: towers is Towers.BOTH or not name.startswith("visual."))
-        give_weights(model.network, _fitting(model.network, weights, path))
+        give_weights(model.network, _fitting(model.network, weights, str(path)))
         return model.to(device)
 
 
 def load_clip(artifact: Artifact, towers: Towers = Towers.BOTH, device: torch.device = CPU) -> ClipModel:
     """The CLIP of an artifact."""
     return ClipModel.load(artifact.path, towers, device).eval()
+
+
+def load_any_open_clip(
+    path: Path, model_name: str, device: torch.device
+) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+    """A model of whatever kind open_clip knows, with its tokenizer: of a directory that has an `open_clip_config.json`,
+    or of a file of `model_name`'s weights. Whatever open_clip raises is raised.
+    """
+    is_directory = path.is_dir()
+    name = f"{LOCAL_DIR_PREFIX}{path.absolute()}" if is_directory else model_name
+    model = create_model(name, pretrained=None if is_directory else str(path), device=device)
+    return model.eval(), get_tokenizer(name)
+
+
+def zero_shot_classifier(clip: ClipModel, names: Sequence[str]) -> Tensor:
+    """One embedding of length 1 for each class, float [E, K]: the mean over OpenAI's 80 sentences."""
+    return build_zero_shot_classifier(
+        clip.network, clip.tokenize, names, OPENAI_IMAGENET_TEMPLATES, device=clip.pixel_mean.device
+    )
+
+
+def imagenet_class_names() -> list[str]:
+    """What OpenAI calls the thousand classes of ImageNet, in the order of their numbers."""
+    return list(IMAGENET_CLASSNAMES)
 
 
 ContrastiveObjective = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -231,84 +294,33 @@ def contrastive_loss(kind: ContrastiveLoss, rank: int, world_size: int) -> Contr
     return loss
 
 
-def load_open_clip_checkpoint(
-    path: Path, settings: ClipNetworkSettings, loss: ContrastiveLoss = ContrastiveLoss.CONTRASTIVE
+def load_clip_source(
+    source: ClipSource, settings: ClipNetwork, loss: ContrastiveLoss = ContrastiveLoss.CONTRASTIVE
 ) -> ClipModel:
-    """A model with the weights of a local open_clip file: safetensors, PyTorch state dict or training checkpoint.
+    """A model with the weights of a CLIP that others made.
 
-    Raises `UserError` if the file cannot be read without running code in it, or its shapes are not those of `settings`.
+    Raises `UserError` if they cannot be read without running code in a file, or their shapes are not those of
+    `settings`.
     """
     model = ClipModel(settings, loss)
-    weights = _fitting(model.network, _read_open_clip_weights(path), path, may_lack=(LOGIT_BIAS,))
+    counters = [name for name in model.network.state_dict() if name.endswith("num_batches_tracked")]
+    said = str(source.files[0])
+    weights = _fitting(model.network, read_clip_weights(source), said, may_lack=(LOGIT_BIAS, *counters))
     model.network.load_state_dict(weights, strict=False)
     return model
 
 
-def _read_open_clip_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"stage.clip.checkpoint {path} does not exist; give an open_clip .safetensors or .pt file")
-    try:
-        content: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:
-        raise UserError(
-            f"stage.clip.checkpoint {path} is no file of plain weights ({type(error).__name__}); "
-            f"save the model's state_dict() as .safetensors or .pt"
-        ) from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(
-            f"stage.clip.checkpoint {path} holds no state dict; save the model's state_dict() as .safetensors or .pt"
-        )
-    # DistributedDataParallel prefixes all keys, `CustomTextCLIP` those of the text tower.
-    return {name.removeprefix("module.").removeprefix("text."): tensor for name, tensor in weights.items()}
-
-
 def _fitting(
-    network: CLIP, weights: Mapping[str, Tensor], path: Path, may_lack: Sequence[str] = ()
+    network: CLIP, weights: Mapping[str, Tensor], said: str, may_lack: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """Those of a file's weights that the network has, in its shapes. Raises `UserError` where they are not all."""
     own = network.state_dict()
-    loadable = {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if _fits(own, name, tensor)}
-    for name, tensor in weights.items():
-        if name not in loadable and name in own:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensor.shape)} but stage.clip.network describes "
-                f"{list(own[name].shape)}; set stage.clip.network to the sizes of the checkpoint"
-            )
-    missing = [name for name in own if name not in loadable and name not in may_lack]
-    unknown = [name for name in weights if name not in own and name not in ("attn_mask", LOGIT_BIAS)]
-    if missing or unknown:
-        odd, how = (missing[0], "lacks") if missing else (unknown[0], "has in excess")
-        raise UserError(
-            f"{path} {how} {odd} ({len(missing)} weights are missing, {len(unknown)} unknown); set "
-            f"stage.clip.network to the layers of the checkpoint, which must be a plain open_clip ViT"
-        )
-    return loadable
+    require_fit(shapes_of(own), shapes_of(weights), said, SET_SIZES, may_lack, MAY_EXCEED)
+    return {name: tensor.reshape(own[name].shape) for name, tensor in weights.items() if name in own}
 
 
-def _fits(own: dict[str, Tensor], name: str, tensor: Tensor) -> bool:
-    """Equal shapes; the logit scale may be a scalar, as open_clip has it by default."""
-    return name in own and (own[name].shape == tensor.shape or own[name].numel() == tensor.numel() == 1)
-
-
-def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
-    vision = CLIPVisionCfg(
-        layers=settings.vision_layers,
-        width=settings.vision_width,
-        head_width=settings.vision_width // settings.vision_heads,
-        patch_size=settings.patch_size,
-        image_size=settings.image_size,
-    )
-    text = CLIPTextCfg(
-        context_length=settings.context_length,
-        width=settings.text_width,
-        heads=settings.text_heads,
-        layers=settings.text_layers,
-    )
+def _build(settings: ClipNetwork, loss: ContrastiveLoss) -> CLIP:
+    vision, text = tower_configs(settings)
     match loss:
         case ContrastiveLoss.CONTRASTIVE:
             logit_scale, logit_bias = math.log(1 / 0.07), None
@@ -317,17 +329,18 @@ def _build(settings: ClipNetworkSettings, loss: ContrastiveLoss) -> CLIP:
             logit_scale, logit_bias = math.log(10.0), -10.0
     network = CLIP(
         settings.embed_dim,
-        vision,
-        text,
+        CLIPVisionCfg(**vision),
+        CLIPTextCfg(**text),
         quick_gelu=settings.quick_gelu,
         init_logit_scale=logit_scale,
         init_logit_bias=logit_bias,
         # DeepSpeed cannot shard scalar parameters.
         nonscalar_logit_scale=True,
     )
-    with torch.no_grad():
-        for positions in (network.positional_embedding, network.visual.positional_embedding):
-            cast(Tensor, positions).mul_(settings.initial_position_gain)
+    if isinstance(settings, ClipNetworkSettings):
+        with torch.no_grad():
+            for positions in (network.positional_embedding, network.visual.positional_embedding):
+                cast(Tensor, positions).mul_(settings.initial_position_gain)
     return network
 
 

@@ -1,18 +1,34 @@
 """The stages `clip` and `judge_clip`: settings, what they need and give, and their rules. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pipeline.config import RUNTIME, Positive, PositiveFloat, Settings, TrainingStageSettings
+from pydantic import field_validator
+
+from pipeline.config import (
+    ADDED_LATER,
+    RUNTIME,
+    Positive,
+    PositiveFloat,
+    Settings,
+    TrainingStageSettings,
+    one_of,
+    validate,
+)
 from pipeline.data.splits import check_batches_are_distinct
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, Numbers, file_sha256
+from pipeline.workflow.artifacts import Artifact, Numbers
 from pipeline.workflow.batch_shape import nearest_multiples
-from pipeline.workflow.declaration import Better, Input, StageDeclaration, Workflow
+from pipeline.workflow.declaration import Better, ForeignWeights, Input, StageDeclaration, Workflow
 from pipeline.workflow.fingerprint import counted_settings
+from pipeline.workflow.weights import require_fit
+from stages.clip.names import MAY_EXCEED, vit_shapes
+from stages.clip.sources import BPE_VOCABULARY, PIPELINE_TOWERS, SET_SIZES, Layout, clip_source, network_of_model
+from stages.diffusers_folder import DIFFUSERS
 from stages.prepare.settings import split_counts
 
 
@@ -23,33 +39,76 @@ class ContrastiveLoss(StrEnum):
     SIGLIP = "siglip"
 
 
-class ClipNetworkSettings(Settings):
-    """An open_clip ViT and its text transformer. `diffusers` needs text_width == embed_dim.
+class ClipSizes(Settings):
+    """What all CLIPs have. Where `text_width` is not `embed_dim`, token states are projected as the embedding is."""
+
+    embed_dim: Positive
+    image_size: Positive
+    context_length: Positive
+    text_width: Positive
+    quick_gelu: bool
+
+
+class ClipNetworkSettings(ClipSizes):
+    """An open_clip ViT and its text transformer.
 
     `initial_position_gain` multiplies the positional embeddings with which open_clip begins. A short training that
     begins with weak ones learns what is in a picture long before it learns where.
     """
 
-    embed_dim: Positive
-    image_size: Positive
+    kind: Annotated[Literal["vit"], ADDED_LATER] = "vit"
     patch_size: Positive
     vision_width: Positive
     vision_layers: Positive
     vision_heads: Positive
-    text_width: Positive
+    vision_mlp_ratio: Annotated[PositiveFloat, ADDED_LATER] = 4.0
     text_layers: Positive
     text_heads: Positive
-    context_length: Positive
-    quick_gelu: bool
     initial_position_gain: PositiveFloat
 
 
-class ClipSettings(TrainingStageSettings):
-    """CLIP, trained here, started from a local open_clip checkpoint, or (`max_samples: 0`) replaced by it."""
+class OpenClipNetworkSettings(ClipSizes):
+    """Any other towers that open_clip builds: `vision` and `text` are its own `vision_cfg` and `text_cfg`.
 
-    network: ClipNetworkSettings
+    Pixels in [0, 1] are normalised by `image_mean` and `image_std`, one number per channel.
+    """
+
+    kind: Literal["open_clip"]
+    image_mean: tuple[float, float, float]
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    vision: dict[str, Any]
+    text: dict[str, Any]
+
+
+ClipNetwork = ClipNetworkSettings | OpenClipNetworkSettings
+
+if TYPE_CHECKING:
+    _Network = ClipNetwork
+else:
+    _Network = one_of([ClipNetworkSettings, OpenClipNetworkSettings], "kind")
+
+
+def clip_network(values: Mapping[str, Any]) -> ClipNetwork:
+    """The settings of a network that were written as JSON."""
+    schema = OpenClipNetworkSettings if values.get("kind") == "open_clip" else ClipNetworkSettings
+    return validate(schema, dict(values), "network")
+
+
+class ClipSettings(TrainingStageSettings):
+    """CLIP, trained here, started from a local checkpoint, or (`max_samples: 0`) replaced by it.
+
+    `model` is open_clip's name of a model, whose sizes take the place of those of `network`, as those of a folder do.
+    """
+
+    network: _Network
     loss: ContrastiveLoss
+    model: Annotated[str | None, RUNTIME] = None  # counted as `network`
     checkpoint: Annotated[Path | None, RUNTIME]  # counted by its contents
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _is_a_vit_unless_it_says_so(cls, network: Any) -> Any:
+        return {"kind": "vit", **network} if isinstance(network, Mapping) else network
 
 
 class ClipNumbers(Numbers):
@@ -84,18 +143,61 @@ def require_same_clip(artifact: Artifact, clip: Artifact) -> None:
         )
 
 
+def check_initial(path: str, settings: TrainingStageSettings, workflow: Workflow) -> None:
+    """Raise `UserError` where a stage neither trains nor starts from weights, or these were made for another CLIP."""
+    if settings.max_samples == 0 and settings.initial is None:
+        raise UserError(f"{path}.max_samples=0 trains nothing; set {path}.initial to take weights that are there")
+    clip = next((each.settings for each in workflow.stages.values() if each.kind == "clip"), None)
+    sizes = workflow.initial.get(path.removeprefix("stage."), {})
+    for name in ("embed_dim", "context_length"):
+        own = getattr(clip.network, name) if isinstance(clip, ClipSettings) else None
+        if own is not None and sizes.get(name, own) != own:
+            raise UserError(
+                f"{path}.initial={settings.initial} works on a CLIP of {name} {sizes[name]}, and this workflow's has "
+                f"{own}; take the same CLIP by stage.clip.initial or stage.clip.checkpoint"
+            )
+
+
 def check(path: str, settings: ClipSettings, workflow: Workflow) -> None:
     """The towers can be built, and there is something to train them on, or a checkpoint in its place."""
     check_network(f"{path}.network", settings.network)
-    if settings.max_samples == 0 and settings.checkpoint is None:
-        raise UserError(f"{path}.max_samples=0 trains nothing; set {path}.checkpoint to replace the training")
+    if settings.checkpoint is not None and settings.initial is not None:
+        raise UserError(f"{path}.checkpoint and {path}.initial both name weights to start from; leave one of them null")
+    if settings.max_samples == 0 and settings.checkpoint is None and settings.initial is None:
+        raise UserError(
+            f"{path}.max_samples=0 trains nothing; set {path}.checkpoint or {path}.initial to replace the training"
+        )
+    if settings.checkpoint is not None:
+        weights_of_checkpoint(path, settings)
     counts = split_counts(workflow)
     if counts is not None and settings.max_samples:
         check_batches_are_distinct(counts.training, settings.global_batch_size, f"{path}.global_batch_size")
 
 
-def check_network(path: str, network: ClipNetworkSettings) -> None:
+def weights_of_checkpoint(path: str, settings: ClipSettings) -> str:
+    """What a plan says of the checkpoint's weights. Raises `UserError` where they can be known to be others."""
+    assert settings.checkpoint is not None
+    said = f"{path}.checkpoint={settings.checkpoint}"
+    source = clip_source(settings.checkpoint, f"{path}.checkpoint")
+    found = source.shapes()
+    if source.layout is Layout.OPEN_CLIP and isinstance(settings.network, ClipNetworkSettings):
+        own = vit_shapes(settings.network.model_dump(), BPE_VOCABULARY)
+        require_fit(own, found, said, SET_SIZES, may_exceed=MAY_EXCEED)
+        return f"all {len(own)} weights fit"
+    return f"{len(found)} weights"
+
+
+def notice(settings: ClipSettings, _workflow: Workflow) -> str | None:
+    """What a plan says of a checkpoint to start from."""
+    if settings.checkpoint is None:
+        return None
+    return f"starts from {settings.checkpoint}, {weights_of_checkpoint('stage.clip', settings)}"
+
+
+def check_network(path: str, network: ClipNetwork) -> None:
     """Raise `UserError` if the towers cannot be built; `path` is where they stand, such as "stage.clip.network"."""
+    if isinstance(network, OpenClipNetworkSettings):
+        return
     if network.image_size % network.patch_size:
         raise UserError(
             f"{path}.image_size {network.image_size} is not divisible by patch_size {network.patch_size}; "
@@ -110,22 +212,50 @@ def check_network(path: str, network: ClipNetworkSettings) -> None:
                 f"{path}.{tower}_width {width} is not divisible by {tower}_heads {heads}; "
                 f"use a width of {nearest_multiples(width, heads)}"
             )
-    if network.text_width != network.embed_dim:
-        raise UserError(
-            f"{path}.text_width {network.text_width} must equal embed_dim {network.embed_dim}: prior and decoder "
-            f"take the caption's token states at that width; set both to one value"
-        )
+
+
+def tower_configs(network: ClipNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's `vision_cfg` and `text_cfg` of a network."""
+    if isinstance(network, OpenClipNetworkSettings):
+        return dict(network.vision), dict(network.text)
+    vision = {
+        "image_size": network.image_size,
+        "layers": network.vision_layers,
+        "width": network.vision_width,
+        "head_width": network.vision_width // network.vision_heads,
+        "mlp_ratio": network.vision_mlp_ratio,
+        "patch_size": network.patch_size,
+    }
+    text = {
+        "context_length": network.context_length,
+        "width": network.text_width,
+        "heads": network.text_heads,
+        "layers": network.text_layers,
+    }
+    return vision, text
+
+
+def dictated(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The network's settings, where open_clip's name of a model or a folder with a config says them."""
+    model, checkpoint = values.get("model"), values.get("checkpoint")
+    source = None if checkpoint is None else clip_source(Path(str(checkpoint)), f"{path}.checkpoint")
+    if model is None:
+        return {"network": dict(source.network)} if source is not None and source.network is not None else {}
+    if source is not None and source.network is not None:
+        raise UserError(f"{path}.model={model} is not needed: {checkpoint} has a config of its own; leave model out")
+    return {"network": network_of_model(str(model), f"{path}.model")}
 
 
 def identity(settings: ClipSettings, stage: str = "clip") -> dict[str, Any]:
     """A checkpoint to start from counts by its contents, not by its path."""
     counted: dict[str, Any] = {**counted_settings(settings), "checkpoint": None}
     if settings.checkpoint is not None:
+        key = f"stage.{stage}.checkpoint"
         try:
-            counted["checkpoint"] = file_sha256(settings.checkpoint)
+            counted["checkpoint"] = clip_source(settings.checkpoint, key).digest()
         except OSError as error:
             raise UserError(
-                f"stage.{stage}.checkpoint={settings.checkpoint} cannot be read ({error.strerror}); "
+                f"{key}={settings.checkpoint} cannot be read ({error.strerror}); "
                 "give the path of a local open_clip checkpoint"
             ) from error
     return counted
@@ -137,10 +267,21 @@ def origin(artifact: Artifact) -> str:
     if checkpoint is None:
         return ""
     return (
-        f"`{artifact.manifest.stage}` was started from the open_clip checkpoint `{checkpoint}`; its licence "
+        f"`{artifact.manifest.stage}` was started from the checkpoint `{checkpoint}`; its licence "
         "and its training data's are not known here, and hold for all that was made from it."
     )
 
+
+def pipeline_towers(folder: Path, key: str) -> ForeignWeights:
+    """The text encoder and the image encoder of a diffusers pipeline."""
+    source = clip_source(folder, key)
+    if source.layout is not Layout.TRANSFORMERS or len(source.files) != len(PIPELINE_TOWERS):
+        raise UserError(f"{key} is no folder of a diffusers pipeline; give others as stage.clip.checkpoint")
+    return ForeignWeights(dict(zip(PIPELINE_TOWERS, source.files, strict=True)), {"network": source.network})
+
+
+FOREIGN = {DIFFUSERS: pipeline_towers}
+"""What else than runs a CLIP's `initial` can name."""
 
 CLIP = StageDeclaration(
     version=2,
@@ -152,6 +293,10 @@ CLIP = StageDeclaration(
     numbers=ClipNumbers,
     check=check,
     identity=identity,
+    dictated=dictated,
+    inherits=("network", "loss"),
+    foreign=FOREIGN,
+    notice=notice,
     better={"R@*": Better.HIGH},
     origin=origin,
 )

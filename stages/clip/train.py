@@ -1,9 +1,10 @@
 """The stage `clip`: image and text towers, trained together from the first weight (arXiv 2103.00020, 2303.15343)."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -11,20 +12,18 @@ from pipeline.data.batch import ImageBatch, signed
 from pipeline.data.dataset import CaptionedImages, MadeAhead
 from pipeline.data.order import epoch_samples
 from pipeline.data.splits import Split, check_batches_are_distinct
+from pipeline.errors import UserError
 from pipeline.forecast.rehearsal import Passes, Rehearsal, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
 from stages.blocks import BLOCKS
-from stages.clip.network import (
-    MAX_LOGIT_SCALE,
-    ClipModel,
-    ShortTokenizer,
-    contrastive_loss,
-    load_open_clip_checkpoint,
-)
+from stages.clip.layers import layers_above
+from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_clip_source
 from stages.clip.retrieval import retrieval_recall
-from stages.clip.settings import ClipNumbers, ClipSettings
+from stages.clip.settings import FOREIGN, ClipNumbers, ClipSettings
+from stages.clip.sources import clip_source
+from stages.weights import bytes_of
 
 RETRIEVAL_POOL = 64
 
@@ -33,12 +32,10 @@ def run(context: StageContext) -> StageResult:
     """Train CLIP, or take a checkpoint in; publish `clip.safetensors`."""
     settings = context.settings_as(ClipSettings)
     with context.building():
-        clip = _initial_clip(settings)
+        clip = _initial_clip(context, settings)
     metrics, samples_seen = {}, 0
     if settings.max_samples > 0:
-        images = context.images(
-            settings.network.image_size, ahead=MadeAhead(ShortTokenizer(clip.settings.context_length))
-        )
+        images = context.images(settings.network.image_size, ahead=MadeAhead(clip.training_tokenizer))
         _check_batches(images, settings.global_batch_size, f"stage.{context.frozen.stage}.global_batch_size")
         result = fit(context, ClipModule(clip, settings), images)
         metrics, samples_seen = result.metrics, result.samples_seen
@@ -49,20 +46,29 @@ def run(context: StageContext) -> StageResult:
         embed_dim=network.embed_dim,
         context_length=network.context_length,
         image_size=network.image_size,
-        checkpoint=settings.checkpoint.name if settings.checkpoint else None,
+        checkpoint=_name_of_source(context, settings),
     )
     return StageResult(numbers, metrics, samples_seen)
+
+
+def _name_of_source(context: StageContext, settings: ClipSettings) -> str | None:
+    """What the card calls the weights that others made, whose licence goes with them, through whatever runs."""
+    if context.initial is not None:
+        return context.initial.numbers(ClipNumbers).checkpoint
+    if settings.checkpoint is not None:
+        return settings.checkpoint.name
+    scheme, _, address = (settings.initial or "").partition(":")
+    return Path(address).name if scheme in FOREIGN else None
 
 
 def rehearse(rehearsal: Rehearsal) -> Training | Passes:
     """The towers, for a forecast. A checkpoint that replaces the training is copied."""
     settings = rehearsal.settings_as(ClipSettings)
-    if settings.max_samples == 0 and settings.checkpoint is not None:
-        return Passes((), settings.checkpoint.stat().st_size)
     with rehearsal.building():
         clip = ClipModel(settings.network, settings.loss)
-    tokenizer = ShortTokenizer(settings.network.context_length)
-    return Training(ClipModule(clip, settings), settings.network.image_size, tokenizer)
+    if settings.max_samples == 0:
+        return Passes((), bytes_of(clip))
+    return Training(ClipModule(clip, settings), settings.network.image_size, clip.training_tokenizer)
 
 
 def _check_batches(images: CaptionedImages, global_batch_size: int, key: str) -> None:
@@ -72,10 +78,23 @@ def _check_batches(images: CaptionedImages, global_batch_size: int, key: str) ->
     check_batches_are_distinct(samples, global_batch_size, key)
 
 
-def _initial_clip(settings: ClipSettings) -> ClipModel:
-    if settings.checkpoint is None:
-        return ClipModel(settings.network, settings.loss)
-    return load_open_clip_checkpoint(settings.checkpoint, settings.network, settings.loss)
+def _initial_clip(context: StageContext, settings: ClipSettings) -> ClipModel:
+    """The CLIP to train: an artifact's, one that others made, or a new one."""
+    key = f"stage.{context.frozen.stage}"
+    if context.initial is not None:
+        return ClipModel.load(context.initial.path, device=context.device)
+    if settings.checkpoint is not None:
+        return load_clip_source(clip_source(settings.checkpoint, f"{key}.checkpoint"), settings.network, settings.loss)
+    if settings.initial is not None:
+        folder = Path(settings.initial.partition(":")[2])
+        return load_clip_source(clip_source(folder, f"{key}.initial"), settings.network, settings.loss)
+    clip = ClipModel(settings.network, settings.loss)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
+        raise UserError(
+            f"{key}.model={settings.model} has batch normalisation, whose statistics are not trained here; give its "
+            f"weights as {key}.checkpoint, or take a ViT"
+        )
+    return clip
 
 
 class ClipModule(StageModule[ClipModel]):
@@ -88,6 +107,7 @@ class ClipModule(StageModule[ClipModel]):
     needs_whole_share = True
 
     block_classes = BLOCKS
+    weights_prefix = "network."
 
     def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
         super().__init__(clip, settings)
@@ -117,6 +137,13 @@ class ClipModule(StageModule[ClipModel]):
     def _embed_piece_of_many(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         with self.with_cast_weights():
             return self._embed_piece(image, tokens)
+
+    @property
+    def layers_above(self) -> Mapping[str, int] | None:
+        """Counted where the learning rate is to decay from layer to layer: not all towers have an order of blocks."""
+        if self.stage_settings.optimizer.layer_decay is None:
+            return None
+        return layers_above(name for name, _ in self.network.named_parameters())
 
     @property
     def parameter_ranges(self) -> Mapping[str, tuple[float, float]]:

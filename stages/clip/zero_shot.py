@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.clip.network import ClipModel
+from stages.clip.network import ClipModel, imagenet_class_names
 
 _WORDNET = re.compile(r"n\d{8}")
 
@@ -17,17 +16,10 @@ _WORDNET = re.compile(r"n\d{8}")
 def class_names(directories: Sequence[Path]) -> list[str]:
     """What classes are called, by the sorted directories of their pictures: the directories' names, with spaces for
     underscores; for the thousand of ImageNet, which are named by number, OpenAI's names."""
-    if len(directories) == len(IMAGENET_CLASSNAMES) and all(_WORDNET.fullmatch(each.name) for each in directories):
-        return list(IMAGENET_CLASSNAMES)
+    of_imagenet = imagenet_class_names()
+    if len(directories) == len(of_imagenet) and all(_WORDNET.fullmatch(each.name) for each in directories):
+        return of_imagenet
     return [each.name.replace("_", " ") for each in directories]
-
-
-@torch.no_grad()
-def class_embeddings(clip: ClipModel, names: Sequence[str]) -> Tensor:
-    """One embedding of length 1 for each class, float [E, K]: the mean over OpenAI's 80 sentences."""
-    return build_zero_shot_classifier(
-        clip.network, clip.tokenize, names, OPENAI_IMAGENET_TEMPLATES, device=clip.pixel_mean.device
-    )
 
 
 @torch.no_grad()

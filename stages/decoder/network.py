@@ -16,8 +16,9 @@ from pipeline.workflow.artifacts import Artifact
 from stages.clip.network import TextEncoding
 from stages.clip.settings import ClipNumbers, require_same_clip
 from stages.decoder.decorrelation import Decorrelation
-from stages.decoder.settings import DecoderSettings
+from stages.decoder.settings import DecoderSettings, decoder_folders
 from stages.decoder.text_proj import TextProjection
+from stages.initial import folder_weights
 from stages.unet import CLIP_EXTRA_CONTEXT_TOKENS, UNetSettings
 from stages.weights import CPU, load_weights
 
@@ -78,8 +79,12 @@ class UNetDecoder(Decoder):
     `stages.unet.check_unet` first.
     """
 
-    def __init__(self, network: UNetSettings, image_size: int, embed_dim: int) -> None:
+    def __init__(
+        self, network: UNetSettings, image_size: int, embed_dim: int, cross_attention_dim: int | None = None
+    ) -> None:
+        """Tokens are brought to `cross_attention_dim`, that of the embeddings where it is None."""
         super().__init__(embed_dim)
+        cross_attention_dim = cross_attention_dim or embed_dim
         self.unet = UNet2DConditionModel(
             sample_size=image_size,
             in_channels=3,
@@ -90,14 +95,14 @@ class UNetDecoder(Decoder):
             up_block_types=_block_types(network.attention[::-1], "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
             layers_per_block=network.layers_per_block,
             attention_head_dim=network.attention_head_dim,
-            cross_attention_dim=embed_dim,
+            cross_attention_dim=cross_attention_dim,
             norm_num_groups=network.norm_groups,
             dropout=network.dropout,
             class_embed_type="identity",
-            resnet_time_scale_shift="scale_shift",
+            resnet_time_scale_shift=network.resnet_time_scale_shift,
         )
         self.text_proj = TextProjection(
-            embed_dim, 4 * network.channels[0], cross_attention_dim=embed_dim, extra_tokens=CLIP_EXTRA_CONTEXT_TOKENS
+            embed_dim, 4 * network.channels[0], cross_attention_dim, extra_tokens=CLIP_EXTRA_CONTEXT_TOKENS
         )
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -145,6 +150,23 @@ class UNetDecoder(Decoder):
 def build_decoder(settings: DecoderSettings, embed_dim: int) -> Decoder:
     """A decoder of the network that the settings choose, with new weights, on embeddings of width `embed_dim`."""
     return settings.network_choice.build(settings.network, settings.image_size, embed_dim)
+
+
+def read_decoder_folder(decoder: Decoder, folder: Path) -> dict[str, Tensor]:
+    """The weights of a diffusers folder's decoder, for `decoder`; embeddings are taken as they are, undecorrelated.
+
+    Of an output that learned its variance the mean's channels are taken: variance is fixed here.
+    """
+    assert isinstance(decoder, UNetDecoder), "as the settings of the folder say"
+    folders = decoder_folders(folder, str(folder))
+    channels = decoder.unet.config["out_channels"]
+    unet = folder_weights(folders["unet"], decoder.unet, mean_of=channels)
+    text_proj = folder_weights(folders["text_proj"], decoder.text_proj)
+    return {
+        **{name: each for name, each in decoder.state_dict().items() if "decorrelation." in name},
+        **{f"unet.{name}": each for name, each in unet.items()},
+        **{f"text_proj.{name}": each for name, each in text_proj.items()},
+    }
 
 
 def load_decoder(artifact: Artifact, clip: Artifact, device: torch.device = CPU) -> Decoder:

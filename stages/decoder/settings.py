@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
@@ -10,9 +11,18 @@ from pydantic import field_validator
 from pipeline.config import Fraction, NotNegativeFloat, Positive, Settings, one_of
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
-from pipeline.workflow.declaration import Arity, Better, Input, StageDeclaration, Workflow, modules_in
-from stages.clip.settings import ClipSettings, OnClipNumbers
+from pipeline.workflow.declaration import Arity, Better, ForeignWeights, Input, StageDeclaration, Workflow, modules_in
+from stages.clip.settings import ClipSettings, OnClipNumbers, check_initial
 from stages.decoder.choice import DecoderNetwork
+from stages.diffusers_folder import (
+    DIFFUSERS,
+    labelled,
+    network_folder,
+    of_scheduler,
+    origin,
+    read_config,
+    unet_settings,
+)
 from stages.diffusion.settings import (
     ClipLossSettings,
     DiffusionStageSettings,
@@ -87,6 +97,7 @@ class DecoderNumbers(OnClipNumbers):
 def check(path: str, settings: DecoderSettings, workflow: Workflow) -> None:
     """Diffusion and network can work, and the workflow has what the condition needs."""
     check_diffusion(path, settings, settings.sampler)
+    check_initial(path, settings, workflow)
     clip = next((each.settings for each in workflow.stages.values() if each.kind == "clip"), None)
     context_length = clip.network.context_length if isinstance(clip, ClipSettings) else None
     settings.network_choice.check(path, settings.network, settings.image_size, context_length)
@@ -111,6 +122,28 @@ def usage(run: str, artifact: Artifact, caption: str) -> str:
     )
 
 
+def decoder_folders(folder: Path, key: str) -> dict[str, Path]:
+    """Where a diffusers pipeline has the two networks that are one here."""
+    return {
+        "unet": network_folder(folder, ("decoder",), "UNet2DConditionModel", key),
+        "text_proj": network_folder(folder, ("text_proj",), "UnCLIPTextProjModel", key),
+    }
+
+
+def in_folder(folder: Path, key: str) -> ForeignWeights:
+    """The decoder of a diffusers folder. Of one that learned its variance the mean is taken."""
+    folders = decoder_folders(folder, key)
+    unet, text_proj = (read_config(each) for each in folders.values())
+    width, embed_dim = unet["cross_attention_dim"], text_proj.get("clip_embeddings_dim", 768)
+    network = {
+        "kind": "unet",
+        **unet_settings(unet, "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", key),
+        "cross_attention_dim": None if width == embed_dim else width,
+    }
+    dictated = {"network": network, "image_size": unet["sample_size"], **of_scheduler(folder, "decoder_scheduler")}
+    return ForeignWeights(labelled(folders), dictated, {"embed_dim": embed_dim})
+
+
 DECODER = StageDeclaration(
     version=3,
     settings=DecoderSettings,
@@ -123,4 +156,7 @@ DECODER = StageDeclaration(
     # Not the whole loss: it depends on the CLIP loss's weight.
     better={"diffusion": Better.LOW, "clip": Better.LOW},
     usage=usage,
+    inherits=("network", "objective.prediction_type", "schedule"),
+    foreign={DIFFUSERS: in_folder},
+    origin=origin,
 )

@@ -1,6 +1,7 @@
 """The stage `decoder`: from a CLIP embedding and a caption to a picture, with L = L_diffusion + lambda L_clip."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from stages.blocks import BLOCKS
 from stages.captions import CaptionEncoder
 from stages.clip.network import ClipModel, TextEncoding, Towers, load_clip
 from stages.clip.settings import ClipSettings
-from stages.decoder.network import Condition, Decoder, build_decoder
+from stages.decoder.network import Condition, Decoder, build_decoder, read_decoder_folder
 from stages.decoder.sample import DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderNumbers, DecoderSettings
 from stages.diffusion.clip_loss import clip_loss, output_gradient_norms
@@ -30,6 +31,7 @@ from stages.embed.embeddings import Embeddings, blank_embeddings, load_clip_embe
 from stages.evaluate.distances import frechet_distance
 from stages.evaluate.estimate import mean
 from stages.generation.grid import captioned_grid
+from stages.initial import load_initial
 
 GRID_PICTURES = 16
 DECORRELATION_SAMPLES = 4096
@@ -51,7 +53,8 @@ def run(context: StageContext) -> StageResult:
     images = context.images(settings.image_size, ahead=ahead)
     with context.building():
         decoder = build_decoder(settings, clip.settings.embed_dim)
-    _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
+    if not load_initial(context, decoder, partial(read_decoder_folder, decoder)):
+        _fit_decorrelation(decoder, images.data, CaptionEncoder(clip), embeddings)
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     module = DecoderModule(
         decoder, settings, clip, embeddings, shown, log_every_steps=context.frozen.trainer.log_every_steps

@@ -21,7 +21,7 @@ from pipeline.report.metrics import finite, format_interval, is_bound
 from pipeline.training.inference import inference_fabric
 from pipeline.workflow.artifacts import write_json_atomically
 from stages.clip.network import load_clip
-from stages.evaluate.evaluation import OWN_SAMPLERS, Evaluation, Subject, final_size
+from stages.evaluate.evaluation import OWN_SAMPLERS, Evaluation, Subject, measured_size
 from stages.evaluate.request import (
     ATTRIBUTES,
     RETRIEVAL,
@@ -108,7 +108,7 @@ def _measure(request: Request, data: Path, on_activity: OnActivity) -> dict[str,
     on_activity("loading")
     fabric = inference_fabric(request.trainer)
     subject = _load(request, fabric.device)
-    size = final_size(subject.chain) if subject.chain else subject.clip.settings.image_size
+    size = measured_size(subject.chain) if subject.chain else subject.clip.settings.image_size
     images = CaptionedImages(data, size, 0, request.place)
     evaluation = Evaluation(
         subject, images, request.settings, request.trainer.loader_workers,
@@ -154,11 +154,13 @@ def _write(options: argparse.Namespace, request: Request, points: Mapping[str, M
     path = new_evaluation(
         evaluations_directory(options.outputs, request.name), request.sweep.name if request.sweep else ""
     )
+    prepared = request.of_kind("prepare")
+    own_data = f"validation pictures of prepare/{prepared.manifest.fingerprint[:12]}" if prepared else None
     record: dict[str, Any] = {
         "run": request.name,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "stages": {each.manifest.stage: each.manifest.fingerprint for each in request.artifacts},
-        "data": options.data or "validation",
+        "data": options.data or own_data,
         "settings": request.settings.model_dump(mode="json"),
         "sections": request.sections,
         "encoders": encoder_digests(request.settings.encoders, request.settings.encoders_of_files),

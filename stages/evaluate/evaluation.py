@@ -21,9 +21,9 @@ from pipeline.data.square import central_square
 from pipeline.errors import UserError
 from pipeline.training.module import SampleGrid
 from stages.captions import CaptionEncoder
-from stages.clip.network import ClipModel
+from stages.clip.network import ClipModel, zero_shot_classifier
 from stages.clip.retrieval import retrieval_hits
-from stages.clip.zero_shot import class_embeddings, class_names, right_within
+from stages.clip.zero_shot import class_names, right_within
 from stages.evaluate.attributes import AttributeAccuracy, judged_rows
 from stages.evaluate.encoders import Collected, Encoder, load_encoder, of_clip
 from stages.evaluate.estimate import Estimate, mean, mean_of_shares, proportion
@@ -178,7 +178,7 @@ class Evaluation:
             return {}
         clip = self._subject.clip
         directories = classes_in(self._settings.classes, "classes")
-        classes = class_embeddings(clip, class_names(directories))
+        classes = zero_shot_classifier(clip, class_names(directories))
         files = [(file, number) for number, each in enumerate(directories) for file in pictures_in(each)]
         right: dict[int, list[Tensor]] = {1: [], 5: []}
         for first in range(0, len(files), self._settings.batch_size):
@@ -220,9 +220,10 @@ class Evaluation:
                 yield kept.to(self._device, non_blocking=True)
 
 
-def final_size(chain: TextToImage) -> int:
-    """The width in pixels of the pictures that a chain is measured on: those that it makes."""
-    return chain.upsamplers[-1].settings.high_size if chain.upsamplers else chain.clip.settings.image_size
+def measured_size(chain: TextToImage) -> int:
+    """The width in pixels of the real pictures that a chain's are measured against: as its own, or where no upsampler
+    makes those large, as CLIP takes them."""
+    return chain.final_size if chain.upsamplers else chain.clip.settings.image_size
 
 
 def grid_of(sampled: Sampled, captions: int) -> SampleGrid:

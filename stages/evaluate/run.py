@@ -11,7 +11,7 @@ from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
 from stages.clip.network import load_clip
 from stages.evaluate.attributes import SPLIT_OF_GROUP
-from stages.evaluate.evaluation import Evaluation, Sampled, Subject, final_size, grid_of
+from stages.evaluate.evaluation import Evaluation, Sampled, Subject, grid_of, measured_size
 from stages.evaluate.settings import EvaluateNumbers, EvaluateSettings
 from stages.generation.options import GenerationOptions
 from stages.generation.text_to_image import Generated, chain_of_inputs, untrained_chain
@@ -35,7 +35,7 @@ def run(context: StageContext) -> StageResult:
         load_judge(judge, fabric.device) if judge else None,
         load_clip(judge_clip, device=fabric.device) if judge_clip else None,
     )
-    images = context.images(final_size(chain), cache_mib=0)
+    images = context.images(measured_size(chain), cache_mib=0)
     evaluation = Evaluation(subject, images, settings, context.frozen.trainer.loader_workers, context.step)
     with fabric.autocast():
         metrics = {}
@@ -54,7 +54,7 @@ def rehearse(rehearsal: Rehearsal) -> Passes:
     """Making the pictures and enlarging real ones, for a forecast; what is measured on them comes on top."""
     settings, chain = rehearsal.settings_as(EvaluateSettings), untrained_chain(rehearsal)
     judged = len(SPLIT_OF_GROUP) * settings.judged_samples if rehearsal.optional_input("judge") else 0
-    size = final_size(chain)
+    size = measured_size(chain)
 
     def generate(batch: ImageBatch) -> Generated:
         return chain.generate(batch.caption, batch.sample_seed.tolist(), GenerationOptions())

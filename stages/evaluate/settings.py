@@ -87,7 +87,7 @@ class EvaluateSettings(Settings):
     batch_size: Annotated[Positive, RUNTIME]
     metrics: Annotated[tuple[str, ...], ADDED_LATER] = ("similarity", "prior", "frechet")
     encoders: Annotated[EncoderSettings, RUNTIME] = EncoderSettings()  # counted by their contents
-    classes: Annotated[Path | None, RUNTIME] = None  # the same
+    classes: Annotated[Path | None, RUNTIME] = None  # counted by its pictures' names and sizes
 
     @field_validator("metrics")
     @classmethod

@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.report.metrics import format_number, is_bound
 from pipeline.workflow.artifacts import Artifact
-from stages.clip.settings import ContrastiveLoss, origin
+from stages.catalog import CATALOG
+from stages.clip.settings import ContrastiveLoss
 from stages.decoder.settings import DecoderSettings
 from stages.diffusion.settings import Solver
 from stages.export.settings import CONFIGS, Dtype, ExportFormat
@@ -144,7 +145,8 @@ def _differences(card: Card) -> Iterator[str]:
 def _licence(card: Card) -> str:
     data = {str(each.manifest.numbers["licence"]) for each in card.whole if "licence" in each.manifest.numbers}
     lines = [f"Data: {_one_line(each)}" for each in sorted(data)]
-    lines += [origin(each) for each in card.sources if each.manifest.kind == "clip" and origin(each)]
+    origins = ((CATALOG.stages[each.manifest.kind].origin, each) for each in card.sources)
+    lines += [said for origin, each in origins if origin is not None and (said := origin(each))]
     lines.append("Weights: none is stated. Who publishes them chooses one, and sets `license` at the top of this file.")
     return _list(lines)
 

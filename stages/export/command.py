@@ -8,6 +8,7 @@ from pipeline.cli import command_parser
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
+from stages.clip.settings import ClipNetwork, OpenClipNetworkSettings, clip_network
 from stages.decoder.settings import DecoderSettings
 from stages.export.destination import written_whole
 from stages.export.obstacle import obstacle
@@ -67,7 +68,16 @@ def _sources(record: RunRecord, artifacts: Mapping[str, Artifact], kind: ExportF
         )
     if kind is ExportFormat.DIFFUSERS:
         _require_stock(record, found)
+    if kind is ExportFormat.TRANSFORMERS and isinstance(_towers(found[0]), OpenClipNetworkSettings):
+        raise UserError(
+            f"transformers' CLIPModel is a ViT and a causal text transformer, and the CLIP of run {record.name} has "
+            "other towers; use --format open_clip"
+        )
     return found
+
+
+def _towers(clip: Artifact) -> ClipNetwork:
+    return clip_network(clip.manifest.config["network"])
 
 
 def _require_stock(record: RunRecord, found: Sequence[Artifact]) -> None:
@@ -76,6 +86,7 @@ def _require_stock(record: RunRecord, found: Sequence[Artifact]) -> None:
         next((each.settings(PriorSettings) for each in by_kind["prior"]), None),
         by_kind["decoder"][0].settings(DecoderSettings),
         [each.settings(UpsamplerSettings) for each in by_kind["upsampler"]],
+        _towers(by_kind["clip"][0]),
     )
     if in_the_way is not None:
         raise UserError(

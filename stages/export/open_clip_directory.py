@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from stages.clip.network import ClipModel
+from stages.clip.settings import tower_configs
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -27,23 +28,12 @@ def save_open_clip(directory: Path, clip: ClipModel, dtype: torch.dtype) -> None
 
 def _model_config(clip: ClipModel) -> dict[str, Any]:
     settings = clip.settings
+    vision, text = tower_configs(settings)
     config: dict[str, Any] = {
         "embed_dim": settings.embed_dim,
         "quick_gelu": settings.quick_gelu,
-        "vision_cfg": {
-            "image_size": settings.image_size,
-            "layers": settings.vision_layers,
-            "width": settings.vision_width,
-            "head_width": settings.vision_width // settings.vision_heads,
-            "patch_size": settings.patch_size,
-        },
-        "text_cfg": {
-            "context_length": settings.context_length,
-            "vocab_size": clip.network.vocab_size,
-            "width": settings.text_width,
-            "heads": settings.text_heads,
-            "layers": settings.text_layers,
-        },
+        "vision_cfg": vision,
+        "text_cfg": {"vocab_size": clip.network.vocab_size, **text},
     }
     if clip.logit_bias is not None:
         config["init_logit_bias"] = float(clip.logit_bias.detach())

@@ -17,31 +17,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from stages.clip.names import PROJECTIONS, QUERY_KEY_VALUE, TEXT, VISION, blocks, same_weights
 from stages.clip.network import ClipModel, bpe_vocabulary
+from stages.clip.settings import ClipNetworkSettings
 
-_TEXT_NAMES = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-}
-# `pre_layrnorm` is transformers' spelling.
-_VISION_NAMES = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-}
-_BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
 _MLP_RATIO = 4
 _BICUBIC = 3  # Pillow's number
 
@@ -91,10 +70,7 @@ def image_processor_of(clip: ClipModel) -> CLIPImageProcessor:
 def text_to_transformers(model: ClipModel) -> CLIPTextModelWithProjection:
     """The text tower; `text_embeds` and `last_hidden_state` equal `ClipModel.encode_text` on the same token ids."""
     settings = model.settings
-    weights = model.network.state_dict()
-    converted = {new: weights[old] for old, new in _TEXT_NAMES.items()}
-    converted["text_projection.weight"] = weights["text_projection"].T.contiguous()
-    converted |= _blocks(weights, "transformer.resblocks.", "text_model.encoder.layers.", settings.text_layers)
+    assert isinstance(settings, ClipNetworkSettings), "there is no class for other towers"
     tower = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=model.network.vocab_size,
@@ -110,23 +86,18 @@ def text_to_transformers(model: ClipModel) -> CLIPTextModelWithProjection:
             pad_token_id=model.network.vocab_size - 1,
         )
     )
-    tower.load_state_dict(converted)
+    tower.load_state_dict(_converted(model, TEXT))
     return tower.eval()
 
 
 def vision_to_transformers(model: ClipModel) -> CLIPVisionModelWithProjection:
     """The image tower; `image_embeds` equals `ClipModel.encode_image` on pictures of its size, normalised as CLIP's."""
     settings = model.settings
-    weights = model.network.state_dict()
-    converted = {new: weights[old] for old, new in _VISION_NAMES.items()}
-    converted["visual_projection.weight"] = weights["visual.proj"].T.contiguous()
-    converted |= _blocks(
-        weights, "visual.transformer.resblocks.", "vision_model.encoder.layers.", settings.vision_layers
-    )
+    assert isinstance(settings, ClipNetworkSettings), "there is no class for other towers"
     tower = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=settings.vision_width,
-            intermediate_size=_MLP_RATIO * settings.vision_width,
+            intermediate_size=int(settings.vision_width * settings.vision_mlp_ratio),
             projection_dim=settings.embed_dim,
             num_hidden_layers=settings.vision_layers,
             num_attention_heads=settings.vision_heads,
@@ -135,7 +106,7 @@ def vision_to_transformers(model: ClipModel) -> CLIPVisionModelWithProjection:
             hidden_act=_activation(model),
         )
     )
-    tower.load_state_dict(converted)
+    tower.load_state_dict(_converted(model, VISION))
     return tower.eval()
 
 
@@ -143,14 +114,15 @@ def _activation(model: ClipModel) -> str:
     return "quick_gelu" if model.settings.quick_gelu else "gelu"
 
 
-def _blocks(weights: dict[str, Tensor], old_prefix: str, new_prefix: str, layers: int) -> dict[str, Tensor]:
-    converted: dict[str, Tensor] = {}
-    for layer in range(layers):
-        old, new = f"{old_prefix}{layer}.", f"{new_prefix}{layer}."
+def _converted(model: ClipModel, tower: str) -> dict[str, Tensor]:
+    """A tower's weights by transformers' names."""
+    weights, network = model.network.state_dict(), model.settings.model_dump()
+    ours, theirs = PROJECTIONS[tower]
+    converted = {theirs: weights[ours].T.contiguous()}
+    converted |= {theirs: weights[ours] for ours, theirs in same_weights(tower, network).items()}
+    for ours, theirs in blocks(tower, network):
         for kind in ("weight", "bias"):
-            for old_name, new_name in _BLOCK_NAMES.items():
-                converted[f"{new}{new_name}.{kind}"] = weights[f"{old}{old_name}.{kind}"]
-            projections = weights[f"{old}attn.in_proj_{kind}"].chunk(3)
-            for name, projection in zip(("q_proj", "k_proj", "v_proj"), projections, strict=True):
-                converted[f"{new}self_attn.{name}.{kind}"] = projection.contiguous()
+            parts = weights[f"{ours}attn.in_proj_{kind}"].chunk(3)
+            for name, part in zip(QUERY_KEY_VALUE, parts, strict=True):
+                converted[f"{theirs}self_attn.{name}.{kind}"] = part.contiguous()
     return converted

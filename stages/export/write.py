@@ -12,7 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
-from stages.clip.network import load_clip
+from stages.clip.network import ClipModel, load_clip
+from stages.clip.settings import OpenClipNetworkSettings
 from stages.export.card import Card, write_card
 from stages.export.destination import RECORD
 from stages.export.obstacle import obstacle
@@ -61,7 +62,8 @@ def write_chain(
     Further upsamplers go to `upsampler_<size>/`. Returns what was in the way of the stock pipelines, or None.
     """
     prior, decoder, upsamplers = chain.prior, chain.decoder, list(chain.upsamplers)
-    in_the_way = obstacle(prior.settings if prior else None, decoder.settings, [each.settings for each in upsamplers])
+    settings = [each.settings for each in upsamplers]
+    in_the_way = obstacle(prior.settings if prior else None, decoder.settings, settings, chain.clip.settings)
     if in_the_way is None:
         assert prior is not None, "as `obstacle` checked"
         first = upsamplers.pop(0)
@@ -69,16 +71,25 @@ def write_chain(
             directory, chain.clip, prior, decoder, first, dtype=dtype, with_image_tower=with_image_tower
         )
     else:
-        text_to_transformers(chain.clip).save_pretrained(directory / "text_encoder")
+        _write_towers(directory, chain.clip, with_image_tower=with_image_tower)
         decoder.network.save_parts(directory)
         if prior is not None:
             prior.network.save_pretrained(directory / "prior")
-        if with_image_tower:
-            vision_to_transformers(chain.clip).save_pretrained(directory / "image_encoder")
     for upsampler in upsamplers:
         network = cast(UNet2DModel, in_dtype(upsampler.network, dtype))
         network.save_pretrained(directory / f"upsampler_{upsampler.settings.high_size}")
     return in_the_way
+
+
+def _write_towers(directory: Path, clip: ClipModel, *, with_image_tower: bool) -> None:
+    """CLIP as transformers' classes, or as open_clip's directory `clip/` where these have no such towers."""
+    if isinstance(clip.settings, OpenClipNetworkSettings):
+        (directory / "clip").mkdir()
+        save_open_clip(directory / "clip", clip, torch.float32)
+        return
+    text_to_transformers(clip).save_pretrained(directory / "text_encoder")
+    if with_image_tower:
+        vision_to_transformers(clip).save_pretrained(directory / "image_encoder")
 
 
 def write_configs(directory: Path, artifacts: Sequence[Artifact]) -> None:

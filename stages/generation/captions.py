@@ -1,10 +1,12 @@
 """Captions that a user typed, checked before anything is made of them."""
 
-import warnings
+import logging
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
 from stages.clip.network import ClipModel, ClipTokenizer
+
+_log = logging.getLogger(__name__)
 
 _SHOWN = 40
 _MARKS_OF_TOKENS = 2
@@ -38,7 +40,7 @@ def _require(caption: object, tokenizer: ClipTokenizer) -> None:
         )
     room = tokenizer.context_length - _MARKS_OF_TOKENS
     if len(ids) > room:
-        warnings.warn(f"the caption {_short(caption)} has {len(ids)} tokens, and the first {room} count", stacklevel=3)
+        _log.warning("the caption %s has %d tokens, and the first %d count", _short(caption), len(ids), room)
 
 
 def _short(caption: str) -> str:

@@ -4,9 +4,7 @@ import argparse
 import math
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.cli import command_parser
-from pipeline.config import SEED_LIMIT, validate
+from pipeline.config import validate
 from pipeline.errors import UserError
 from pipeline.picture_grid import save_grid
 from pipeline.workflow.runs import read_run, run_directory
-from stages.generation.options import GenerationOptions, Judge, Preset
-from stages.generation.picture import Noise, Picture, read_recipe
+from stages.generation.options import GenerationOptions, Judge, Preset, require_count, require_seed, require_share
+from stages.generation.picture import Noise, Picture, as_image, read_recipe, require_mask
 
 if TYPE_CHECKING:
     from stages.generation.model import Model
@@ -48,44 +46,57 @@ def main(arguments: Sequence[str]) -> int:
         return _make_again(given)
     if given.run is None or not given.captions:
         raise UserError("no caption is given; write: unclip sample RUN 'a caption', or: unclip sample --from PNG")
-    if given.best_of < 1:
-        raise UserError(f"--best-of {given.best_of} leaves no picture; give 1 or more")
-    options = _options(given)
-    with _output(given, SAMPLES) as output, _loaded(given) as model:
-        pictures = model(
-            given.captions,
-            count=given.count,
-            seed=given.seed,
-            options=options,
-            best_of=given.best_of,
-            judge=Judge(given.judge),
-        )
-        names = [
-            f"{position:02}-{_slug(caption)}-{number:02}.png"
-            for position, caption in enumerate(given.captions)
-            for number in range(given.count)
-        ]
-        _write(pictures, names, output)
+    require_count(given.best_of, "--best-of ")
+    options, output = _options(given), _output(given, SAMPLES)
+    pictures = _load(given)(
+        given.captions,
+        count=given.count,
+        seed=given.seed,
+        options=options,
+        best_of=given.best_of,
+        judge=Judge(given.judge),
+    )
+    names = [
+        f"{position:02}-{_slug(caption)}-{number:02}.png"
+        for position, caption in enumerate(given.captions)
+        for number in range(given.count)
+    ]
+    _write(pictures, names, output)
     return 0
 
 
 def edit(arguments: Sequence[str]) -> int:
     """`unclip edit`: variations of pictures, ways between them, and pictures that are drawn anew in part."""
     given = _edit_parser().parse_args(arguments)
-    options = _options(given)
-    with _output(given, f"{EDITS_DIRECTORY}/{given.operation}") as output, _loaded(given) as model:
-        pictures = EDITS[given.operation].make(model, given, options)
-        _write(pictures, [f"{place:02}.png" for place in range(len(pictures))], output)
+    chosen, options = EDITS[given.operation], _options(given)
+    for share in chosen.shares:
+        require_share(getattr(given, share), f"--{share} ")
+    inputs = {
+        name: as_image(getattr(given, name)) if name in PICTURES else getattr(given, name) for name in chosen.inputs
+    }
+    if "mask" in inputs:
+        require_mask(inputs["mask"], inputs["picture"])
+    output = _output(given, f"{EDITS_DIRECTORY}/{given.operation}")
+    numbers: dict[str, Any] = {share: getattr(given, share) for share in chosen.shares}
+    if chosen.noise is not None:
+        numbers["noise"] = Noise(given.noise)
+    method = getattr(_load(given), chosen.method)
+    pictures = method(*inputs.values(), count=given.count, seed=given.seed, options=options, **numbers)
+    _write(pictures, [f"{place:02}.png" for place in range(len(pictures))], output)
     return 0
+
+
+PICTURES = ("picture", "other_picture", "mask")
+"""The inputs of an edit that are files of pictures; the others are captions."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An operation of `unclip edit`: what is given after the run, and its numbers with their defaults."""
+    """An operation of `unclip edit`: the method of `Model` that it is, what is given after the run, and its numbers."""
 
     description: str
+    method: str
     inputs: tuple[str, ...]
-    make: "Callable[[Model, Given, GenerationOptions], list[Picture]]"
     count: int = 5
     shares: Mapping[str, float] = field(default_factory=dict)
     noise: Noise | None = None
@@ -94,72 +105,39 @@ class Edit:
 EDITS = {
     "variations": Edit(
         "Pictures with the embedding of one; --eta says how much they differ.",
+        "variations",
         ("picture",),
-        lambda model, given, options: model.variations(
-            given.picture, count=given.count, seed=given.seed, eta=given.eta, options=options
-        ),
         count=4,
         shares={"eta": 1.0},
     ),
     "interpolate": Edit(
         "Pictures on the way from one to another.",
+        "interpolate",
         ("picture", "other_picture"),
-        lambda model, given, options: model.interpolate(
-            given.picture,
-            given.other_picture,
-            count=given.count,
-            seed=given.seed,
-            noise=Noise(given.noise),
-            options=options,
-        ),
         noise=Noise.INTERPOLATED,
     ),
     "interpolate-captions": Edit(
         "Pictures on the way from one caption to another.",
+        "interpolate_captions",
         ("caption", "other_caption"),
-        lambda model, given, options: model.interpolate_captions(
-            given.caption,
-            given.other_caption,
-            count=given.count,
-            seed=given.seed,
-            noise=Noise(given.noise),
-            options=options,
-        ),
         noise=Noise.FIXED,
     ),
     "text-diff": Edit(
         "A picture of what one caption says on its way to what another says.",
+        "text_diff",
         ("picture", "source", "target"),
-        lambda model, given, options: model.text_diff(
-            given.picture,
-            given.source,
-            given.target,
-            count=given.count,
-            strength=given.strength,
-            seed=given.seed,
-            options=options,
-        ),
         shares={"strength": 0.5},
     ),
     "inpaint": Edit(
         "Pictures for a caption in which the white part of a mask alone is drawn.",
+        "inpaint",
         ("picture", "mask", "caption"),
-        lambda model, given, options: model.inpaint(
-            given.picture, given.mask, given.caption, count=given.count, seed=given.seed, options=options
-        ),
         count=4,
     ),
     "image-to-image": Edit(
         "Pictures for a caption that are begun from a picture; --strength says how little of it is left.",
+        "image_to_image",
         ("picture", "caption"),
-        lambda model, given, options: model.image_to_image(
-            given.picture,
-            given.caption,
-            strength=given.strength,
-            count=given.count,
-            seed=given.seed,
-            options=options,
-        ),
         count=4,
         shares={"strength": 0.6},
     ),
@@ -221,10 +199,8 @@ def _add_options(parser: argparse.ArgumentParser, count: int) -> None:
 
 def _options(given: Given) -> GenerationOptions:
     """What was asked for. Raises `UserError` for what no network could use."""
-    if given.count < 1:
-        raise UserError(f"--count {given.count} makes no picture; give 1 or more")
-    if not 0 <= given.seed < SEED_LIMIT:
-        raise UserError(f"--seed {given.seed} is no seed of 64 bits; give 0 to {SEED_LIMIT - 1}")
+    require_count(given.count, "--count ")
+    require_seed(given.seed, "--seed ")
     if given.steps is not None and given.steps < 1:
         raise UserError(f"--steps {given.steps} is no number of sampling steps; give 1 or more")
     for name in ("guidance", "prior_guidance", "clip_guidance"):
@@ -273,42 +249,23 @@ def _make_again(given: Given) -> int:
         said = ", ".join([*([given.run] if given.run else []), *unused])
         raise UserError(f"--from {given.source} says all of how its picture was made; leave out {said}")
     recipe = read_recipe(given.source)
+    given.run = recipe.run
+    output = _output(given, SAMPLES)
+    sources = [as_image(each) for each in given.picture]
     from stages.generation.load import load_for
 
-    given.run = recipe.run
-    with _output(given, SAMPLES) as output, _said_in_lines():
-        model = load_for(recipe, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
-        _write([model.again(recipe, given.picture)], [f"again-{given.source.stem}.png"], output)
+    model = load_for(recipe, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
+    _write([model.again(recipe, sources)], [f"again-{given.source.stem}.png"], output)
     return 0
 
 
-@contextmanager
-def _loaded(given: Given) -> "Iterator[Model]":
+def _load(given: Given) -> "Model":
     from stages.generation.load import load
 
-    with _said_in_lines():
-        yield load(given.run, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
+    return load(given.run, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
 
 
-@contextmanager
-def _said_in_lines() -> Iterator[None]:
-    """Warnings of our own as lines of this command."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning, module="stages.generation")
-        shown = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
-            if category is UserWarning and "generation" in filename:
-                print(f"unclip: {message}", flush=True)
-            else:
-                shown(message, category, filename, *rest)
-
-        warnings.showwarning = show
-        yield
-
-
-@contextmanager
-def _output(given: Given, name: str) -> Iterator[Path]:
+def _output(given: Given, name: str) -> Path:
     """The directory for the pictures, which can be written to. Raises `UserError` if it is none."""
     read_run(given.outputs, given.run)  # or a directory would be made for a run that is none
     output: Path = given.output or run_directory(given.outputs, given.run) / name
@@ -318,7 +275,7 @@ def _output(given: Given, name: str) -> Iterator[Path]:
         raise UserError(f"--output {output} cannot be a directory ({error.strerror}); give another one") from error
     if not os.access(output, os.W_OK | os.X_OK):
         raise UserError(f"--output {output} cannot be written to; give another one")
-    yield output
+    return output
 
 
 def _write(pictures: Sequence[Picture], names: Sequence[str], output: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from pipeline.config import TrainerSettings, validate
 from pipeline.errors import UserError
 from pipeline.training.inference import inference_fabric
-from pipeline.training.stage import code_version
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.code import code_version
 from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
 from stages.generation.model import BATCH_SIZE, Model, Origin
 from stages.generation.options import Judge

@@ -1,10 +1,10 @@
 """A trained run as an object for Python: all that its networks make of captions and pictures."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import SEED_LIMIT
 from pipeline.data.mixing import named_seed
 from pipeline.data.square import resized_square
 from pipeline.errors import UserError
@@ -23,8 +22,8 @@ from pipeline.workflow.artifacts import Artifact
 from stages.clip.network import load_clip
 from stages.generation.captions import require_captions
 from stages.generation.making import evaluations, make
-from stages.generation.options import GenerationOptions, Judge
-from stages.generation.picture import Noise, Operation, Picture, Recipe, as_image, pixels_sha256
+from stages.generation.options import GenerationOptions, Judge, require_count, require_seed, require_share
+from stages.generation.picture import Noise, Operation, Picture, Recipe, as_image, pixels_sha256, require_mask
 from stages.generation.text_to_image import TextToImage
 
 GivenPicture = str | Path | Image.Image | Picture
@@ -32,7 +31,6 @@ GivenPicture = str | Path | Image.Image | Picture
 
 BATCH_SIZE = 16
 OWN_SAMPLERS = GenerationOptions()
-_MAX_COUNT = 100_000
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,11 @@ class Model:
         run's own, or by `judge` the one that nothing was fitted to.
         """
         said = require_captions([captions] if isinstance(captions, str) else captions, self.chain.clip)
-        _require_count(count, seed, best_of)
+        require_count(best_of, "best_of=")
         recipes = [
-            self._recipe(Operation.TEXT_TO_IMAGE, named_seed(seed, caption, number), options, captions=(caption,))
+            recipe
             for caption in said
-            for number in range(count * best_of)
+            for recipe in self._several(Operation.TEXT_TO_IMAGE, count * best_of, seed, options, captions=(caption,))
         ]
         pictures = self._make(recipes)
         return pictures if best_of == 1 else self._best(pictures, best_of, judge)
@@ -111,13 +109,8 @@ class Model:
     ) -> list[Picture]:
         """Pictures with the embedding z_i of one, and the noise x_T by which the decoder comes back to it (unCLIP,
         section 3.1). With `eta` = 0 all are its reconstruction; the nearer to 1, the more they differ."""
-        _require_count(count, seed)
-        _require_share("eta", eta)
-        options = options.with_decoder_eta(eta)
-        recipes = [
-            self._recipe(Operation.VARIATION, named_seed(seed, "variation", number), options) for number in range(count)
-        ]
-        return self._make(recipes, [picture])
+        require_share(eta, "eta=")
+        return self._make(self._several(Operation.VARIATION, count, seed, options.with_decoder_eta(eta)), [picture])
 
     def interpolate(
         self,
@@ -131,18 +124,7 @@ class Model:
     ) -> list[Picture]:
         """Pictures on the way from one to another, both ends included: z_i, and by `noise` x_T too, are interpolated on
         the sphere (unCLIP, section 3.2)."""
-        _require_count(count, seed)
-        recipes = [
-            self._recipe(
-                Operation.INTERPOLATION,
-                named_seed(seed, "all"),
-                options.with_decoder_eta(0.0),
-                share=share,
-                noise=noise,
-            )
-            for share in _shares(count)
-        ]
-        return self._make(recipes, [first, second])
+        return self._make(self._way(Operation.INTERPOLATION, count, seed, options, noise=noise), [first, second])
 
     def interpolate_captions(
         self,
@@ -156,19 +138,7 @@ class Model:
     ) -> list[Picture]:
         """Pictures on the way from one caption to another: between the embeddings z_i that the prior draws for them."""
         said = tuple(require_captions([first, second], self.chain.clip))
-        _require_count(count, seed)
-        recipes = [
-            self._recipe(
-                Operation.CAPTION_INTERPOLATION,
-                named_seed(seed, "all"),
-                options.with_decoder_eta(0.0),
-                captions=said,
-                share=share,
-                noise=noise,
-            )
-            for share in _shares(count)
-        ]
-        return self._make(recipes)
+        return self._make(self._way(Operation.CAPTION_INTERPOLATION, count, seed, options, captions=said, noise=noise))
 
     def text_diff(
         self,
@@ -184,19 +154,9 @@ class Model:
         """A picture of what `source` says on its way to what `target` says: z_i turned along z_t(target) - z_t(source),
         up to a share `strength` of the way, with x_T kept (unCLIP, section 3.3; there 0.25 to 0.5)."""
         said = tuple(require_captions([source, target], self.chain.clip))
-        _require_count(count, seed)
-        _require_share("strength", strength)
-        recipes = [
-            self._recipe(
-                Operation.TEXT_DIFF,
-                named_seed(seed, "all"),
-                options.with_decoder_eta(0.0),
-                captions=said,
-                share=strength * share,
-            )
-            for share in _shares(count)
-        ]
-        return self._make(recipes, [picture])
+        require_share(strength, "strength=")
+        way = self._way(Operation.TEXT_DIFF, count, seed, options, to=strength, captions=said)
+        return self._make(way, [picture])
 
     def inpaint(
         self,
@@ -212,17 +172,9 @@ class Model:
 
         The rest of its central square stays exactly, at the model's size."""
         (said,) = require_captions([caption], self.chain.clip)
-        _require_count(count, seed)
         image, drawn = as_image(picture), as_image(mask)
-        if image.size != drawn.size:
-            raise UserError(
-                f"the mask has {drawn.width} x {drawn.height} pixels and the picture {image.width} x {image.height}; "
-                "give a mask of the picture's size"
-            )
-        recipes = [
-            self._recipe(Operation.INPAINTING, named_seed(seed, said, number), options, captions=(said,))
-            for number in range(count)
-        ]
+        require_mask(drawn, image)
+        recipes = self._several(Operation.INPAINTING, count, seed, options, captions=(said,))
         return self._make(recipes, [image, drawn])
 
     def image_to_image(
@@ -238,14 +190,8 @@ class Model:
         """Pictures for a caption that are begun from one: with a `strength` near 0 they are all but it, with 1 nothing
         of it is left."""
         (said,) = require_captions([caption], self.chain.clip)
-        _require_count(count, seed)
-        _require_share("strength", strength)
-        recipes = [
-            self._recipe(
-                Operation.IMAGE_TO_IMAGE, named_seed(seed, said, number), options, captions=(said,), strength=strength
-            )
-            for number in range(count)
-        ]
+        require_share(strength, "strength=")
+        recipes = self._several(Operation.IMAGE_TO_IMAGE, count, seed, options, captions=(said,), strength=strength)
         return self._make(recipes, [picture])
 
     def again(self, recipe: Recipe, pictures: Sequence[GivenPicture] = ()) -> Picture:
@@ -269,29 +215,36 @@ class Model:
             )
         return self._make([recipe], sources)[0]
 
-    def _recipe(
+    def _several(
+        self, operation: Operation, count: int, seed: int, options: GenerationOptions, **details: Any
+    ) -> list[Recipe]:
+        """Of pictures that differ in their own seeds alone; `details` are of `Recipe`."""
+        require_count(count)
+        require_seed(seed)
+        name = " ".join(details.get("captions", [operation.value]))
+        seeds = [named_seed(seed, name, number) for number in range(count)]
+        return [self._recipe(operation, seed=each, options=options, **details) for each in seeds]
+
+    def _way(
         self,
         operation: Operation,
+        count: int,
         seed: int,
         options: GenerationOptions,
         *,
-        captions: tuple[str, ...] = (),
-        share: float = 0.0,
-        strength: float = 1.0,
-        noise: Noise = Noise.FIXED,
-    ) -> Recipe:
-        return Recipe(
-            operation=operation,
-            run=self.origin.run,
-            artifacts=self.origin.artifacts,
-            version=self.origin.version,
-            captions=captions,
-            seed=seed,
-            options=options,
-            share=share,
-            strength=strength,
-            noise=noise,
-        )
+        to: float = 1.0,
+        **details: Any,
+    ) -> list[Recipe]:
+        """Of pictures that lie evenly from 0 to a share `to` of a way, and have all that is drawn in common."""
+        require_count(count)
+        require_seed(seed)
+        seed = named_seed(seed, operation.value)
+        shares = [to * place / max(count - 1, 1) for place in range(count)]
+        options = options.with_decoder_eta(0.0)
+        return [self._recipe(operation, seed=seed, options=options, share=each, **details) for each in shares]
+
+    def _recipe(self, operation: Operation, **details: Any) -> Recipe:
+        return Recipe(operation=operation, **vars(self.origin), **details)
 
     def _make(self, recipes: Sequence[Recipe], given: Sequence[GivenPicture] = ()) -> list[Picture]:
         """The pictures of recipes that differ in captions, seed and share alone."""
@@ -344,24 +297,6 @@ class Model:
         return best
 
 
-def _shares(count: int) -> list[float]:
-    """`count` numbers from 0 to 1, evenly."""
-    return [place / max(count - 1, 1) for place in range(count)]
-
-
 def _signed(image: Image.Image) -> Tensor:
     """float32 [3, S, S] in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-def _require_count(count: int, seed: int, best_of: int = 1) -> None:
-    for name, value in (("count", count), ("best_of", best_of)):
-        if not 1 <= value <= _MAX_COUNT:
-            raise UserError(f"{name}={value} makes no sense; give 1 to {_MAX_COUNT}")
-    if not 0 <= seed < SEED_LIMIT:
-        raise UserError(f"seed={seed} is no seed of 64 bits; give 0 to {SEED_LIMIT - 1}")
-
-
-def _require_share(name: str, value: float) -> None:
-    if not (math.isfinite(value) and 0.0 <= value <= 1.0):
-        raise UserError(f"{name}={value} is no share; give 0 to 1")

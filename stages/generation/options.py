@@ -1,11 +1,13 @@
 """What may be asked of a run's networks when pictures are made. Imports no torch."""
 
+import math
 from enum import StrEnum
 from typing import Any
 
 from pydantic import field_validator
 
-from pipeline.config import Settings, validate
+from pipeline.config import SEED_LIMIT, Settings, validate
+from pipeline.errors import UserError
 from stages.decoder.settings import DecoderOptions
 from stages.diffusion.settings import SamplerOptions, Solver
 from stages.prior.settings import PriorOptions
@@ -60,3 +62,24 @@ class Preset(StrEnum):
             decoder=DecoderOptions(steps=decoder_steps),
             upsampler=(SamplerOptions(steps=27), SamplerOptions(steps=15)),
         )
+
+
+MAX_COUNT = 100_000
+
+
+def require_count(count: int, named: str = "count=") -> None:
+    """Raise `UserError` if so many pictures cannot be made; `named` is what stands before the number that was given."""
+    if not 1 <= count <= MAX_COUNT:
+        raise UserError(f"{named}{count} is no number of pictures; give 1 to {MAX_COUNT}")
+
+
+def require_seed(seed: int, named: str = "seed=") -> None:
+    """Raise `UserError` if it is no seed."""
+    if not 0 <= seed < SEED_LIMIT:
+        raise UserError(f"{named}{seed} is no seed of 64 bits; give 0 to {SEED_LIMIT - 1}")
+
+
+def require_share(share: float, named: str) -> None:
+    """Raise `UserError` if it is not in [0, 1]."""
+    if not (math.isfinite(share) and 0.0 <= share <= 1.0):
+        raise UserError(f"{named}{share} is no share; give 0 to 1")

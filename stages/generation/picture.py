@@ -140,3 +140,12 @@ def as_image(given: "str | Path | Image.Image | Picture") -> Image.Image:
 def pixels_sha256(image: Image.Image) -> str:
     """The SHA-256 (hex) of a picture's size and pixels, whatever the file that it came in."""
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
+
+def require_mask(mask: Image.Image, image: Image.Image) -> None:
+    """Raise `UserError` if a mask is not of its picture's size."""
+    if mask.size != image.size:
+        raise UserError(
+            f"the mask has {mask.width} x {mask.height} pixels and the picture {image.width} x {image.height}; give a "
+            "mask of the picture's size"
+        )

@@ -1,5 +1,7 @@
 """The diffusion prior: diffusers' `PriorTransformer` on whitened image embeddings."""
 
+from pathlib import Path
+
 import torch
 from diffusers.models.transformers.prior_transformer import PriorTransformer
 from torch import Tensor
@@ -8,7 +10,8 @@ from pipeline.workflow.artifacts import Artifact
 from stages.clip.network import TextEncoding
 from stages.clip.settings import ClipNumbers, require_same_clip
 from stages.embed.embeddings import Whitening
-from stages.prior.settings import PriorNetworkSettings, PriorSettings
+from stages.initial import folder_weights
+from stages.prior.settings import PriorNetworkSettings, PriorSettings, prior_folder
 from stages.weights import CPU, load_weights
 
 
@@ -40,6 +43,11 @@ def set_whitening(prior: PriorTransformer, whitening: Whitening) -> None:
 def get_whitening(prior: PriorTransformer) -> Whitening:
     """The statistics that `set_whitening` stored."""
     return Whitening(mean=prior.clip_mean.detach()[0].clone(), std=prior.clip_std.detach()[0].clone())
+
+
+def read_prior_folder(prior: PriorTransformer, folder: Path) -> dict[str, Tensor]:
+    """The weights of a diffusers folder's prior, for `prior`."""
+    return folder_weights(prior_folder(folder, str(folder)), prior)
 
 
 def load_prior(artifact: Artifact, clip: Artifact, device: torch.device = CPU) -> PriorTransformer:

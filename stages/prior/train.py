@@ -1,6 +1,7 @@
 """The stage `prior`: from a caption to the image embedding that it calls for (unCLIP, section 2.2)."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +21,8 @@ from stages.clip.network import ClipModel, Towers, load_clip
 from stages.clip.settings import ClipSettings, OnClipNumbers
 from stages.diffusion.process import NOISE, DiffusionProcess
 from stages.embed.embeddings import Embeddings, blank_embeddings, load_clip_embeddings
-from stages.prior.network import build_prior, denoise_prior, set_whitening
+from stages.initial import load_initial
+from stages.prior.network import build_prior, denoise_prior, get_whitening, read_prior_folder, set_whitening
 from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
 
@@ -33,7 +35,11 @@ def run(context: StageContext) -> StageResult:
     embeddings = load_clip_embeddings(context.input("embeddings"), clip_artifact)
     with context.building():
         prior = build_prior(settings.network, clip.settings.embed_dim, clip.settings.context_length)
-    set_whitening(prior, embeddings.whitening)
+    if load_initial(context, prior, partial(read_prior_folder, prior)):
+        # In the coordinates that it was trained in, which are in its weights.
+        embeddings = replace(embeddings, whitening=get_whitening(prior))
+    else:
+        set_whitening(prior, embeddings.whitening)
     # The pictures themselves are not needed: the smallest size costs next to nothing to decode.
     ahead = MadeAhead(clip.tokenize, {NOISE: (clip.settings.embed_dim,)})
     images = context.images(1, ahead=ahead)

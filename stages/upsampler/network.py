@@ -1,12 +1,15 @@
 """The upsamplers: diffusers' `UNet2DModel` on the noisy picture and the low-resolution one, enlarged."""
 
+from pathlib import Path
+
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from pipeline.workflow.artifacts import Artifact
+from stages.initial import folder_weights
 from stages.unet import UNetSettings
-from stages.upsampler.settings import UpsamplerSettings
+from stages.upsampler.settings import UpsamplerSettings, upsampler_folder
 from stages.weights import CPU, load_weights
 
 
@@ -30,8 +33,14 @@ def build_upsampler(network: UNetSettings, high_size: int) -> UNet2DModel:
         dropout=network.dropout,
         downsample_type="resnet",
         upsample_type="resnet",
-        resnet_time_scale_shift="scale_shift",
+        resnet_time_scale_shift=network.resnet_time_scale_shift,
     )
+
+
+def read_upsampler_folder(upsampler: UNet2DModel, folder: Path) -> dict[str, Tensor]:
+    """The weights of a diffusers folder's upsampler, for `upsampler`."""
+    found = upsampler_folder(folder, str(folder))
+    return folder_weights(found, upsampler, mean_of=upsampler.config["out_channels"])
 
 
 def load_upsampler(artifact: Artifact, device: torch.device = CPU) -> UNet2DModel:

@@ -2,13 +2,24 @@
 
 import math
 from enum import StrEnum
+from pathlib import Path
 
 from pipeline.config import Positive
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Numbers
 from pipeline.workflow.batch_shape import nearest_multiples
-from pipeline.workflow.declaration import Better, Input, StageDeclaration, Workflow
+from pipeline.workflow.declaration import Better, ForeignWeights, Input, StageDeclaration, Workflow
 from stages.decoder.settings import DecoderSettings
+from stages.diffusers_folder import (
+    CONFIG_FILE,
+    DIFFUSERS,
+    labelled,
+    network_folder,
+    of_scheduler,
+    origin,
+    read_config,
+    unet_settings,
+)
 from stages.diffusion.settings import DiffusionStageSettings, SamplerSettings, check_diffusion
 from stages.unet import UNetSettings, check_unet
 
@@ -41,6 +52,8 @@ class UpsamplerNumbers(Numbers):
 def check(path: str, settings: UpsamplerSettings, workflow: Workflow) -> None:
     """Diffusion and network can work, and the sizes follow from those of the decoder or the upsampler before."""
     check_diffusion(path, settings, settings.sampler)
+    if settings.max_samples == 0 and settings.initial is None:
+        raise UserError(f"{path}.max_samples=0 trains nothing; set {path}.initial to take weights that are there")
     check_sizes(path, settings)
     sizes = {f"{name}.image_size": each.image_size for name, each in workflow.of(DecoderSettings).items()}
     for name, each in workflow.of(UpsamplerSettings).items():
@@ -76,6 +89,25 @@ def check_sizes(path: str, settings: UpsamplerSettings) -> None:
     check_unet(settings.network, settings.crop_size, f"{path}.network", f"{path}.crop_size")
 
 
+def upsampler_folder(folder: Path, key: str) -> Path:
+    """Where a diffusers pipeline has its upsampler: the one of all steps but the last."""
+    return network_folder(folder, ("super_res_first",), "UNet2DModel", key)
+
+
+def in_folder(folder: Path, key: str) -> ForeignWeights:
+    """The upsampler of a diffusers folder, between the sizes that it has there."""
+    found = upsampler_folder(folder, key)
+    unet = read_config(found)
+    dictated = {
+        "network": unet_settings(unet, "ResnetDownsampleBlock2D", "AttnDownBlock2D", key),
+        "high_size": unet["sample_size"],
+        **of_scheduler(folder, "super_res_scheduler"),
+    }
+    if (folder / "decoder" / CONFIG_FILE).is_file():
+        dictated["low_size"] = read_config(folder / "decoder")["sample_size"]
+    return ForeignWeights(labelled({"upsampler": found}), dictated)
+
+
 UPSAMPLER = StageDeclaration(
     version=1,
     settings=UpsamplerSettings,
@@ -86,5 +118,8 @@ UPSAMPLER = StageDeclaration(
     repeatable=True,
     numbers=UpsamplerNumbers,
     check=check,
+    inherits=("network", "objective.prediction_type", "schedule"),
+    foreign={DIFFUSERS: in_folder},
+    origin=origin,
     better={"psnr_db": Better.HIGH, "loss": Better.LOW},
 )

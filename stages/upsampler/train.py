@@ -1,6 +1,7 @@
 """The stage `upsampler`: diffusion from a small picture to a larger one (unCLIP, section 2.1)."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -18,9 +19,10 @@ from pipeline.training.module import LOSS, SampleGrid, StageModule, within
 from stages.blocks import BLOCKS
 from stages.diffusion.process import NOISE, DiffusionProcess
 from stages.generation.grid import captioned_grid
+from stages.initial import load_initial
 from stages.pictures import peak_signal_to_noise, resize
 from stages.upsampler.degrade import degrade
-from stages.upsampler.network import build_upsampler, denoise_upsampler
+from stages.upsampler.network import build_upsampler, denoise_upsampler, read_upsampler_folder
 from stages.upsampler.sample import UpsamplerSampler
 from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
 
@@ -35,6 +37,7 @@ def run(context: StageContext) -> StageResult:
     images = context.images(settings.high_size, ahead=ahead)
     with context.building():
         upsampler = build_upsampler(settings.network, settings.high_size)
+    load_initial(context, upsampler, partial(read_upsampler_folder, upsampler))
     shown = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=GRID_PICTURES, limit=GRID_PICTURES)))
     result = fit(context, UpsamplerModule(upsampler, settings, shown), images)
     context.save(upsampler)

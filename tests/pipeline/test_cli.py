@@ -92,12 +92,6 @@ def tar(path: Path, names: list[str]) -> Path:
             "does not work with strategy=zero2",
             "use zero3, or trainer=auto",
         ),
-        (
-            "stage.clip.network.embed_dim=48 stage.clip.network.text_width=64",
-            "text_width 64",
-            "must equal embed_dim 48",
-            "set both to one value",
-        ),
         ("stage.clip.max_samples=0", "stage.clip.max_samples=0", "trains nothing", "set stage.clip.checkpoint"),
         ("stage.clip.checkpoint=/no/such.pt", "stage.clip.checkpoint=/no/such.pt", "cannot be read", "give the path"),
         ("stage.decoder.condition=text_embed", "stage.decoder.condition=text_embed", "prior", "use workflow=glide"),

@@ -140,7 +140,10 @@ def test_the_catalog_imports_no_torch():
             "+stage.decoder.network.depth=3",
             r"stage\.decoder\.network\.depth is an unknown key; valid .* channels, .*",
         ),
-        ("stage.evaluate.metrics=[blur]", r"stage\.evaluate\.metrics: 'blur' is no metric; there are .*frechet, .*"),
+        (
+            "stage.evaluate.metrics=[blur]",
+            r"stage\.evaluate\.metrics: 'blur' is no metric; there are clip_score, cmmd, .*, frechet, .*",
+        ),
         ("+data.colours=3", r"^data\.colours is an unknown key; valid keys here: .*two_objects_share"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.compose import CONFIG_DIRECTORY, compose_members
 from pipeline.config import Settings, validate
-from pipeline.workflow.declaration import StageSettings
+from pipeline.workflow.declaration import StageSettings, Workflow
 from stages.catalog import CATALOG
 from stages.clip.network import ClipModel, Towers
 from stages.clip.settings import ClipSettings
@@ -74,13 +74,12 @@ def test_the_header_states_the_sizes_that_the_networks_have(billions: Mapping[st
 
 def test_the_stages_fit_together_and_end_at_the_paper_s_resolution(settings: Mapping[str, Settings]):
     kinds = {"upsampler_1": "upsampler", "upsampler_2": "upsampler"}
-    CATALOG.check(
-        {
-            name: StageSettings(kinds.get(name, name), each)
-            for name, each in settings.items()
-            if name != "prepare"  # the shards are the user's
-        }
-    )
+    stages = {
+        name: StageSettings(kinds.get(name, name), each)
+        for name, each in settings.items()
+        if name != "prepare"  # the shards are the user's
+    }
+    CATALOG.check(Workflow(stages))
     last = settings["upsampler_2"]
     assert isinstance(last, UpsamplerSettings)
     assert (last.low_size, last.high_size, last.crop_size) == (256, 1024, 256)

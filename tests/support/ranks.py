@@ -12,8 +12,14 @@ from pipeline.workflow.frozen import FrozenStage, write_frozen
 from tests.support import ROOT
 
 
-def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s: float = 900) -> list[int]:
-    """Run the stages one after the other, each on all processes; their exit statuses."""
+def run_on_ranks(
+    stages: Sequence[FrozenStage],
+    *,
+    processes: int = 2,
+    timeout_s: float = 900,
+    worker: str = "pipeline.training.worker",
+) -> list[int]:
+    """Run the stages one after the other, each on all processes, as the module `worker` does; their exit statuses."""
     paths = [str(write_frozen(stage).path) for stage in stages]
     environment = {
         **os.environ,
@@ -24,7 +30,7 @@ def run_on_ranks(stages: Sequence[FrozenStage], *, processes: int = 2, timeout_s
     }
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "pipeline.training.worker", *paths],
+            [sys.executable, "-m", worker, *paths],
             env={**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0"},
         )
         for rank in range(processes)

@@ -212,9 +212,11 @@ def frozen(
     max_samples: int = 80,
     non_finite: NonFinite = NonFinite.STOP,
     learning_rate: float = 1e-2,
+    fine_tuning: Mapping[str, Any] | None = None,
     **trainer: Any,
 ) -> FrozenStage:
-    optimizer = OPTIMIZER.model_copy(update={"non_finite": non_finite, "learning_rate": learning_rate})
+    changes = {"non_finite": non_finite, "learning_rate": learning_rate, **(fine_tuning or {})}
+    optimizer = OPTIMIZER.model_copy(update=changes)
     settings = LearnerSettings(
         global_batch_size=8, max_samples=max_samples, optimizer=optimizer, dropout=dropout, step_s=step_s
     )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from pipeline.launch.identity import LAUNCHED_BY
+from pipeline.workflow.code import search_path
 from pipeline.workflow.frozen import FrozenFile
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
 
@@ -25,6 +26,8 @@ class Worker:
         """Begin a stage."""
         command = [sys.executable, "-m", "pipeline.training.worker"]
         frozen.stage.work.mkdir(parents=True, exist_ok=True)
+        if self._frozen is not None and self._frozen.stage.code != frozen.stage.code:
+            self.close()
         self._frozen = frozen
         # The processes of a stage that trains on several devices start each other, from the command of the first.
         if frozen.stage.tasks.total > 1:
@@ -79,9 +82,11 @@ class Worker:
 
     def _spawn(self, command: list[str], frozen: FrozenFile) -> subprocess.Popen[str]:
         log = frozen.stage.work / LOG
+        code = frozen.stage.code
+        path = search_path(frozen.stage.outputs, code, self._environment) if code is not None else {}
         with log.open("a") as output:
             # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True, start_new_session=True,
-                env=self._environment,
+                env={**self._environment, **path},
             )  # fmt: skip

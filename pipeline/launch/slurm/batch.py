@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.launch.identity import LAUNCHED_BY
 from pipeline.launch.slurm.settings import GpuRequest, SlurmResources
 from pipeline.workflow.artifacts import MANIFEST
+from pipeline.workflow.code import snapshot
 from pipeline.workflow.frozen import FrozenStage, frozen_path
 from pipeline.workflow.progress import FAILURE, LOG
 
@@ -41,11 +42,15 @@ def render(frozen: FrozenStage, resources: SlurmResources) -> BatchJob:
         "pipeline.training.worker",
         str(frozen_path(frozen)),
     )
-    return BatchJob(name, _options(frozen, resources, name), render_script(resources), arguments)
+    code = snapshot(frozen.outputs, frozen.code) if frozen.code is not None else None
+    return BatchJob(name, _options(frozen, resources, name), render_script(resources, code), arguments)
 
 
-def render_script(resources: SlurmResources) -> str:
-    """The template with the profile's modules, script and environment in their place, quoted."""
+def render_script(resources: SlurmResources, code: Path | None = None) -> str:
+    """The template with the profile's modules, script and environment in their place, quoted.
+
+    Python finds the snapshot `code` before anything else, and the directory here last.
+    """
     quote = shlex.quote
     lines = []
     if resources.modules:
@@ -54,6 +59,8 @@ def render_script(resources: SlurmResources) -> str:
     if resources.setup_script is not None:
         lines.append(_or_fail(f". {quote(str(resources.setup_script.absolute()))}", str(resources.setup_script)))
     lines += [f"export {name}={quote(value)}" for name, value in sorted(resources.environment.items())]
+    if code is not None:
+        lines.append(f'export PYTHONSAFEPATH=1 PYTHONPATH={quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}:$PWD"')
     lines.append(f"export {LAUNCHED_BY}=slurm")
     template = TEMPLATE.read_text(encoding="utf-8")
     assert template.count(_PLACE_OF_ENVIRONMENT) == 1, f"{TEMPLATE} has one place for the environment"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pipeline.config import ADDED_LATER
+from pipeline.config import ADDED_LATER, Positive
 from stages.decoder.choice import DecoderNetwork
 from stages.unet import UNetSettings, check_unet
 
@@ -11,16 +11,20 @@ if TYPE_CHECKING:
 
 
 class UNetDecoderSettings(UNetSettings):
-    """A U-Net with cross-attention to the caption's tokens and to those of the embedding."""
+    """A U-Net with cross-attention to the caption's tokens and to those of the embedding.
+
+    These are brought to `cross_attention_dim`; null is the width of the embeddings.
+    """
 
     kind: Annotated[Literal["unet"], ADDED_LATER] = "unet"
+    cross_attention_dim: Annotated[Positive | None, ADDED_LATER] = None
 
 
 def build(network: UNetDecoderSettings, image_size: int, embed_dim: int) -> "Decoder":
     """A U-Net with new weights."""
     from stages.decoder.network import UNetDecoder
 
-    return UNetDecoder(network, image_size, embed_dim)
+    return UNetDecoder(network, image_size, embed_dim, network.cross_attention_dim)
 
 
 def check(path: str, network: UNetDecoderSettings, image_size: int, context_length: int | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.stage import UNKNOWN, code_version
+from pipeline.workflow.code import UNKNOWN, code_version
 from pipeline.workflow.progress import Outcome, read_failure
 from tests.support import ROOT
 from tests.support.tiny import SCRIPT, finished, frozen, run
@@ -17,7 +17,7 @@ def no_metadata(_name: str) -> str:
 
 
 def lose_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.stage.version", no_metadata)
+    monkeypatch.setattr("pipeline.workflow.code.metadata.version", no_metadata)
 
 
 def hide_git(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,8 @@ def test_a_compiled_training_is_the_eager_one_to_rounding_and_a_resume_compiles_
     first = in_a_process_of_its_own(tmp_path / "compiled", 80, Compile.NETWORK, stop_at=40)
     # The network that trains, and its two blocks as they validate, though each validation has a network of its own. One
     # block is compiled again for the last batch, which does not happen to have as many samples as a picture has rows.
-    assert first == (Outcome.INTERRUPTED.value, 4, 0, first[3], first[4])
+    # One of these graphs is equal to another one, and found in the cache.
+    assert first == (Outcome.INTERRUPTED.value, 4, 0, 1, first[4])
     assert first[4] > 0
     assert (tmp_path / "compiled" / COMPILER_CACHE).is_dir()
     second = in_a_process_of_its_own(tmp_path / "compiled", 80, Compile.NETWORK)

@@ -129,6 +129,9 @@ def test_a_sweep_is_a_record_with_a_point_for_each_value_a_plot_and_a_part_of_th
     card = (finished / "runs" / "whole" / "README.md").read_text()
     assert f"(<evaluations/{plot.name}>)" in card
     assert "| metric | guidance=1 | guidance=3 |" in card
+    compared = json.loads(said("compare", "whole", "--outputs", str(finished), "--json"))
+    (rows,) = [each["rows"] for each in compared["evaluations"] if ", 4 samples" in each["conditions"]]
+    assert {row["point"]: row["values"]["prior/to_image"] for row in rows}["guidance=3"] == three["prior/to_image"]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from torchvision.models import inception_v3
 from transformers import Dinov2Config, Dinov2Model
 
 from pipeline.errors import UserError
-from stages.clip.network import ClipModel
+from stages.clip.network import ClipModel, zero_shot_classifier
 from stages.clip.settings import ClipNetworkSettings
-from stages.clip.zero_shot import class_embeddings, class_names, right_within
+from stages.clip.zero_shot import class_names, right_within
 from stages.evaluate.encoders import Encoder, load_encoder, of_clip
 from stages.evaluate.evaluation import ssim_of_each
 from stages.evaluate.metric import INCEPTION
@@ -162,7 +162,7 @@ def test_zero_shot_classes_are_the_mean_of_openai_s_sentences_and_the_nearest_is
     torch.manual_seed(0)
     clip = ClipModel(NETWORK).eval()
     names = ["big ring", "small square", "house"]
-    classes = class_embeddings(clip, names)
+    classes = zero_shot_classifier(clip, names)
     templates = open_clip.OPENAI_IMAGENET_TEMPLATES
     embeds = clip.encode_text(clip.tokenize([each("house") for each in templates])).embed
     house = torch.nn.functional.normalize(embeds, dim=-1).mean(0)

@@ -147,3 +147,11 @@ def test_what_is_wrong_with_a_profile_is_said_before_anything_is_submitted(
 def test_jobs_inherit_no_marks_of_the_job_that_submits_them():
     own = {"SLURM_JOB_ID": "7", "SLURM_CONF": "/x", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "WANDB_API_KEY": "k"}
     assert environment_of_jobs(own) == {"SLURM_CONF": "/x", "WANDB_API_KEY": "k"}
+
+
+def test_the_code_of_the_submission_comes_first_and_the_job_s_directory_last(tmp_path: Path):
+    stage = frozen(tmp_path / NASTY.replace("\n", "")).model_copy(update={"code": "0123"})
+    script = render(stage, launch(environment={"PYTHONPATH": "/of/a/profile"}).resources_of("clip", "clip")).script
+    found = run_lines_of_environment(script, tmp_path)
+    assert found["PYTHONPATH"] == f"{stage.outputs}/code/0123:/of/a/profile:{tmp_path}"
+    assert found["PYTHONSAFEPATH"] == "1"
