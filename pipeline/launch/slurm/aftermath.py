@@ -80,7 +80,7 @@ def decide(path: Path, policy: Policy, end: End, ends: list[End]) -> tuple[list[
     if end.cause is Cause.TIME_LIMIT:
         changes.append(f"TimeLimit={round(policy.time_limit_min * policy.time_factor**number)}")
     suspects = [each.nodes for each in (*of_job, end) if each.cause is not None and each.cause.may_be_the_node]
-    failed = [node for nodes in suspects for node in nodes.split(",")]
+    failed = [node for nodes in suspects for node in nodes.split(",") if node]
     left_out = sorted({node for node in failed if failed.count(node) >= policy.exclude_after})
     if left_out:
         changes.append(f"ExcNodeList={','.join(left_out)}")

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 from pipeline.config import Settings, validate
+from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.commands import QueuedJob
 from pipeline.workflow.artifacts import write_json_atomically
@@ -93,8 +95,9 @@ def release_held(known: Mapping[Path, KnownJob]) -> None:
     for work, each in known.items():
         job = each.queued
         if job is not None and job.is_held_by_slurm and job.restarts <= _MOST_RESTARTS_OF_A_HELD_JOB:
-            commands.release(job.job_id)
-            write_end(work, End(str(job.job_id), job.restarts - 1, "", Cause.LAUNCH, job.reason, "released"))
+            with suppress(UserError):  # another one's job, or one that is gone by now
+                commands.release(job.job_id)
+                write_end(work, End(str(job.job_id), job.restarts - 1, "", Cause.LAUNCH, job.reason, "released"))
 
 
 def _known(record: JobRecord, queue: dict[int, QueuedJob], by_token: dict[str, QueuedJob]) -> KnownJob:

@@ -62,3 +62,16 @@ def test_a_failure_that_no_start_mends_ends_the_job_and_its_cause_is_shown(tmp_p
     assert (status.reason, world.restarts_of(job_id)) == ("permission", 0)
     assert "give this user the right to it" in status.detail
     assert not world.is_finished(stage)
+
+
+@pytest.mark.slow
+def test_a_stage_that_comes_to_no_step_boundary_is_ended_before_its_limit_and_starts_again_with_a_longer_one(
+    tmp_path: Path,
+):
+    limits = {"time_limit_min": 1, "stop_before_s": 45}
+    learner, job_id = world.submitted_learner(tmp_path, step_s=600.0, launch=limits)
+    world.wait("the second start", lambda: world.restarts_of(job_id) > 0, timeout_s=300)
+    end = read_ends(learner.work)[0]
+    assert (end.cause, end.then) == (Cause.TIME_LIMIT, "starts again (1 of 2) with TimeLimit=2")
+    world.wait("the change", lambda: shown(job_id, "TimeLimit") == "00:02:00")
+    world.slurm("scancel", str(job_id))
