@@ -46,7 +46,7 @@ def make_server(options: argparse.Namespace) -> "BoardServer":
         raise UserError(f"--port {options.port} is no port; give 0 to {2**16 - 1}")
     try:
         family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        return BoardServer(family, address, Content(options.outputs, options.runs))
+        return BoardServer(family, str(address[0]), int(address[1]), Content(options.outputs, options.runs))
     except OSError as error:
         raise UserError(
             f"--host {options.host} --port {options.port} cannot be listened at ({error.strerror}); "
@@ -59,11 +59,11 @@ class BoardServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, family: int, address: tuple[str, int], content: Content) -> None:
+    def __init__(self, family: int, address: str, port: int, content: Content) -> None:
         self.address_family = socket.AddressFamily(family)
-        super().__init__(address[:2], _Handler)
+        super().__init__((address, port), _Handler)
         self.content = content
-        self.token = None if ipaddress.ip_address(address[0]).is_loopback else token_urlsafe(24)
+        self.token = None if ipaddress.ip_address(address).is_loopback else token_urlsafe(24)
 
     @property
     def url(self) -> str:
@@ -76,8 +76,12 @@ class BoardServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: BoardServer
     server_version = "unclip"
+
+    @property
+    def _board(self) -> BoardServer:
+        assert isinstance(self.server, BoardServer)
+        return self.server
 
     def do_GET(self) -> None:
         path = urlsplit(self.path)
@@ -85,13 +89,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "open the address that unclip board has printed\n")
         elif path.path == "/":
             try:
-                text = self.server.content.page()
+                text = self._board.content.page()
             except UserError as error:
                 text = page_without_runs(error)
             self._answer(HTTPStatus.OK, "text/html", text)
         elif path.path == "/now":
             try:
-                now = self.server.content.now()
+                now = self._board.content.now()
                 said = {"html": now.html, "version": now.version}
             except UserError as error:
                 said = {"html": "", "version": str(error)}
@@ -103,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the terminal is the user's."""
 
     def _is_allowed(self, query: str) -> bool:
-        token = self.server.token
+        token = self._board.token
         if token is None:
             # Another site's page, whose name leads to this machine, has its own name here.
             return self.headers.get("Host", "").rpartition(":")[0] in _LOCAL_NAMES
@@ -122,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("X-Content-Type-Options", "nosniff")
-        if self.server.token and status is HTTPStatus.OK:
-            self.send_header("Set-Cookie", f"{_COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/")
+        if self._board.token and status is HTTPStatus.OK:
+            self.send_header("Set-Cookie", f"{_COOKIE}={self._board.token}; HttpOnly; SameSite=Strict; Path=/")
         self.end_headers()
         self.wfile.write(content)

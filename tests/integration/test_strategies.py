@@ -214,7 +214,6 @@ def test_in_bf16_every_stage_agrees_with_ddp_under_accumulation_and_clipping(wor
     reference = world.stage("clip", "bf16-split", "ddp", BFLOAT16)
     assert run_on_ranks([reference], worker="tests.support.split_attention_worker") == [0, 0], log_of(reference)
     same, other = (column(each, "train/loss") for each in (reference, planned["clip", "ddp"]))
-    print(column(by_zero3, "train/loss"), same, other)
     assert column(by_zero3, "train/loss") == pytest.approx(same, rel=FLOAT32.loss)
     assert column(by_zero3, "train/loss") != pytest.approx(other, rel=FLOAT32.loss)
     clip = {("clip", "ddp"): reference, ("clip", "zero3"): by_zero3, ("clip", "still"): planned["clip", "still"]}
