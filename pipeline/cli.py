@@ -5,9 +5,10 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_disk_full
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.progress import EXIT_INTERRUPTED
 
@@ -16,6 +17,12 @@ EXIT_USER_ERROR = 2
 
 _FORECAST = "--forecast"
 _ACCEPT_CODE = "--accept-code"
+_STORE = {
+    "du": "What runs and sweeps hold on disk, what they share, and what no run needs.",
+    "gc": "Say what no run needs, and remove it with --delete. What is at work, pinned or young stays.",
+    "rm": "Say what goes with runs or sweeps, and remove it with --delete. What another run needs stays.",
+    "mv": "Rename a run, or a sweep with its members.",
+}
 
 USAGE = """\
 unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP loss, upsamplers.
@@ -35,6 +42,10 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip board                        the same page of all runs, served to a browser, live
   unclip shards index PATH            index WebDataset shards for data=webdataset
   unclip shards check PATH            read and decode all of them, and say what cannot be used
+  unclip du                           what runs hold on disk and share, and what no run needs
+  unclip gc                           what could go of what no run needs; --delete removes it
+  unclip rm RUN                       what goes with a run or sweep; --delete removes it
+  unclip mv RUN NEW                   rename a run or sweep
 {registered}
 `unclip run --help` lists the config groups, `unclip run --cfg job` prints the composed config.
 `unclip COMMAND --help` says more of a command.
@@ -57,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         where = f" for {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             print(f"unclip: no space is left{where}; free some and run the same command again", file=sys.stderr)
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             print(f"unclip: there is no right to write or read{where}; get it, or set paths.outputs", file=sys.stderr)
@@ -98,6 +109,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "card": _card,
         "board": _board,
         "shards": _shards,
+        **{name: partial(_store, name) for name in _STORE},
     }
 
 
@@ -270,6 +282,14 @@ def _shards(arguments: list[str]) -> int:
     if secret is not None:
         raise UserError(secret.replace("the run's records", "the index"))
     return shards_command(arguments)
+
+
+def _store(command: str, arguments: list[str]) -> int:
+    from pipeline.store import command as store
+
+    parser = command_parser(command, _STORE[command])
+    getattr(store, f"add_{command}_options")(parser)
+    return getattr(store, command)(parser.parse_args(arguments))
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:

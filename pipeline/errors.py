@@ -1,5 +1,7 @@
 """The errors that are addressed to users."""
 
+import errno
+
 
 class UserError(Exception):
     """Something the user can mend: one line with the value, the rule and the remedy. Exit status 2, no traceback."""
@@ -11,3 +13,8 @@ class ProcessKilledError(Exception):
 
 class StageInterrupted(Exception):  # noqa: N818 - a request that was honoured, not a fault
     """A stage stopped at a step boundary on request; its checkpoint is written and the same command resumes it."""
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether it tells of a full disk, or of a quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

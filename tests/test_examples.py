@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import ROOT
 
-COMMANDS = "run|plan|submit|status|logs|cancel|sync|compare|card|board|shards|sample|edit|evaluate|export"
+COMMANDS = "run|plan|submit|status|logs|cancel|sync|compare|card|board|shards|du|gc|rm|mv|sample|edit|evaluate|export"
 PROGRAM = re.compile(rf"(unclip ({COMMANDS})\b|(pip|make|pytest|python3?|sudo|scancel|scontrol)( |$))")
 OVERRIDE = re.compile(r"['\"]?(~\w+\.|[+~]*[a-z_]+(\.\w+|[@/][\w.]+)*=)\S")
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")

@@ -169,6 +169,15 @@ def test_the_board_imports_what_is_shown_and_no_training():
     assert offenders(sources("pipeline/board/**/*.py"), *HEAVY, "wandb") == []
 
 
+def test_the_store_imports_launchers_and_the_workflow_and_no_training():
+    own = (
+        *("pipeline.store", "pipeline.terminal", "pipeline.launch.launcher", "pipeline.workflow"),
+        *("pipeline.data.place", "pipeline.config", "pipeline.errors"),
+    )
+    assert offenders(sources("pipeline/store/**/*.py"), "pipeline", but=own) == []
+    assert offenders(sources("pipeline/store/**/*.py"), *HEAVY, "wandb") == []
+
+
 def test_the_workflow_knows_no_report():
     assert offenders(sources("pipeline/workflow/**/*.py", "pipeline/training/**/*.py"), "pipeline.report") == []
     assert offenders(sources("pipeline/workflow/**/*.py"), "pipeline.tracking") == []

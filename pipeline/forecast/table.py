@@ -6,7 +6,7 @@ from rich.console import RenderableType
 
 from pipeline.forecast.estimate import Forecast, StageForecast
 from pipeline.terminal.tables import new_table
-from pipeline.terminal.words import format_duration
+from pipeline.terminal.words import format_bytes, format_duration
 from pipeline.workflow.plan import Action
 
 UNKNOWN = "unknown"
@@ -49,14 +49,14 @@ def _cells(stage: StageForecast, price_per_hour: float | None) -> Iterator[str]:
         return
     yield UNKNOWN if stage.samples is None else f"{stage.samples:,}"
     yield UNKNOWN if stage.flops_per_sample is None else f"{stage.flops_per_sample / 1e9:,.3g}"
-    yield UNKNOWN if stage.memory_bytes is None else _size(stage.memory_bytes)
+    yield UNKNOWN if stage.memory_bytes is None else format_bytes(stage.memory_bytes)
     yield UNKNOWN if stage.samples_per_s is None else f"{stage.samples_per_s:,.3g}"
     yield UNKNOWN if stage.duration_s is None else format_duration(stage.duration_s)
     hours = stage.device_hours
     yield UNKNOWN if hours is None or price_per_hour is None else f"{hours * price_per_hour:,.2f}"
     yield UNKNOWN if stage.shards_per_s is None else f"{stage.shards_per_s:,.3g}"
-    yield UNKNOWN if stage.artifact_bytes is None else _size(stage.artifact_bytes)
-    yield UNKNOWN if stage.work_bytes is None else _size(stage.work_bytes)
+    yield UNKNOWN if stage.artifact_bytes is None else format_bytes(stage.artifact_bytes)
+    yield UNKNOWN if stage.work_bytes is None else format_bytes(stage.work_bytes)
 
 
 def _too_slow(stage: StageForecast) -> str | None:
@@ -79,17 +79,9 @@ def _sums(forecast: Forecast) -> Iterator[str]:
     line = f"one after the other: {duration}, {hours:,.3g} device hours, {cost}"
     yield line + (f"; without {', '.join(unknown)}, unknown" if unknown else "")
     without = f" and what is unknown of {', '.join(forecast.unknown_sizes)}" if forecast.unknown_sizes else ""
-    needs = f"on disk: {_size(forecast.needed_bytes)}{without}; {_size(forecast.free_bytes)} free at {forecast.outputs}"
+    free = f"{format_bytes(forecast.free_bytes)} free at {forecast.outputs}"
+    needs = f"on disk: {format_bytes(forecast.needed_bytes)}{without}; {free}"
     if forecast.needed_bytes > forecast.free_bytes:
         yield f"{needs}: NOT ENOUGH; free some, or set paths.outputs"
     else:
         yield needs
-
-
-def _size(count: float) -> str:
-    """Bytes in words, decimal."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

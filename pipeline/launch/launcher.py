@@ -78,6 +78,13 @@ class Launcher(ABC):
         """Stop the stages of these runs that no other run counts on, and say so in lines."""
         return []
 
+    def at_work(self, outputs: Path, works: Sequence[Path]) -> dict[Path, str]:
+        """Of these work directories those that something outside of this machine's files works at or will, in words.
+
+        Where that cannot be asked: those of which it is not known.
+        """
+        return {}
+
     def log(self, outputs: Path, record: RunRecord, stage: str) -> Path:
         """Where the output of a stage is. Raises `UserError` where there is none."""
         return stage_log(outputs, record, stage)

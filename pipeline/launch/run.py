@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
-from pipeline.launch.notify import Event, tell
 from pipeline.terminal.display import Display
 from pipeline.workflow.code import read_record
+from pipeline.workflow.in_use import recorded
+from pipeline.workflow.notify import Event, tell
 from pipeline.workflow.ownership import Vacancy
 from pipeline.workflow.plan import Plan, require_unblocked, several
 from pipeline.workflow.progress import Outcome
-from pipeline.workflow.runs import read_run, record_run, run_artifacts
+from pipeline.workflow.runs import read_run, run_artifacts
 
 
 def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code: bool = False) -> list[StageOutcome]:
@@ -37,18 +38,18 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
         if not accepts_code:
             _require_same_code(plan)
     launcher.check(plans)
-    for plan in plans:
-        plan.code.keep(plan.store.outputs)
-        record_run(plan)
-    outcomes = launcher.submit([plan.with_code() for plan in plans], display)
-    if waits:
-        config = plans[0].config
-        ended = Counter(each.outcome.value for each in outcomes)
-        name = config.run.group or config.run.name
-        text = f"{name} has ended: {', '.join(f'{number} {outcome}' for outcome, number in ended.items())}"
-        tell(config.notify, Event.END, name, text)
-        for plan in plans:
-            display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
+    with recorded(plans) as in_use:
+        for plan in in_use:
+            plan.code.keep(plan.store.outputs)
+        outcomes = launcher.submit([plan.with_code() for plan in in_use], display)
+        if waits:
+            config = plans[0].config
+            ended = Counter(each.outcome.value for each in outcomes)
+            name = config.run.group or config.run.name
+            text = f"{name} has ended: {', '.join(f'{number} {outcome}' for outcome, number in ended.items())}"
+            tell(config.notify, Event.END, name, text)
+            for plan in in_use:
+                display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
     return outcomes
 
 

@@ -1,4 +1,4 @@
-"""Durations and progress in words."""
+"""Durations, sizes and progress in words."""
 
 from pipeline.workflow.progress import Progress
 
@@ -11,6 +11,15 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in words, decimal."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
 
 
 def progress_line(progress: Progress) -> str:

@@ -21,7 +21,6 @@ from pipeline.training.callbacks import StepBoundary
 from pipeline.training.module import StageModule
 from pipeline.training.precision import copies_in, in_place
 
-COMPILER_CACHE = "compiler"
 STEPS_THAT_COMPILE = 64
 """Steps of a process in which new shapes are compiled. A shape that first comes later is computed eagerly."""
 

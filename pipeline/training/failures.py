@@ -7,7 +7,7 @@ import traceback
 import torch
 from torch.distributed import DistError
 
-from pipeline.errors import ProcessKilledError, UserError
+from pipeline.errors import ProcessKilledError, UserError, is_disk_full
 from pipeline.training.checkpoints import latest_checkpoint
 from pipeline.training.disk import fewer_checkpoints
 from pipeline.workflow.causes import Cause
@@ -15,7 +15,6 @@ from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Failure
 
 _MIN_FREE_BYTES = 2**20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Gloo raises a plain RuntimeError, and its start another one, in one of these words.
 _TIMED_OUT = ("Timed out waiting", "Application timeout", "waiting for clients")
 _LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -64,7 +63,7 @@ def cause_of(error: Exception, frozen: FrozenStage) -> Cause:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return Cause.PERMISSION
     # Libraries that write from other languages say it in words, and some only that they wrote less than asked.
-    is_full = isinstance(error, OSError) and error.errno in _FULL
+    is_full = isinstance(error, OSError) and (is_disk_full(error) or error.errno == errno.EFBIG)
     if is_full or "No space left on device" in said or shutil.disk_usage(frozen.outputs).free < _MIN_FREE_BYTES:
         return Cause.DISK_FULL
     # torch's CPU allocator raises a plain RuntimeError.

@@ -25,7 +25,7 @@ from pipeline.training.callbacks import (
     Validation,
 )
 from pipeline.training.checkpoints import Checkpoint, latest_checkpoint
-from pipeline.training.compiling import COMPILER_CACHE, StopCompiling, checkpoint_activations, choose_compile, compiled
+from pipeline.training.compiling import StopCompiling, checkpoint_activations, choose_compile, compiled
 from pipeline.training.context import StageContext
 from pipeline.training.disk import require_disk
 from pipeline.training.hardware import accelerator_of, record_hardware
@@ -40,7 +40,7 @@ from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.training.watch import HangWatch
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
 from pipeline.workflow.causes import Cause
-from pipeline.workflow.progress import Failure, Phase, read_failure, write_failure
+from pipeline.workflow.progress import COMPILER_CACHE, Failure, Phase, read_failure, write_failure
 
 
 @dataclass(frozen=True)

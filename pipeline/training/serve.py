@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.launch.identity import this_process
-from pipeline.launch.notify import tell_of_end
 from pipeline.training.stage import run_stage
 from pipeline.training.worker import EXIT_KILLED
 from pipeline.workflow.frozen import FrozenStage, read_frozen
+from pipeline.workflow.notify import tell_of_end
 from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG, Outcome, result_path
 
 SECONDS_BETWEEN_LOOKS = 1.0

@@ -26,6 +26,8 @@ SMALLER = ".smaller.json"
 StageKey = tuple[str, str]
 """A stage's name and fingerprint."""
 
+_DIRECTORY = "frozen"
+
 
 class ArtifactReference(Settings):
     """An artifact by stage and fingerprint.
@@ -134,7 +136,7 @@ def frozen_path(stage: FrozenStage) -> Path:
     """Where the stage is written: a file named by its contents, so that a queued job's is never rewritten."""
     values = stage.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-    return stage.work / "frozen" / f"{digest}.json"
+    return stage.work / _DIRECTORY / f"{digest}.json"
 
 
 def write_frozen(stage: FrozenStage) -> FrozenFile:
@@ -163,6 +165,11 @@ def halve_micro_batch(path: Path) -> int | None:
     smaller = frozen.model_copy(update={"trainer": trainer})
     write_json_atomically(path.with_suffix(SMALLER), smaller.model_dump(mode="json"))
     return half
+
+
+def frozen_stages(work: Path) -> list[FrozenStage]:
+    """All that a stage was frozen as, for its starts and its jobs."""
+    return [read_frozen(path) for path in sorted((work / _DIRECTORY).glob("*.json"))]
 
 
 def read_frozen(path: Path) -> FrozenStage:

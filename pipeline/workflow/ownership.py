@@ -28,6 +28,8 @@ from pipeline.errors import StageInterrupted
 ATTEMPTS = "attempts"
 BEATS_PER_LEASE = 6
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_UNTIL_GONE = 3600.0
+"""After so long without a sign of life a process of another host is none that space is kept for."""
 
 
 class StageLost(StageInterrupted):
@@ -255,6 +257,25 @@ class Vacancy:
         if self._seen != (attempt, beat):
             self._seen, self._since = (attempt, beat), time.monotonic()
         return time.monotonic() - self._since > lease_s
+
+
+def at_work(work: Path) -> str | None:
+    """Who may work there now, in words, by one look and without waiting for a lease; None if nobody does.
+
+    Of this host's processes it is known. One of elsewhere counts for an hour after its last sign of life.
+    """
+    directory = work / ATTEMPTS
+    attempt = latest_attempt(directory)
+    if attempt == 0 or _is_over(directory, attempt):
+        return None
+    claim = _read_claim(directory, attempt)
+    if claim is not None and claim.host == this_host():
+        return None if claim.is_dead else f"process {claim.pid} is at work on it"
+    beats = [file.stat().st_mtime for file in directory.glob(f"{attempt:06}.*")]
+    if time.time() - max(beats, default=0.0) > SECONDS_UNTIL_GONE:
+        return None
+    host = "another host" if claim is None else claim.host.partition("/")[0]
+    return f"a process of {host} may be at work on it"
 
 
 def _is_over(directory: Path, attempt: int) -> bool:

@@ -17,6 +17,9 @@ FAILURE = "failure.json"
 HARDWARE = "hardware.json"
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
+"""What a stage goes on from, and needs no more once it is finished."""
+COMPILER_CACHE = "compiler"
+"""The compiler's own cache, below `paths.outputs`."""
 SECONDS_UNTIL_SILENT = 60.0
 EXIT_INTERRUPTED = 75
 """The exit status of what was stopped on request and can be resumed."""

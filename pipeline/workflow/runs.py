@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 import shutil
 import time
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from pipeline.config import Settings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore, write_json_atomically
+from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG
 
@@ -86,25 +89,34 @@ def _keep_earlier(directory: Path, record: RunRecord) -> None:
         write_json_atomically(directory / EARLIER / f"{digest}.json", values)
 
 
+def keys_of(record: RunRecord) -> list[StageKey]:
+    """The stages of a run as keys of the store."""
+    return [(stage.name, stage.fingerprint) for stage in record.stages]
+
+
+def earlier_records(outputs: Path, name: str) -> dict[Path, RunRecord]:
+    """Those that later configs of the run replaced, the latest first; what cannot be read as one is left out."""
+    found = {}
+    paths = (run_directory(outputs, name) / EARLIER).glob("*.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(OSError, ValueError, UserError):
+            found[path] = validate(RunRecord, json.loads(path.read_bytes()), str(path))
+    return found
+
+
 def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[str, Any] | None:
     """The whole config of a run as it was given with that stage, though another may have been given since; or None."""
-    directory = run_directory(outputs, name)
-    earlier = sorted(directory.glob(f"{EARLIER}/*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in (directory / RECORD, *earlier):
-        try:
-            record = validate(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
-        except (OSError, ValueError, UserError):
-            continue
-        if record.fingerprint_of(stage) == fingerprint:
-            return record.config
-    return None
+    records = list(earlier_records(outputs, name).values())
+    with suppress(UserError):
+        records.insert(0, read_run(outputs, name))
+    return next((record.config for record in records if record.fingerprint_of(stage) == fingerprint), None)
 
 
 def read_run(outputs: Path, name: str) -> RunRecord:
     """A recorded run. Raises `UserError` that lists the runs there are, or says that its record is broken."""
     path = run_directory(outputs, name) / RECORD
     try:
-        return validate(RunRecord, json.loads(path.read_bytes()), str(path))
+        return renamed(validate(RunRecord, json.loads(path.read_bytes()), str(path)), name)
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
@@ -113,12 +125,29 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         raise UserError(f"{path} cannot be read ({error}); run {name} again, or remove {path.parent}") from error
 
 
+def renamed(record: RunRecord, name: str) -> RunRecord:
+    """The record of a run whose folder has that name now; a folder's name is the run's.
+
+    A sweep's member that keeps its number is one of the sweep of the new name.
+    """
+    if record.name == name:
+        return record
+    (sweep, _, number), (new_sweep, _, new_number) = record.name.rpartition("."), name.rpartition(".")
+    is_member = sweep != "" and record.group == sweep and number == new_number
+    group = new_sweep if is_member else name if record.group == record.name else record.group
+    given = f"run.name={new_sweep if is_member else name}"
+    others = [each for each in record.overrides if each.partition("=")[0] != "run.name"]
+    run = {**record.config.get("run", {}), "name": name, **({"group": group} if group != name else {})}
+    changes = {"name": name, "group": group, "overrides": [*others, given], "config": {**record.config, "run": run}}
+    return record.model_copy(update=changes)
+
+
 def read_runs(outputs: Path, name: str) -> list[RunRecord]:
     """The run of that name, or the members of the sweep of that name, in their order."""
     if (run_directory(outputs, name) / RECORD).exists():
         return [read_run(outputs, name)]
-    members = [read_run(outputs, each) for each in run_names(outputs) if each.rpartition(".")[0] == name]
-    found = [record for record in members if record.group == name]
+    numbered = [each for each in run_names(outputs) if re.fullmatch(rf"{re.escape(name)}\.\d+", each)]
+    found = [record for record in (read_run(outputs, each) for each in numbered) if record.group == name]
     return sorted(found, key=lambda record: int(record.name.rpartition(".")[2])) or [read_run(outputs, name)]
 
 

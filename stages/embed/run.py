@@ -27,13 +27,14 @@ from pipeline.data.splits import Split
 from pipeline.forecast.rehearsal import Pass, Passes, Rehearsal
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.inference import inference_fabric
+from pipeline.workflow.progress import CHECKPOINTS
 from stages.clip.network import ClipModel, load_clip
 from stages.clip.settings import ClipSettings
 from stages.embed.embeddings import Embeddings, Whitening, save_embeddings
 from stages.embed.settings import EmbedNumbers, EmbedSettings
 from stages.weights import bytes_of
 
-PARTS = "parts"
+PARTS = f"{CHECKPOINTS}/parts"
 
 
 def run(context: StageContext) -> StageResult:
@@ -42,7 +43,7 @@ def run(context: StageContext) -> StageResult:
     fabric = inference_fabric(context.frozen.trainer)
     clip = load_clip(context.input("clip"), device=fabric.device)
     images = context.images(clip.settings.image_size, cache_mib=0, ahead=MadeAhead(clip.tokenize))
-    (context.work / PARTS).mkdir(exist_ok=True)
+    (context.work / PARTS).mkdir(parents=True, exist_ok=True)
     total = len(images)
     row = np.arange(total)
     rows_of_part = {

@@ -17,6 +17,7 @@ from pipeline.forecast.rehearsal import ROWS, Rehearsal, Training
 from pipeline.training.context import StageContext, StageResult
 from pipeline.training.fit import fit
 from pipeline.training.module import LOSS, StageModule
+from pipeline.workflow.progress import CHECKPOINTS
 from stages.judge.labels import CLASSES, judge_samples, true_labels
 from stages.judge.network import Judge
 from stages.judge.settings import JudgeDataSettings, JudgeNumbers, JudgeSettings
@@ -30,7 +31,7 @@ def run(context: StageContext) -> StageResult:
     """Draw single objects of all pairs, train on them, and say how often the judge is right about held-out ones."""
     settings = context.settings_as(JudgeSettings)
     # Each process draws the same ones for itself: nothing tells the others when the first one's are complete.
-    data = context.work / f"data-of-process-{context.process.rank}"
+    data = context.work / CHECKPOINTS / f"data-of-process-{context.process.rank}"
     make_prepared(data, _drawn(context, settings.data), settings.data.shard_samples)
     ahead = MadeAhead(normals={NOISE: (3, settings.image_size, settings.image_size)})
     images = CaptionedImages(data, settings.data.image_size, context.frozen.trainer.cache_mib, ahead=ahead)

@@ -213,7 +213,7 @@ def test_a_picture_is_made_again_and_edited_by_the_command(
         (["sample", "--from", str(outputs / "runs" / "base" / "run.json"), *at], "is no PNG"),
         (["sample", "--from", str(varied), *at], "made from 1 others"),
         (["edit", "variations", "base", str(outputs), *at], "cannot be read"),
-        (["edit", "text-diff", "base", str(first), "a", "b", "--strength", "nan", *at], "--strength nan is no share; give 0 to 1"),
+        (["edit", "text-diff", "base", str(first), "a", "b", "--strength", "nan", *at], "--strength nan is no share"),
     ]:
         assert main(arguments) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()

@@ -183,7 +183,7 @@ def test_captions_without_images_are_refused(capsys, tmp_path: Path):
 def test_an_unknown_command_lists_the_commands(capsys):
     message = refusal(capsys, "trian")
     assert (
-        "'trian' is no command; commands are run, plan, submit, status, logs, cancel, sync, compare, card, shards"
+        "'trian' is no command; commands are run, plan, submit, status, logs, cancel, sync, compare, card, board, shards"
         in message
     )
     assert "sample" in message

@@ -25,6 +25,7 @@ from stages.clip.train import ClipModule
 from stages.decoder.network import load_decoder
 from stages.decoder.train import DecoderModule
 from stages.embed.embeddings import load_clip_embeddings, load_embeddings
+from stages.embed.run import PARTS
 from stages.prior.network import load_prior
 from stages.upsampler.network import load_upsampler
 from tests.support.tiny_runs import failure_of, plan_stages, rows_of, run_and_stop, run_stage_of, run_until
@@ -147,7 +148,7 @@ def test_embed_resumes_by_parts_to_the_same_numbers(outputs: Path, tmp_path: Pat
     in_parts = ["stage.embed.part_samples=16", "stage.embed.batch_size=8"]
     run_until(tmp_path, "clip")
     frozen = plan_stages(tmp_path, *in_parts)["embed"]
-    parts = frozen.work / "parts"
+    parts = frozen.work / PARTS
     outcome = run_and_stop(frozen, when=lambda: len(list(parts.glob("part-*.safetensors"))) >= 2)
     assert outcome is Outcome.INTERRUPTED
     written = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.safetensors")}

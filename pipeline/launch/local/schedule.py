@@ -12,10 +12,10 @@ from pipeline.launch.identity import this_process
 from pipeline.launch.launcher import StageOutcome
 from pipeline.launch.local.devices import Devices, Share
 from pipeline.launch.local.worker import Worker
-from pipeline.launch.notify import tell_of_failure
 from pipeline.terminal.display import Display
 from pipeline.workflow.causes import Cause, oom_kills, starts_again
 from pipeline.workflow.frozen import FrozenStage, StageKey, frozen_path, halve_micro_batch, write_frozen
+from pipeline.workflow.notify import tell_of_failure
 from pipeline.workflow.ownership import StageLost, Vacancy
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import Failure, Outcome, read_failure, read_progress

@@ -10,7 +10,7 @@ from pipeline.launch.identity import ProcessIdentity
 from pipeline.launch.launcher import Launcher, StageOutcome
 from pipeline.launch.slurm.identity import identity_in_job
 from pipeline.launch.slurm.settings import SlurmLaunch
-from pipeline.launch.slurm.status import cancel_runs, has_jobs, job_statuses
+from pipeline.launch.slurm.status import active_jobs, cancel_runs, has_jobs, job_statuses
 from pipeline.launch.slurm.submit import plan_jobs, slurm_launch, submit_jobs
 from pipeline.launch.slurm.tables import jobs_table, planned_jobs_table, scripts_text, submitted_table
 from pipeline.terminal.display import Display
@@ -57,6 +57,10 @@ class SlurmLauncher(Launcher):
             *(f"cancelled {stage}, job {job_id}" for stage, job_id in result.cancelled),
             *(f"left {stage}, job {job_id}: {', '.join(runs[:3])} counts on it" for stage, job_id, runs in result.kept),
         ]
+
+    def at_work(self, outputs: Path, works: Sequence[Path]) -> dict[Path, str]:
+        """Those whose job may still make the stage."""
+        return active_jobs(outputs, works)
 
     def identity(self, environment: Mapping[str, str]) -> ProcessIdentity:
         """One of the tasks of a job."""

@@ -14,11 +14,11 @@ import signal
 import sys
 from pathlib import Path
 
-from pipeline.launch.notify import tell_of_failure
 from pipeline.launch.slurm.identity import job_around
 from pipeline.launch.slurm.settings import Policy
 from pipeline.workflow.causes import Cause, End, read_ends, starts_again, write_end
 from pipeline.workflow.frozen import FrozenStage, halve_micro_batch, read_frozen
+from pipeline.workflow.notify import tell_of_failure
 from pipeline.workflow.progress import LOG, Failure, read_failure, write_failure
 
 AGAIN = "@again"

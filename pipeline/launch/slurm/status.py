@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
-from pipeline.launch.slurm.jobs import KnownJob, latest_record, look_up, release_held, write_record
+from pipeline.launch.slurm.jobs import JOBS, KnownJob, latest_record, look_up, release_held, write_record
 from pipeline.launch.slurm.submit import one_submission_at_a_time
 from pipeline.terminal.tables import stage_state
 from pipeline.terminal.words import progress_line
-from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.causes import Cause, last_words
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
@@ -60,6 +61,22 @@ def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]
         _status(store, stage, members, known.get(work), accounted)
         for (stage, members), work in zip(stages, works, strict=True)
     ]
+
+
+def active_jobs(outputs: Path, works: Sequence[Path]) -> dict[Path, str]:
+    """What is to be said of the jobs of these work directories that may still make their stage.
+
+    Where Slurm gives no answer, every job counts whose stage is not finished.
+    """
+    submitted = [work for work in works if (work / JOBS).is_dir()]
+    try:
+        known = look_up(submitted)
+    except UserError as error:
+        place = ArtifactStore(outputs).path
+        unfinished = [work for work in submitted if not (place(work.parent.name, work.name) / MANIFEST).exists()]
+        return dict.fromkeys(unfinished, f"of its job Slurm cannot be asked ({error})")
+    active = {work: each for work, each in known.items() if each.is_active}
+    return {work: f"job {each.job_id} is {each.queued.state}" for work, each in active.items() if each.queued}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,9 @@ from pipeline.config import StrategyName
 from pipeline.errors import UserError
 from pipeline.launch.slurm.status import cancel_runs, job_statuses
 from pipeline.launch.slurm.submit import Submission, SubmittedStage
-from pipeline.workflow.runs import read_runs
+from pipeline.store.references import jobs_at_work
+from pipeline.store.runs import remove_runs
+from pipeline.workflow.runs import read_runs, run_directory
 from tests.support import tiny, world
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -154,6 +157,24 @@ def test_a_job_whose_inputs_are_gone_fails_with_the_reason(tmp_path: Path):
     reason = world.plan(tmp_path / "a", steps=4).stages[1].reason
     assert "needs the artifact data/" in reason
     assert not world.is_finished(learner)
+
+
+@pytest.mark.slow
+def test_what_a_job_needs_is_neither_collected_nor_removed_and_it_ends_well(tmp_path: Path):
+    made = world.plan(tmp_path, steps=4, note="a", launch={"sbatch_arguments": ["--hold"]})
+    world.run_stages_here(made, "data", "learner")
+    (job_id,) = jobs_of(
+        world.submit(world.plan(tmp_path, steps=4, note="a", launch={"sbatch_arguments": ["--hold"]}))
+    ).values()
+    with pytest.raises(UserError, match=f"run trial: of its stage reader, job {job_id} is PENDING; wait for its end"):
+        remove_runs(tmp_path, ["trial"], jobs_at_work(tmp_path))
+    shutil.rmtree(run_directory(tmp_path, "trial"))
+    assert main([*["gc", "--older-than", "0m", "--delete", "--outputs"], str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("artifacts/*/*/manifest.json"))) == 2
+    world.slurm("scontrol", "release", str(job_id))
+    wait_for(job_id)
+    assert main([*["gc", "--older-than", "0m", "--delete", "--outputs"], str(tmp_path)]) == 0
+    assert list(tmp_path.glob("artifacts/*/*/manifest.json")) == []
 
 
 def test_names_that_a_shell_would_read_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

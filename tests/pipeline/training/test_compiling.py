@@ -15,7 +15,6 @@ from torch._inductor import config as inductor
 from pipeline.config import ActivationCheckpointing, Compile, StrategyName
 from pipeline.errors import UserError
 from pipeline.training.compiling import (
-    COMPILER_CACHE,
     STEPS_THAT_COMPILE,
     StopCompiling,
     blocks_of,
@@ -23,7 +22,7 @@ from pipeline.training.compiling import (
     choose_compile,
     compiled,
 )
-from pipeline.workflow.progress import Outcome, read_failure
+from pipeline.workflow.progress import COMPILER_CACHE, Outcome, read_failure
 from tests.support import ROOT, tiny
 from tests.support.tiny import are_equal, finished, frozen, rows, run, weights
 

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from pipeline.config import NotifySettings
-from pipeline.launch.notify import tell_of_end
 from pipeline.launch.run import start
 from pipeline.terminal.display import Display
+from pipeline.workflow.notify import tell_of_end
 from pipeline.workflow.plan import Plan, plan_run
 from tests.support import ROOT
 from tests.support.halves import plan_halves

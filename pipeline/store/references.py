@@ -1,0 +1,145 @@
+"""What is needed of a store, and by whom: the one answer for `unclip du`, `gc` and `rm`.
+
+A run needs its stages and, through their inputs, what these were made from. What an earlier config of a run made is
+not needed, unless the run is pinned. What is at work needs its stage and its inputs, whatever the records say.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.launch.launcher import launchers
+from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.frozen import StageKey, frozen_stages
+from pipeline.workflow.in_use import commands_at_work
+from pipeline.workflow.ownership import at_work
+from pipeline.workflow.runs import RunRecord, earlier_records, keys_of, read_run, run_directory, run_names
+
+PIN = "pinned"
+"""The file in a run's folder that keeps what its earlier configs made, its checkpoints, and the run."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The run that needed a stage before its config was changed, and when that was (seconds since the epoch)."""
+
+    run: str
+    replaced_at: float
+
+
+@dataclass(frozen=True)
+class References:
+    """Who needs which stages. `busy` and `busy_runs` say in words why a stage or a run is not to be touched now."""
+
+    records: Mapping[str, RunRecord]
+    users: Mapping[StageKey, tuple[str, ...]]
+    busy: Mapping[StageKey, str]
+    busy_runs: Mapping[str, str]
+    earlier: Mapping[StageKey, Earlier]
+    pinned: Collection[str]
+    codes: Collection[str]
+    """The digests of the code that runs were started with, and that what is at work runs."""
+
+    @cached_property
+    def of_runs(self) -> Mapping[str, frozenset[StageKey]]:
+        """All that each run needs."""
+        found: dict[str, set[StageKey]] = {name: set() for name in self.records}
+        for key, names in self.users.items():
+            for name in names:
+                found[name].add(key)
+        return {name: frozenset(keys) for name, keys in found.items()}
+
+
+def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection[str] = ()) -> References:
+    """Read all records of the store, but for those of the runs `without`; `jobs` is what `jobs_at_work` gave.
+
+    Raises `UserError` where a run's record cannot be read: what that run needs is not known.
+    """
+    inputs = _Inputs(outputs)
+    records = {name: read_run(outputs, name) for name in run_names(outputs) if name not in without}
+    pinned = {name for name in records if (run_directory(outputs, name) / PIN).exists()}
+    users: dict[StageKey, dict[str, None]] = {}
+    earlier: dict[StageKey, Earlier] = {}
+    codes = {record.code for record in records.values()}
+    for name, record in records.items():
+        needed = keys_of(record)
+        for path, replaced in earlier_records(outputs, name).items():
+            codes.add(replaced.code)
+            if name in pinned:
+                needed += keys_of(replaced)
+            for key in keys_of(replaced):
+                when = Earlier(name, path.stat().st_mtime)
+                earlier[key] = max(earlier.get(key, when), when, key=lambda each: each.replaced_at)
+        for key in inputs.with_all(needed):
+            users.setdefault(key, {})[name] = None
+    works = dict(entries(outputs, "work"))
+    directly = {key: why for key, path in works.items() if (why := at_work(path) or jobs.get(path))}
+    commands = commands_at_work(outputs)
+    planned = {key: "a command at work has planned with it" for needs in commands for key in needs.stages}
+    at_hand = planned | directly
+    needed_by = {each: f"{key[0]} needs it: {why}" for key, why in at_hand.items() for each in inputs.with_all([key])}
+    busy_runs = {name: "a command is at work on it" for needs in commands for name in needs.runs if name in records}
+    for name, record in records.items():
+        for key in keys_of(record):
+            if key in directly:
+                busy_runs.setdefault(name, f"of its stage {key[0]}, {directly[key]}")
+    of_keys = {key: tuple(names) for key, names in users.items()}
+    codes |= {frozen.code for key in at_hand.keys() & works.keys() for frozen in frozen_stages(works[key])}
+    known_codes = {each for each in codes if each is not None}
+    return References(records, of_keys, needed_by | at_hand, busy_runs, earlier, pinned, known_codes)
+
+
+def jobs_at_work(outputs: Path) -> dict[Path, str]:
+    """The work directories that jobs of a queue work at or will, and what is to be said of them. Asks the queues."""
+    works = [path for _, path in entries(outputs, "work")]
+    return {path: why for each in launchers().values() for path, why in each.at_work(outputs, works).items()}
+
+
+def entries(outputs: Path, tree: str) -> Iterator[tuple[StageKey, Path]]:
+    """What stands under `artifacts` or `work`, by stage and fingerprint. Other names are nobody's business."""
+    for path in sorted((outputs / tree).glob("*/*")):
+        if _FINGERPRINT.fullmatch(path.name):
+            yield (path.parent.name, path.name), path
+
+
+class _Inputs:
+    """What stages were made from or will be, all the way down: as the manifest says, else as the frozen stages do."""
+
+    def __init__(self, outputs: Path) -> None:
+        self._store = ArtifactStore(outputs)
+        self._stage_of = {key[1]: key[0] for tree in ("work", "artifacts") for key, _ in entries(outputs, tree)}
+        self._known: dict[StageKey, tuple[StageKey, ...]] = {}
+
+    def with_all(self, keys: Iterable[StageKey]) -> list[StageKey]:
+        """These stages and all of their inputs, a stage before its own."""
+        found: dict[StageKey, None] = {}
+        pending = list(keys)
+        while pending:
+            key = pending.pop()
+            if key not in found:
+                found[key] = None
+                pending += self._of(key)
+        return list(found)
+
+    def _of(self, key: StageKey) -> tuple[StageKey, ...]:
+        if key not in self._known:
+            self._known[key] = tuple(self._read(key))
+        return self._known[key]
+
+    def _read(self, key: StageKey) -> Iterator[StageKey]:
+        try:
+            artifact = self._store.find(*key)
+        except UserError:
+            artifact = None
+        if artifact is not None:
+            fingerprints = [each for found in artifact.manifest.inputs.values() for each in found]
+            yield from ((self._stage_of[each], each) for each in fingerprints if each in self._stage_of)
+            return
+        for frozen in frozen_stages(self._store.work(*key)):
+            yield from frozen.needs
+            if frozen.initial is not None:
+                yield frozen.initial.stage, frozen.initial.fingerprint

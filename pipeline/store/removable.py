@@ -1,0 +1,129 @@
+"""What of a store can go: what no run needs, and what finished stages went on from."""
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.store.references import References, entries
+from pipeline.workflow import code
+from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
+from pipeline.workflow.frozen import StageKey
+from pipeline.workflow.progress import CHECKPOINTS, COMPILER_CACHE
+
+_LEFT_OVER = {".building-": "its process has ended", ".damaged-": "another was made in its place"}
+"""Names beside artifacts, before `<fingerprint>-<something>`."""
+_BLOCK_BYTES = 512
+
+
+class Kind(StrEnum):
+    """What something in a store is."""
+
+    ARTIFACT = "artifact"
+    LEFT_OVER = "left over"
+    WORK = "work folder"
+    CHECKPOINTS = "checkpoints"
+    CODE = "code"
+    COMPILER_CACHE = "compiler's cache"
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes on disk, and when the newest file was changed (seconds since the epoch)."""
+
+    size_bytes: int
+    changed_at: float
+
+
+@dataclass(frozen=True)
+class Removable:
+    """Something that can go, and why. `key` is None for what belongs to no stage.
+
+    `needed_until` is when a run ceased to need it (seconds since the epoch), where that is known.
+    """
+
+    kind: Kind
+    path: Path
+    key: StageKey | None
+    why: str
+    needed_until: float = 0.0
+
+    @cached_property
+    def space(self) -> Space:
+        """What it takes. Walks through it, once."""
+        return measured(self.path)
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was changed, or since a run ceased to need it."""
+        return time.time() - max(self.space.changed_at, self.needed_until)
+
+
+def removables(
+    outputs: Path, references: References, *, keeps_checkpoints: bool, takes_caches: bool
+) -> Iterator[Removable]:
+    """All that can go as far as the runs are concerned; `obstacle` says what stands in the way."""
+    for kind, tree in ((Kind.ARTIFACT, "artifacts"), (Kind.WORK, "work")):
+        for key, path in entries(outputs, tree):
+            if key not in references.users:
+                earlier = references.earlier.get(key)
+                why = f"run {earlier.run} has another config now" if earlier else "no run needs it"
+                yield Removable(kind, path, key, why, earlier.replaced_at if earlier else 0.0)
+    for beginning, why in _LEFT_OVER.items():
+        for path in sorted(outputs.glob(f"artifacts/*/{beginning}*")):
+            key = path.parent.name, path.name.removeprefix(beginning).rpartition("-")[0]
+            yield Removable(Kind.LEFT_OVER, path, key, why)
+    store = ArtifactStore(outputs)
+    for key in references.users if not keeps_checkpoints else ():
+        path = store.work(*key) / CHECKPOINTS
+        if path.is_dir() and (store.path(*key) / MANIFEST).exists() and not _is_pinned(key, references):
+            yield Removable(Kind.CHECKPOINTS, path, key, "its stage is finished")
+    for path in sorted((outputs / code.DIRECTORY).glob("*")):
+        if path.name not in references.codes:
+            yield Removable(Kind.CODE, path, None, "no run was started with it")
+    cache = outputs / COMPILER_CACHE
+    if takes_caches and cache.is_dir():
+        yield Removable(Kind.COMPILER_CACHE, cache, None, "it can be made again")
+
+
+def obstacle(outputs: Path, each: Removable, references: References) -> str | None:
+    """Why it has to stay, whoever asks; None if nothing stands in the way."""
+    if each.kind is Kind.CODE:
+        return "a run was started with it" if each.path.name in references.codes else None
+    if each.key is None:
+        return next((f"{stage} uses it: {why}" for (stage, _), why in references.busy.items()), None)
+    if each.key in references.busy:
+        return references.busy[each.key]
+    if each.kind in (Kind.ARTIFACT, Kind.WORK) and each.key in references.users:
+        return f"run {references.users[each.key][0]} needs it"
+    if each.kind is Kind.CHECKPOINTS:
+        if _is_pinned(each.key, references):
+            return "its run is pinned"
+        if not (ArtifactStore(outputs).path(*each.key) / MANIFEST).exists():
+            return "its stage is not finished"
+    return None
+
+
+def measured(path: Path) -> Space:
+    """What a file or a folder takes on disk; links are not followed. What vanishes meanwhile is not counted."""
+    size_bytes, changed_at = 0, 0.0
+    pending = [str(path)]
+    while pending:
+        place = pending.pop()
+        try:
+            status = os.lstat(place)
+            if stat.S_ISDIR(status.st_mode):
+                pending += [entry.path for entry in os.scandir(place)]
+        except OSError:
+            continue
+        size_bytes += status.st_blocks * _BLOCK_BYTES
+        changed_at = max(changed_at, status.st_mtime)
+    return Space(size_bytes, changed_at)
+
+
+def _is_pinned(key: StageKey, references: References) -> bool:
+    return any(name in references.pinned for name in references.users.get(key, ()))

@@ -1,0 +1,109 @@
+"""`unclip rm` and `unclip mv`: removing and renaming runs and sweeps."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import RunSettings, validate
+from pipeline.errors import UserError
+from pipeline.store.references import References, read_references
+from pipeline.store.removable import Removable, obstacle, removables
+from pipeline.store.trash import set_aside
+from pipeline.workflow.artifacts import write_json_atomically
+from pipeline.workflow.in_use import store_lock
+from pipeline.workflow.runs import (
+    RECORD,
+    earlier_records,
+    keys_of,
+    read_run,
+    read_runs,
+    run_directory,
+    run_names,
+)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Runs, what goes with them, and what stays of what nobody else needs, with the reason."""
+
+    names: Sequence[str]
+    going: Sequence[Removable]
+    staying: Sequence[tuple[Removable, str]]
+
+
+def removal_of(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:
+    """What removing these runs and sweeps takes: their folders, and what no other run needs.
+
+    Raises `UserError` where one is not there, is pinned, or is at work.
+    """
+    names = list(dict.fromkeys(record.name for name in given for record in read_runs(outputs, name)))
+    references = read_references(outputs, jobs)
+    _require_idle(references, names)
+    for name in names:
+        if name in references.pinned:
+            raise UserError(f"run {name} is pinned; unclip gc --unpin {name} first")
+    theirs = {key for name in names for key in references.of_runs[name]}
+    theirs |= {key for name in names for record in earlier_records(outputs, name).values() for key in keys_of(record)}
+    after = read_references(outputs, jobs, without=names)
+    unneeded = removables(outputs, after, keeps_checkpoints=True, takes_caches=False)
+    going: list[Removable] = []
+    staying: list[tuple[Removable, str]] = []
+    for each in unneeded:
+        if each.key in theirs:
+            why = obstacle(outputs, each, after)
+            if why is None:
+                going.append(each)
+            else:
+                staying.append((each, why))
+    return Removal(names, going, staying)
+
+
+def remove_runs(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:
+    """Take them out of the store, the records first: what a kill leaves of the rest, no run needs."""
+    with store_lock(outputs) as owner:
+        removal = removal_of(outputs, given, jobs)
+        for path in (*(run_directory(outputs, name) for name in removal.names), *(each.path for each in removal.going)):
+            owner.require()
+            try:
+                set_aside(outputs, path)
+            except OSError as error:
+                raise UserError(f"{path} cannot be removed ({error.strerror}); ask whose it is") from error
+    return removal
+
+
+def rename_run(outputs: Path, name: str, new: str, jobs: Mapping[Path, str]) -> dict[str, str]:
+    """Rename a run, or the members of a sweep; new names by old ones.
+
+    A rename of the folder is all that it takes, so that a kill leaves each run under the one name or the other.
+    Raises `UserError` for a name that is taken or is none, and for a run that is at work.
+    """
+    with store_lock(outputs):
+        members = [record.name for record in read_runs(outputs, name)]
+        names = {each: f"{new}{each.removeprefix(name)}" for each in members}
+        for each in names.values():
+            validate(RunSettings, {"name": each}, "run")
+        _require_free(outputs, new, names.values())
+        _require_idle(read_references(outputs, jobs), members)
+        for old, each in names.items():
+            directory = run_directory(outputs, each)
+            run_directory(outputs, old).rename(directory)
+            path = directory / RECORD
+            written = path.stat()
+            write_json_atomically(path, read_run(outputs, each).model_dump(mode="json"))
+            os.utime(path, (written.st_atime, written.st_mtime))  # it is as new as it was
+    return names
+
+
+def _require_idle(references: References, names: Iterable[str]) -> None:
+    for name in names:
+        if name in references.busy_runs:
+            raise UserError(f"run {name}: {references.busy_runs[name]}; wait for its end, or stop it (unclip cancel)")
+
+
+def _require_free(outputs: Path, new: str, names: Iterable[str]) -> None:
+    taken = [each for each in (new, *names) if os.path.lexists(run_directory(outputs, each))]
+    taken += [each for each in run_names(outputs) if re.fullmatch(rf"{re.escape(new)}\.\d+", each)]
+    if taken:
+        raise UserError(f"there is a run {taken[0]} already; choose another name than {new}")

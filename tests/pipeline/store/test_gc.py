@@ -1,0 +1,387 @@
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.launch.slurm.jobs import JobRecord, write_record
+from pipeline.store.collect import Found, find, pin, take_away
+from pipeline.store.references import jobs_at_work
+from pipeline.store.removable import Kind
+from pipeline.store.trash import in_trash
+from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.frozen import StageKey, write_frozen
+from pipeline.workflow.in_use import recorded
+from pipeline.workflow.plan import Action
+from pipeline.workflow.progress import CHECKPOINTS
+from pipeline.workflow.runs import RECORD, run_directory
+from tests.support.stores import (
+    ALL_AGES,
+    Stages,
+    begin,
+    collect,
+    contents,
+    finish,
+    key_of,
+    keys,
+    own,
+    planned,
+    record,
+    stopped_after,
+    there,
+    with_inputs,
+)
+
+
+def reasons(found: Found) -> dict[tuple[Kind, StageKey | None], str]:
+    return {(each.kind, each.key): why for each, why in found.staying}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Stages, Stages]:
+    """Two finished runs that share all but the decoder and what follows from it."""
+    first, second = record(tmp_path, "first"), record(tmp_path, "second", weight=0.9)
+    finish([*first.values(), *second.values()])
+    return first, second
+
+
+def test_what_a_run_needs_stays_and_what_none_does_goes(tmp_path: Path, two: tuple[Stages, Stages]):
+    first, second = two
+    shutil.rmtree(run_directory(tmp_path, "second"))
+    before = contents(tmp_path, ["artifacts"])
+    collect(tmp_path, keeps_checkpoints=True)
+    assert there(tmp_path) == there(tmp_path, "work") == keys(first)
+    assert not (keys(second) - keys(first)) & there(tmp_path)
+    assert contents(tmp_path, ["artifacts"]).items() <= before.items()
+
+
+def test_looking_changes_nothing(tmp_path: Path, two: tuple[Stages, Stages]):
+    shutil.rmtree(run_directory(tmp_path, "second"))
+    before, names = contents(tmp_path), sorted(path.name for path in tmp_path.iterdir())
+    assert find(tmp_path, {}, **ALL_AGES).going
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_checkpoints_of_finished_stages_go_and_those_that_a_run_goes_on_from_stay(tmp_path: Path):
+    stages = record(tmp_path, "first")
+    finish([stages["prepare"], stages["clip"]])
+    begin([stages["decoder"]])
+    collect(tmp_path, keeps_checkpoints=True)
+    assert there(tmp_path, "work", CHECKPOINTS) == keys(stages, "prepare", "clip", "decoder")
+    collect(tmp_path)
+    assert there(tmp_path, "work", CHECKPOINTS) == keys(stages, "decoder")
+    assert there(tmp_path, "work", "log.txt") == keys(stages, "prepare", "clip", "decoder")
+
+
+def test_what_is_young_stays_and_counts_from_when_a_run_ceased_to_need_it(tmp_path: Path):
+    before = record(tmp_path, "first")
+    finish(before.values())
+    age_all(tmp_path, 7200)
+    record(tmp_path, "first", weight=0.9)
+    assert [each.kind for each in find(tmp_path, {}, **{**ALL_AGES, "older_than_s": 3600.0}).going] == [
+        Kind.CHECKPOINTS
+    ] * len(with_inputs(before, "clip") | keys(before, "upsampler_1", "upsampler_2"))
+    age_all(tmp_path, 7200)
+    collect(tmp_path, older_than_s=3600.0)
+    assert there(tmp_path) == keys(before) - keys(before, "decoder", "evaluate")
+
+
+def age_all(outputs: Path, seconds: float) -> None:
+    when = time.time() - seconds
+    for path in [outputs, *outputs.rglob("*")]:
+        os.utime(path, (when, when))
+
+
+def test_a_pin_keeps_what_earlier_configs_made_and_all_checkpoints(tmp_path: Path):
+    before = record(tmp_path, "first")
+    finish(before.values())
+    now = record(tmp_path, "first", weight=0.9)
+    assert pin(tmp_path, "first", is_pinned=True) == ["first"]
+    assert find(tmp_path, {}, **ALL_AGES).going == []
+    pin(tmp_path, "first", is_pinned=False)
+    collect(tmp_path)
+    assert there(tmp_path) == keys(before) & keys(now)
+
+
+def test_an_owner_keeps_its_stage_and_its_inputs_though_no_record_names_them(tmp_path: Path):
+    stages = record(tmp_path, "first")
+    finish([stages["prepare"], stages["clip"], stages["upsampler_1"]])
+    begin([stages["decoder"]])
+    shutil.rmtree(run_directory(tmp_path, "first"))
+    owner = own(stages["decoder"])
+    found = collect(tmp_path)
+    assert there(tmp_path) == keys(stages, "prepare", "clip")
+    assert there(tmp_path, "work", CHECKPOINTS) == keys(stages, "prepare", "clip", "decoder")
+    assert "process" in reasons(found)[Kind.WORK, key_of(stages["decoder"])]
+    assert reasons(found)[Kind.ARTIFACT, key_of(stages["clip"])].startswith("decoder needs it: process")
+    owner.release()
+    collect(tmp_path)
+    assert there(tmp_path) == there(tmp_path, "work") == set()
+
+
+def test_a_command_at_work_keeps_what_it_has_planned_with_though_its_run_was_given_another_config(tmp_path: Path):
+    plan = planned(tmp_path, "first")
+    with recorded([plan]):
+        before = record(tmp_path, "first")
+        finish(before.values())
+        record(tmp_path, "first", width=5)
+        found = find(tmp_path, {}, **ALL_AGES)
+        assert found.going == []
+        assert set(reasons(found).values()) >= {"a command at work has planned with it"}
+    collect(tmp_path)
+    assert there(tmp_path) == keys(before, "prepare", "upsampler_1", "upsampler_2")
+
+
+def test_a_killed_command_keeps_nothing(tmp_path: Path):
+    hold = (
+        "import sys\nfrom pathlib import Path\nfrom pipeline.workflow.in_use import recorded\n"
+        "from tests.support.stores import planned\n"
+        "with recorded([planned(Path(sys.argv[1]), 'first')]):\n    print('holds', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"holds\n"
+        finish(record(tmp_path, "first").values())
+        shutil.rmtree(run_directory(tmp_path, "first"))
+        assert find(tmp_path, {}, **ALL_AGES).going == []
+        process.kill()
+    collect(tmp_path)
+    assert there(tmp_path) == set()
+    assert [path.name for path in (tmp_path / "commands").iterdir()] == ["lock"]
+
+
+def test_what_came_into_use_after_it_was_found_is_left(tmp_path: Path):
+    finish(record(tmp_path, "first").values())
+    shutil.rmtree(run_directory(tmp_path, "first"))
+    found = find(tmp_path, {}, **ALL_AGES)
+    stages = record(tmp_path, "again")
+    done = take_away(tmp_path, found.going, {})
+    assert done.going == []
+    assert {why for _, why in done.staying} == {"run again needs it"}
+    assert there(tmp_path) == keys(stages)
+
+
+def test_a_plan_whose_finished_stage_was_removed_before_it_began_makes_it_anew(tmp_path: Path):
+    finish(record(tmp_path, "first").values())
+    shutil.rmtree(run_directory(tmp_path, "first"))
+    plan = planned(tmp_path, "second")
+    assert {stage.action for stage in plan.stages} == {Action.REUSE}
+    collect(tmp_path)
+    with recorded([plan]) as (made,):
+        assert {stage.action for stage in made.stages} == {Action.RUN}
+
+
+def test_a_job_that_no_queue_can_be_asked_of_keeps_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    stages = record(tmp_path, "first")
+    finish([stages["prepare"], stages["clip"]])
+    begin([stages["decoder"]])
+    job = JobRecord(number=1, token="t", name="n", group="g", wanted_by=["first"], submitted_at="", job_id=3)
+    for name in ("clip", "decoder"):
+        frozen = stages[name].frozen
+        assert frozen is not None
+        write_record(frozen.work, job)
+    shutil.rmtree(run_directory(tmp_path, "first"))
+    jobs = jobs_at_work(tmp_path)
+    found = find(tmp_path, jobs, **ALL_AGES)
+    assert found.going == []
+    why = reasons(found)
+    assert why[Kind.WORK, key_of(stages["decoder"])].startswith("of its job Slurm cannot be asked (squeue is not")
+    assert why[Kind.ARTIFACT, key_of(stages["clip"])].startswith("decoder needs it: of its job")
+
+
+def test_a_run_that_cannot_be_read_stops_it_for_what_it_needs_is_not_known(tmp_path: Path, two: tuple[Stages, Stages]):
+    (run_directory(tmp_path, "second") / RECORD).write_text("{")
+    with pytest.raises(UserError, match=r"runs/second/run.json cannot be read"):
+        find(tmp_path, {}, **ALL_AGES)
+
+
+def test_what_is_left_over_beside_an_artifact_goes_unless_its_stage_is_at_work(tmp_path: Path):
+    stages = record(tmp_path, "first")
+    clip, store = stages["clip"], ArtifactStore(tmp_path)
+    building = store.start_building(*key_of(clip), 1)
+    (building / "weights").write_bytes(b"half")
+    damaged = building.with_name(f".damaged-{clip.fingerprint}-{'0' * 32}")
+    damaged.mkdir()
+    owner = own(clip)
+    assert reasons(find(tmp_path, {}, **ALL_AGES))[Kind.LEFT_OVER, key_of(clip)].startswith("process")
+    owner.release()
+    collect(tmp_path)
+    assert not building.exists()
+    assert not damaged.exists()
+
+
+def test_the_compiler_s_cache_goes_when_asked_for_and_nothing_is_at_work(tmp_path: Path):
+    stages = record(tmp_path, "first")
+    begin([stages["clip"]])
+    cache = tmp_path / "compiler"
+    cache.mkdir()
+    (cache / "kernel").write_bytes(b"code")
+    collect(tmp_path)
+    assert cache.exists()
+    owner = own(stages["clip"])
+    assert (
+        "clip uses it" in reasons(find(tmp_path, {}, **{**ALL_AGES, "takes_caches": True}))[Kind.COMPILER_CACHE, None]
+    )
+    owner.release()
+    collect(tmp_path, takes_caches=True)
+    assert not cache.exists()
+
+
+def test_a_link_to_an_artifact_goes_and_what_it_leads_to_stays(tmp_path: Path):
+    stages = record(tmp_path / "a", "first")
+    finish(stages.values())
+    place = ArtifactStore(tmp_path / "b").path(*key_of(stages["clip"]))
+    place.parent.mkdir(parents=True)
+    place.symlink_to(ArtifactStore(tmp_path / "a").path(*key_of(stages["clip"])))
+    before = contents(tmp_path / "a")
+    collect(tmp_path / "b")
+    assert not place.is_symlink()
+    assert contents(tmp_path / "a") == before
+
+
+def test_files_of_other_names_are_nobody_s_business(tmp_path: Path):
+    others = [tmp_path / each for each in ("notes.txt", "artifacts/clip/mine/a", "work/clip/b", "cache/shard.tar")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    collect(tmp_path, takes_caches=True)
+    assert all(path.read_text() == "mine" for path in others)
+
+
+WIDTHS, WEIGHTS = (1, 2, 3), (0.1, 0.2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_any_store_exactly_what_nobody_needs_is_removed(seed: int, tmp_path: Path):
+    rng = random.Random(seed)
+    runs: dict[str, list[Stages]] = {}
+    for number in range(rng.randint(1, 6)):
+        name = f"run{number}"
+        for _ in range(rng.randint(1, 3)):
+            runs.setdefault(name, []).append(
+                record(tmp_path, name, width=rng.choice(WIDTHS), weight=rng.choice(WEIGHTS))
+            )
+    everything = [stage for configs in runs.values() for stages in configs for stage in stages.values()]
+    finished, begun = set[StageKey](), set[StageKey]()
+    for stage in everything:
+        draw = rng.random()
+        if draw < 0.7 and key_of(stage) not in finished | begun:
+            finish([stage])
+            finished.add(key_of(stage))
+        elif draw < 0.85 and key_of(stage) not in finished | begun:
+            begin([stage])
+            begun.add(key_of(stage))
+    pinned = {name for name in runs if rng.random() < 0.3}
+    for name in pinned:
+        pin(tmp_path, name, is_pinned=True)
+    removed = {name for name in runs if rng.random() < 0.4}
+    for name in removed:
+        shutil.rmtree(run_directory(tmp_path, name))
+    owners, owned = [], set[StageKey]()
+    for configs in runs.values():
+        for stages in configs:
+            name = rng.choice([*stages])
+            if rng.random() < 0.2 and key_of(stages[name]) in begun:
+                owners.append(own(stages[name]))
+                owned |= with_inputs(stages, name)
+    kept = {name: configs if name in pinned else configs[-1:] for name, configs in runs.items() if name not in removed}
+    needed = {key for configs in kept.values() for stages in configs for key in keys(stages)} | owned
+    with_checkpoints = {key for name in pinned - removed for stages in kept[name] for key in keys(stages)} | owned
+    before = contents(tmp_path)
+    collect(tmp_path)
+    assert there(tmp_path) == finished & needed
+    assert there(tmp_path, "work") >= (finished | begun) & needed
+    assert there(tmp_path, "work") <= needed
+    assert there(tmp_path, "work", CHECKPOINTS) == (begun & needed) | (finished & with_checkpoints)
+    assert {key: before[key] for key in contents(tmp_path)} == contents(tmp_path)
+    for owner in owners:
+        owner.release()
+
+
+def test_stopped_between_any_two_steps_it_leaves_whole_artifacts_and_the_next_one_ends_it(tmp_path: Path):
+    kept = record(tmp_path, "first")
+    finish(kept.values())
+    whole = contents(tmp_path, ["artifacts"])
+    steps = 0
+    for steps in range(100):
+        finish(each for each in record(tmp_path, "second", weight=0.9).values() if key_of(each) not in there(tmp_path))
+        shutil.rmtree(run_directory(tmp_path, "second"))
+        with stopped_after(steps) as stopped:
+            collect(tmp_path)
+        for key in there(tmp_path):
+            artifact = ArtifactStore(tmp_path).find(*key)
+            assert artifact is not None
+            artifact.verify()
+        assert keys(kept) <= there(tmp_path)
+        if not stopped.is_set():
+            break
+    assert steps > 5
+    assert in_trash(tmp_path) == []
+    assert there(tmp_path) == there(tmp_path, "work") == keys(kept)
+    assert contents(tmp_path, ["artifacts"]) == whole
+
+
+GC = """
+import sys
+from pathlib import Path
+from pipeline.store.collect import find, take_away
+from pipeline.store.trash import empty_trash
+outputs = Path(sys.argv[1])
+found = find(outputs, {}, older_than_s=0.0, keeps_checkpoints=False, takes_caches=False)
+print("found", flush=True)
+take_away(outputs, found.going, {})
+empty_trash(outputs)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_leaves_a_valid_store(tmp_path: Path):
+    rng = random.Random(0)
+    kept = record(tmp_path, "kept")
+    finish(kept.values())
+    before = {path: content for path, content in contents(tmp_path).items() if CHECKPOINTS not in path}
+    killed = 0
+    for number in range(30):
+        stages = [record(tmp_path, f"gone{width}", width=width) for width in range(10, 16)]
+        finish(stage for each in stages for stage in each.values() if key_of(stage) not in there(tmp_path))
+        for width in range(10, 16):
+            shutil.rmtree(run_directory(tmp_path, f"gone{width}"))
+        with subprocess.Popen([sys.executable, "-c", GC, str(tmp_path)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.02))
+            process.send_signal(signal.SIGKILL)
+        killed += process.returncode == -signal.SIGKILL
+        for key in there(tmp_path):
+            artifact = ArtifactStore(tmp_path).find(*key)
+            assert artifact is not None, (number, key)
+            artifact.verify()
+        assert contents(tmp_path).items() >= before.items()
+    collect(tmp_path)
+    assert killed > 5
+    assert in_trash(tmp_path) == []
+    assert there(tmp_path) == there(tmp_path, "work") == keys(kept)
+
+
+def test_code_stays_for_the_runs_and_the_jobs_that_were_started_with_it(tmp_path: Path):
+    plan = planned(tmp_path, "first")
+    kept = plan.code.keep(tmp_path)
+    with recorded([plan]):
+        pass
+    queued, dropped = (Path(shutil.copytree(kept, kept.with_name(name))) for name in ("queued", "dropped"))
+    job = record(tmp_path, "first")["clip"]
+    assert job.frozen is not None
+    work = write_frozen(job.frozen.model_copy(update={"code": queued.name})).stage.work
+    found = find(tmp_path, {work: "job 7 is PENDING"}, **ALL_AGES)
+    assert [each.path for each in found.going if each.kind is Kind.CODE] == [dropped]
+    collect(tmp_path)
+    assert (kept.exists(), queued.exists(), dropped.exists()) == (True, False, False)
