@@ -62,7 +62,7 @@ def compared(said: StageForecast, frozen: FrozenStage, processor_s: float) -> It
         yield "artifact MB", said.artifact_bytes / 1e6, weights / 1e6
     checkpoints = sorted((frozen.work / CHECKPOINTS).glob("*.ckpt"))
     if checkpoints and said.work_bytes:
-        each = said.work_bytes / (frozen.trainer.keep_checkpoints + 1)
+        each = said.work_bytes / max(2, frozen.trainer.keep_checkpoints)
         yield "checkpoint MB", each / 1e6, _bytes_below(checkpoints[-1]) / 1e6
     memory = [row[MEMORY] for row in read_standing(frozen.work) if MEMORY in row]
     if memory and said.memory_bytes:

@@ -45,6 +45,7 @@ def main() -> None:
         f"trainer.precision={options.precision}",
         "trainer.checkpoint_every_samples=8",
         "trainer.keep_checkpoints=9",
+        "trainer.drop_checkpoints=false",
         *(f"stage.{stage}.global_batch_size=8" for stage in STAGES),
         *(f"stage.{stage}.max_samples=48" for stage in STAGES),
         *(f"stage.{stage}.optimizer.gradient_clip_norm=null" for stage in STAGES),

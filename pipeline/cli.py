@@ -1,6 +1,7 @@
 """The `unclip` command. Imports no torch: plans and finished runs answer at once."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -70,10 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if not is_disk_full(error):
-            raise
         where = f" for {error.filename}" if error.filename else ""
-        print(f"unclip: no space is left{where}; free some and run the same command again", file=sys.stderr)
+        if is_disk_full(error):
+            print(f"unclip: no space is left{where}; free some and run the same command again", file=sys.stderr)
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            print(f"unclip: there is no right to write or read{where}; get it, or set paths.outputs", file=sys.stderr)
+        else:
+            raise
         return EXIT_USER_ERROR
 
 

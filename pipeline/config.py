@@ -167,8 +167,11 @@ class TrainerSettings(Settings):
 
     `devices` are those of one node. `micro_batch_size` is the most samples that one device takes at once; null means
     its whole share of the batch.
+    `drop_checkpoints` has a stage remove its checkpoints once it is finished.
     `lease_s` is how many seconds a process may give no sign of life before another takes its stage over,
-    `collective_timeout_s` how many the processes of a stage wait for each other before they give up.
+    `collective_timeout_s` how many the processes of a stage wait for each other before they give up,
+    `hang_after_s` how long a micro-batch may take until the training is ended as one that hangs; null: as long as it
+    likes.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"]
@@ -192,9 +195,11 @@ class TrainerSettings(Settings):
     checkpoint_every_samples: Positive | None
     checkpoint_every_min: PositiveFloat
     keep_checkpoints: Positive
+    drop_checkpoints: bool = False  # newer than records that lack it
     max_faulty_share: Fraction
     lease_s: PositiveFloat
     collective_timeout_s: PositiveFloat
+    hang_after_s: PositiveFloat | None = None  # newer than records that lack it
 
     @property
     def world_size(self) -> int:
@@ -277,6 +282,16 @@ class ForecastSettings(Settings):
         return self
 
 
+class NotifySettings(Settings):
+    """Who is told of a failure and of the end of a run or sweep: a program without a shell, and a web address.
+
+    `webhook` may be `$NAME` of an environment variable, which keeps an address that is a secret out of the records.
+    """
+
+    command: Annotated[list[str], Field(min_length=1)] | None
+    webhook: Annotated[str, Field(pattern=r"^(https?://|\$[A-Za-z_][A-Za-z0-9_]*$)")] | None
+
+
 class RunSettings(Settings):
     """Which run this is. A sweep's members are named `<sweep>.<n>`, and `group` is the sweep.
 
@@ -327,6 +342,7 @@ class RunConfig(Settings):
     launch: dict[str, Any]
     tracking: TrackingSettings
     forecast: ForecastSettings | None = None
+    notify: NotifySettings | None = None  # newer than records that lack it
 
 
 S = TypeVar("S", bound=Settings)

@@ -6,7 +6,8 @@
 The first lasts until Ctrl-C and prints what to export, the second is for one command.
 
 Two nodes of four CPUs and two pretended GPUs each, in a private directory, as the user who starts it, with nothing
-under /etc and no systemd. The partition `main` can be preempted by `high`. `sacct` works where slurmdbd and MariaDB are
+under /etc and no systemd. Memory limits hold where the memory cgroup (version 1) can
+be written, as root. The partition `main` can be preempted by `high`. `sacct` works where slurmdbd and MariaDB are
 installed. Other clusters on the machine do not disturb it: ports and job ids are its own. Everything ends with this
 process: on Ctrl-C, SIGTERM, at the end of its standard input when that is a pipe, and with the jobs that run.
 
@@ -45,6 +46,7 @@ SECONDS_TO_START = 180.0
 SECONDS_BEFORE_A_RESTART = 5.0
 PORTS = range(30000, 32768)
 """Below those that the kernel gives to outgoing connections, any of which could take a port before its daemon does."""
+MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 _PR_SET_CHILD_SUBREAPER = 36
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -60,6 +62,7 @@ class Cluster:
         self._is_stopping = threading.Event()
         self._ports = random.sample(PORTS, len(PORTS))
         self._has_accounting = all(map(_find, FOR_ACCOUNTING))
+        self._limits_memory = os.access(MEMORY_CGROUP, os.W_OK)
 
     def start(self) -> None:
         """Start all daemons and wait until every node is idle."""
@@ -86,6 +89,10 @@ class Cluster:
         """Kill every process of the cluster, its jobs too."""
         self._is_stopping.set()
         _kill(psutil.Process().children(recursive=True))
+        for node in self._nodes if self._limits_memory else ():
+            for left, _, _ in os.walk(MEMORY_CGROUP / f"slurm_{node}", topdown=False):
+                with suppress(OSError):  # one that another cluster has jobs in
+                    Path(left).rmdir()
 
     def _start_munge(self) -> None:
         key = self.directory / "munge.key"
@@ -141,10 +148,14 @@ class Cluster:
             "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=16384 Gres=gpu:2 State=UNKNOWN"
             for node in self._nodes
         )
+        task_plugin = "task/none"
+        if self._limits_memory:
+            task_plugin = "task/cgroup"
+            (here / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\nConstrainSwapSpace=yes\n")
         template = Template(CONFIGURATION.read_text(encoding="utf-8"))
         configuration = template.substitute(
             host=host, me=me, here=here, port=self._free_port(), first_job=random.randrange(1, 60000),
-            loopback=loopback, accounting=accounting, nodes=nodes,
+            task_plugin=task_plugin, loopback=loopback, accounting=accounting, nodes=nodes,
         )  # fmt: skip
         self.conf.write_text(configuration)
         names = f"node[1-{len(self._nodes)}]"

@@ -276,6 +276,7 @@ def test_only_launchers_read_from_the_environment_which_process_of_a_stage_this_
 def test_importing_a_module_does_no_work_on_the_command_line():
     """Only files that are started as programs have an entry point."""
     started = {"pipeline/cli.py", "pipeline/tracking/sender.py", "pipeline/training/worker.py"}
+    started |= {"pipeline/launch/slurm/aftermath.py"}
     found = {
         str(path.relative_to(ROOT))
         for path in sources("pipeline/**/*.py", "stages/**/*.py")

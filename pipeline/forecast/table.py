@@ -82,6 +82,6 @@ def _sums(forecast: Forecast) -> Iterator[str]:
     free = f"{format_bytes(forecast.free_bytes)} free at {forecast.outputs}"
     needs = f"on disk: {format_bytes(forecast.needed_bytes)}{without}; {free}"
     if forecast.needed_bytes > forecast.free_bytes:
-        yield f"{needs}: NOT ENOUGH; free some, lower trainer.keep_checkpoints, or set paths.outputs"
+        yield f"{needs}: NOT ENOUGH; free some, or set paths.outputs"
     else:
         yield needs

@@ -1,5 +1,6 @@
 """The one way to start runs, for `unclip run`, `unclip submit`, and Hydra's own sweepers."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.config import OnDamage, RunConfig
@@ -10,6 +11,7 @@ from pipeline.workflow.artifacts import ArtifactStore, DamagedArtifactError
 from pipeline.workflow.code import read_record
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.in_use import recorded
+from pipeline.workflow.notify import Event, tell
 from pipeline.workflow.ownership import Vacancy
 from pipeline.workflow.plan import Action, Plan, plan_run, require_unblocked, several
 from pipeline.workflow.progress import Outcome
@@ -43,6 +45,11 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
         require_unblocked(in_use)
         outcomes = launcher.submit([plan.with_code() for plan in in_use], display)
         if waits:
+            config = plans[0].config
+            ended = Counter(each.outcome.value for each in outcomes)
+            name = config.run.group or config.run.name
+            text = f"{name} has ended: {', '.join(f'{number} {outcome}' for outcome, number in ended.items())}"
+            tell(config.notify, Event.END, name, text)
             for plan in in_use:
                 display.result(plan.store.outputs, read_run(plan.store.outputs, plan.config.run.name))
     return outcomes

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pipeline.terminal.tables import result_table
 from pipeline.terminal.words import format_duration, progress_line
+from pipeline.workflow.causes import Cause
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import LOG, Failure, Outcome, Progress
 from pipeline.workflow.runs import PICTURES, RunRecord, gather_pictures, run_directory
@@ -91,6 +92,10 @@ class Display:
             row.last_plain = time.monotonic()
             self.note(text)
 
+    def again(self, title: str, failure: Failure, how: str) -> None:
+        """A stage failed, and is started once more."""
+        self.note(f"{title}  {failure.cause.words}: {failure.message}; starts again ({how})")
+
     def finish(
         self, title: str, stage: PlannedStage, duration_s: float, outcome: Outcome, failure: Failure | None = None
     ) -> None:
@@ -104,7 +109,8 @@ class Display:
         elif failure is None:
             self.note(f"{title}  done in {format_duration(duration_s)}")
         else:
-            self.note(f"{title}  FAILED: {failure.message}")
+            known = "" if failure.cause in (Cause.SETTINGS, Cause.UNKNOWN) else f" ({failure.cause.words})"
+            self.note(f"{title}  FAILED{known}: {failure.message}")
             if not failure.is_user_error and stage.frozen is not None:
                 self.note(f"      log: {stage.frozen.work / LOG}")
 

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from pipeline.terminal.words import format_duration, progress_line
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.causes import Cause
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts
@@ -77,7 +78,8 @@ def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
     work = store.work(stage.name, stage.fingerprint)
     failure = read_failure(work)
     if failure is not None:
-        return Phase.FAILED.value, failure.message
+        known = "" if failure.cause is Cause.UNKNOWN else f"{failure.cause.words}: "
+        return Phase.FAILED.value, f"{known}{failure.message}"
     progress = read_progress(work)
     if progress is None:
         return "waiting", ""

@@ -189,6 +189,7 @@ class Checkpoints(StepBoundary):
         )
         is_last = trainer.global_step == trainer.max_steps
         if is_asked or is_late or is_due or is_last:
+            self._context.progress.update(activity="taking a checkpoint")
             self._last_save = time.monotonic()
             self._writer.begin(trainer, module.samples_seen, self._clock.elapsed_s)
         if is_asked or is_last:

@@ -13,10 +13,12 @@ from pipeline.training.ranks import gather_objects
 from pipeline.training.strategies.part import CheckpointPart
 from pipeline.training.strategies.portable import PortableStrategy
 from pipeline.workflow.artifacts import sync
-from pipeline.workflow.checkpoint import SUFFIX
+from pipeline.workflow.checkpoint import SUFFIX, latest_checkpoint
 from pipeline.workflow.progress import CHECKPOINTS
 from pipeline.workflow.record import size_of_rows
 from pipeline.workflow.sealed import write_json_atomically
+
+_MARGIN = 1.1
 
 T = TypeVar("T")
 
@@ -51,6 +53,7 @@ class CheckpointWriter:
         if trainer.is_global_zero:
             try:
                 _remove_unfinished(target.parent, attempt)
+                _make_room(self._context.work)
                 shutil.rmtree(part.directory, ignore_errors=True)
                 part.directory.mkdir(parents=True)
             except OSError as caught:
@@ -97,8 +100,7 @@ class CheckpointWriter:
         write_json_atomically(target.with_suffix(".json"), {**write.record, "files": files})
         sync(target.parent)
         for stale in sorted(target.parent.glob("samples-*.json"))[: -self._keep]:
-            stale.unlink()
-            shutil.rmtree(stale.with_suffix(SUFFIX), ignore_errors=True)
+            _remove_checkpoint(stale)
 
     def _remove(self, write: "_Write") -> None:
         if self._context.is_first_process:
@@ -156,3 +158,22 @@ def _remove_unfinished(directory: Path, attempt: int) -> None:
     for left in directory.glob("samples-*.tmp-*"):
         if int(left.suffix.rpartition("-")[2]) < attempt:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _make_room(work: Path) -> None:
+    """Where the disk has no room for another checkpoint, keep the newest whole one alone, while the next is written."""
+    records = sorted((work / CHECKPOINTS).glob("samples-*.json"))
+    if len(records) < 2:
+        return
+    size = sum(file.stat().st_size for file in records[-1].with_suffix(SUFFIX).iterdir())
+    if shutil.disk_usage(work).free > _MARGIN * size:
+        return
+    kept = latest_checkpoint(work)
+    for record in records:
+        if kept is not None and record.with_suffix(SUFFIX) != kept.path:
+            _remove_checkpoint(record)
+
+
+def _remove_checkpoint(record: Path) -> None:
+    record.unlink()
+    shutil.rmtree(record.with_suffix(SUFFIX), ignore_errors=True)

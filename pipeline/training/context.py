@@ -55,6 +55,11 @@ class ProgressWriter:
         """Devices times seconds that the earlier starts of this training cost."""
         return self._progress.earlier_device_s
 
+    @property
+    def activity(self) -> str:
+        """What keeps it busy beside the counter; empty in mid-training."""
+        return self._progress.activity
+
     def __enter__(self) -> "ProgressWriter":
         self._write()
         self._thread.start()

@@ -25,8 +25,16 @@ def checkpoint_bytes(network: nn.Module, settings: TrainingStageSettings) -> int
 
 
 def training_bytes(network: nn.Module, settings: TrainingStageSettings, trainer: TrainerSettings) -> int:
-    """What a stage that trains needs on disk at most: its artifact, the checkpoints that it keeps, and the next one."""
-    return artifact_bytes(network) + (trainer.keep_checkpoints + 1) * checkpoint_bytes(network, settings)
+    """What a stage that trains needs on disk: its artifact, and the checkpoints that it keeps, the next one among them.
+
+    Where there is no room for one more, an old one makes it, but for the last.
+    """
+    return artifact_bytes(network) + max(2, trainer.keep_checkpoints) * checkpoint_bytes(network, settings)
+
+
+def fewer_checkpoints(trainer: TrainerSettings) -> str:
+    """The part of a remedy that is one only where more are kept than are needed to write the next."""
+    return f", lower trainer.keep_checkpoints={trainer.keep_checkpoints}" if trainer.keep_checkpoints > 2 else ""
 
 
 def require_disk(
@@ -39,7 +47,7 @@ def require_disk(
     if need > free:
         each = checkpoint_bytes(network, settings)
         raise UserError(
-            f"stage {stage} will write {need / _GB:,.1f} GB (its weights, trainer.keep_checkpoints="
-            f"{trainer.keep_checkpoints} and one more checkpoint of {each / _GB:,.1f} GB) and the disk of {work} has "
-            f"{free / _GB:,.1f} GB left; free some, lower trainer.keep_checkpoints, or set paths.outputs"
+            f"stage {stage} will write {need / _GB:,.1f} GB (its weights, and {max(2, trainer.keep_checkpoints)} "
+            f"checkpoints of {each / _GB:,.1f} GB) and the disk of {work} has {free / _GB:,.1f} GB left; "
+            f"free some{fewer_checkpoints(trainer)}, or set paths.outputs"
         )

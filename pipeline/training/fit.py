@@ -36,7 +36,9 @@ from pipeline.training.processes import process_environment
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
 from pipeline.training.strategies.portable import PortableStrategy
+from pipeline.training.watch import HangWatch
 from pipeline.workflow.batch_shape import BatchShape, shape_of_batch
+from pipeline.workflow.causes import Cause
 from pipeline.workflow.checkpoint import Checkpoint, latest_checkpoint
 from pipeline.workflow.progress import COMPILER_CACHE, Failure, Phase, read_failure, write_failure
 
@@ -142,6 +144,7 @@ def _assemble(
         accumulate_grad_batches=shape.accumulation,
         gradient_clip_val=module.stage_settings.optimizer.gradient_clip_norm,
         callbacks=[
+            *([] if settings.hang_after_s is None else [HangWatch(context, settings.hang_after_s)]),
             SeedEveryStep(context.frozen.seed),
             ResumeAtSamples(steps_done, shape.accumulation),
             NonFiniteGuard(context, settings, images, module.stage_settings.optimizer.non_finite),
@@ -182,7 +185,7 @@ class _Trainer(pl.Trainer):
 def _keep_death(context: StageContext, died: str) -> None:
     print(died, flush=True)
     if read_failure(context.work) is None:
-        write_failure(context.work, Failure(died, is_user_error=False))
+        write_failure(context.work, Failure(died, False, Cause.COLLECTIVE))
 
 
 def _keep_last_picture(context: StageContext) -> None:

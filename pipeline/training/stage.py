@@ -1,6 +1,5 @@
 """The entry point of every stage: from a frozen stage to a published artifact."""
 
-import errno
 import shutil
 import threading
 import time
@@ -10,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.data.mixing import named_seed
-from pipeline.errors import ProcessKilledError, StageInterrupted, UserError
+from pipeline.errors import StageInterrupted, UserError
 from pipeline.launch.identity import this_process
 from pipeline.tracking import Tracker
 from pipeline.training.context import Attempt, ProgressWriter, StageContext, StageResult
+from pipeline.training.failures import explained
 from pipeline.training.hardware import record_hardware
 from pipeline.workflow import code
 from pipeline.workflow.artifacts import SCHEMA_VERSION, DamagedArtifactError, Manifest
@@ -23,7 +23,16 @@ from pipeline.workflow.digests import describe_files
 from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
-from pipeline.workflow.progress import FAILURE, Failure, Outcome, Phase, read_failure, read_hardware, write_failure
+from pipeline.workflow.progress import (
+    CHECKPOINTS,
+    FAILURE,
+    Failure,
+    Outcome,
+    Phase,
+    read_failure,
+    read_hardware,
+    write_failure,
+)
 from pipeline.workflow.record import write_rows
 
 
@@ -37,8 +46,6 @@ class Spent:
 
 THREADS_AT_START = torch.get_num_threads()
 """What the launcher gave to this process, for the stages that set no number: one process can run several."""
-
-_MIN_FREE_BYTES = 2**20
 
 
 def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
@@ -56,10 +63,10 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
 
     if is_finished():
         return Outcome.REUSED
-    frozen.work.mkdir(parents=True, exist_ok=True)
     process = this_process()
     ownership = Ownership()
     try:
+        frozen.work.mkdir(parents=True, exist_ok=True)
         if process.is_first:
             ownership = acquire(frozen.work, frozen.trainer.lease_s, interruption, process.job)
         elif process.world_size is not None and process.job is not None:
@@ -73,6 +80,8 @@ def run_stage(frozen: FrozenStage, interruption: threading.Event) -> Outcome:
             return _outcome_of(Attempt(frozen, process, ownership, progress, interruption))
     except StageInterrupted:
         return Outcome.INTERRUPTED
+    except OSError as error:  # of the stage's own directory
+        return _failed(error, frozen)
     finally:
         ownership.release()
 
@@ -89,13 +98,18 @@ def _outcome_of(attempt: Attempt) -> Outcome:
     except Exception as error:  # the boundary of a stage: whatever it was, say it and keep the traceback in the log
         if attempt.is_lost:
             return _gave_way(error)
-        failure = _explained(error, attempt.frozen)
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-        _write_failure(attempt.frozen, failure)
         attempt.progress.update(phase=Phase.FAILED)
-        return Outcome.FAILED
+        return _failed(error, attempt.frozen)
+    if attempt.frozen.trainer.drop_checkpoints and attempt.is_first_process:
+        shutil.rmtree(attempt.work / CHECKPOINTS, ignore_errors=True)
     return Outcome.FINISHED
+
+
+def _failed(error: Exception, frozen: FrozenStage) -> Outcome:
+    if not isinstance(error, UserError):
+        traceback.print_exc()
+    _write_failure(frozen, explained(error, frozen))
+    return Outcome.FAILED
 
 
 def _gave_way(error: Exception) -> Outcome:
@@ -104,70 +118,13 @@ def _gave_way(error: Exception) -> Outcome:
     return Outcome.INTERRUPTED
 
 
-def _explained(error: Exception, frozen: FrozenStage) -> Failure:
-    """The one line for the user, with the remedy where the machine ran out of something."""
-    if isinstance(error, UserError):
-        return Failure(_said_by_a_loader_worker(str(error)) or str(error), is_user_error=True)
-    stage = frozen.stage
-    if _is_disk_full(error, frozen):
-        checkpoint = latest_checkpoint(frozen.work)
-        kept = f"the checkpoint at {checkpoint.samples_seen} samples is intact" if checkpoint else "nothing was kept"
-        return Failure(
-            f"stage {stage}: no space is left for {frozen.outputs} ({error}); {kept}: free some, or lower "
-            "trainer.keep_checkpoints, and run again",
-            is_user_error=True,
-        )
-    if _is_out_of_memory(error):
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        return Failure(
-            f"stage {stage}: out of memory ({said}); lower "
-            f"stage.{stage}.trainer.micro_batch_size (the result stays the same) or trainer.cache_mib",
-            is_user_error=True,
-        )
-    if _is_time_out(error):
-        said = str(error).splitlines()[0]
-        return Failure(
-            f"stage {stage}: a process did not answer for trainer.collective_timeout_s="
-            f"{frozen.trainer.collective_timeout_s:g} ({said}); raise that if it was at work, and run again to go on",
-            is_user_error=True,
-        )
-    if isinstance(error, ProcessKilledError):
-        return Failure(f"stage {stage}: {error}", is_user_error=False)
-    return Failure(f"{type(error).__name__}: {error}", is_user_error=False)
-
-
-def _said_by_a_loader_worker(message: str) -> str | None:
-    """The last line of what torch makes of a worker's error: its message, after the traceback."""
-    if not message.startswith("Caught "):
-        return None
-    return message.rstrip().splitlines()[-1].partition(": ")[2]
-
-
-def _is_disk_full(error: Exception, frozen: FrozenStage) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    # Libraries that write from other languages say it in words, and some only that they wrote less than asked.
-    return "No space left on device" in str(error) or shutil.disk_usage(frozen.outputs).free < _MIN_FREE_BYTES
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _is_time_out(error: Exception) -> bool:
-    # Gloo raises a plain RuntimeError, and its start another one, in one of these words.
-    return any(said in str(error) for said in ("Timed out waiting", "Application timeout", "waiting for clients"))
-
-
 def _write_failure(frozen: FrozenStage, failure: Failure) -> None:
     """Keep the failure; of several processes' what the user can mend, for the others fail in its wake."""
-    known = read_failure(frozen.work)
-    if known is not None and (known.is_user_error or not failure.is_user_error):
-        return
     try:
-        write_failure(frozen.work, failure)
-    except OSError:  # a full disk; the log may have room in the block that it has
+        known = read_failure(frozen.work)
+        if known is None or (failure.is_user_error and not known.is_user_error):
+            write_failure(frozen.work, failure)
+    except OSError:  # a full disk, or a directory that is none; the log may have room in the block that it has
         print(failure.message, flush=True)
 
 

@@ -10,11 +10,23 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.config import Seed, Settings, TrackingSettings, TrainerSettings, TrainingStageSettings, validate
+from pipeline.config import (
+    NotifySettings,
+    Seed,
+    Settings,
+    TrackingSettings,
+    TrainerSettings,
+    TrainingStageSettings,
+    validate,
+)
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.batch_shape import largest_piece, shape_of_batch
 from pipeline.workflow.declaration import StageDeclaration, resolve
 from pipeline.workflow.sealed import DamagedRecordError, read_record, write_json_atomically
+
+SMALLER = ".smaller.json"
+"""Beside a frozen stage's file: the same with a smaller micro-batch."""
 
 StageKey = tuple[str, str]
 """A stage's name and fingerprint."""
@@ -51,6 +63,7 @@ class FrozenStage(Settings):
     initial: ArtifactReference | None = None
     code: str | None = None
     """The digest of the code that it was submitted with; None where whatever is imported runs it."""
+    notify: NotifySettings | None = None  # newer than files that lack it
 
     @property
     def store(self) -> ArtifactStore:
@@ -160,8 +173,29 @@ def write_frozen(stage: FrozenStage) -> FrozenFile:
     return FrozenFile(path, stage)
 
 
+def halve_micro_batch(path: Path) -> int | None:
+    """Have what is read of that file from now on take at most half as many samples at once, which changes no result.
+
+    The new number; None where there is nothing to halve.
+    """
+    frozen = read_frozen(path)
+    settings = frozen.read_settings()
+    if not isinstance(settings, TrainingStageSettings):
+        return None
+    shape = shape_of_batch(settings.global_batch_size, frozen.trainer)
+    if shape.micro_batch_size == 1:
+        return None
+    half = largest_piece(shape.micro_batch_size * shape.accumulation, shape.micro_batch_size // 2)
+    trainer = frozen.trainer.model_copy(update={"micro_batch_size": half})
+    smaller = frozen.model_copy(update={"trainer": trainer})
+    write_json_atomically(path.with_suffix(SMALLER), smaller.model_dump(mode="json"))
+    return half
+
+
 def read_frozen(path: Path) -> FrozenStage:
     """Read a frozen stage back. Raises `UserError` where the file is not there or not one."""
+    smaller = path.with_suffix(SMALLER)
+    path = smaller if smaller.exists() else path
     try:
         return read_record(_FROZEN, path)
     except (DamagedRecordError, OSError) as error:

@@ -221,6 +221,7 @@ def _plan_stage(
         trainer=valid.trainer,
         tracking=config.tracking,
         overrides=list(overrides),
+        notify=config.notify,
         initial=_reference(valid.initial),
     )
     damage = store.known_damage(node.name, frozen.fingerprint)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipeline.workflow.causes import Cause
 from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 PROGRESS = "progress.json"
@@ -85,6 +86,7 @@ class Failure:
 
     message: str
     is_user_error: bool
+    cause: Cause = Cause.UNKNOWN
 
 
 _PROGRESS = TypeAdapter(Progress)

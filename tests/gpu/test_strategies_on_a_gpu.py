@@ -42,6 +42,7 @@ ON_A_GPU = [
     "trainer.precision=bf16-mixed",
     "trainer.checkpoint_every_samples=8",
     "trainer.keep_checkpoints=9",
+    "trainer.drop_checkpoints=false",
     *(f"stage.{stage}.global_batch_size=8" for stage in STAGES),
     *(f"stage.{stage}.max_samples={END}" for stage in STAGES),
 ]

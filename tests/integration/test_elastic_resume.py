@@ -30,6 +30,7 @@ SETTINGS = [
     "stage.prior.optimizer.ema_decay=0.9",
     "trainer.checkpoint_every_samples=8",
     "trainer.keep_checkpoints=9",
+    "trainer.drop_checkpoints=false",
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from pipeline.config import StrategyName
 from pipeline.launch.local.worker import Worker
 from pipeline.training.stage import run_stage
+from pipeline.workflow.causes import Cause
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.progress import Outcome, latest_checkpoint_samples, read_failure
 from pipeline.workflow.record import without_measured
@@ -28,13 +30,20 @@ STEPS = 40
 
 
 def learner(
-    outputs: Path, *, devices: int = 2, dropout: float = 0.3, strategy: str = "ddp", collective_timeout_s: float = 60.0
+    outputs: Path,
+    *,
+    devices: int = 2,
+    dropout: float = 0.3,
+    strategy: str = "ddp",
+    collective_timeout_s: float = 60.0,
+    hang_after_s: float | None = None,
 ) -> FrozenStage:
     """Forty steps of 8 samples in micro-batches, with a loader worker in each process."""
     stage = tiny.frozen(
         outputs, strategy=StrategyName(strategy), dropout=dropout,
         max_samples=8 * STEPS, step_s=0.02, devices=devices, loader_workers=1,
         log_every_steps=3, micro_batch_size=2, checkpoint_every_samples=24, collective_timeout_s=collective_timeout_s,
+        hang_after_s=hang_after_s,
     )  # fmt: skip
     run_stage(tiny.data_of(stage), Event())
     return stage
@@ -86,6 +95,23 @@ def require_the_bits_of(undisturbed: FrozenStage, stage: FrozenStage) -> None:
     finish(stage)
     assert tiny.are_equal(tiny.weights(stage), tiny.weights(undisturbed))
     assert json.dumps(rows(stage)) == json.dumps(rows(undisturbed))
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named_with_its_host_long_before_the_collective_s_time_out(tmp_path: Path):
+    stage = learner(tmp_path, collective_timeout_s=1800.0, hang_after_s=5.0)
+    process = start(stage)
+    wait_for_checkpoint(stage, process, after=24)
+    first, second = processes(process)
+    second.suspend()
+    assert process.wait(timeout=120) == 1
+    failure = read_failure(stage.work)
+    assert failure is not None
+    assert failure.cause is Cause.COLLECTIVE
+    assert f": process 1 on {socket.gethostname()}, " in failure.message
+    second.resume()
+    psutil.wait_procs([first, second], timeout=60)
+    finish(stage)
 
 
 @pytest.mark.slow

@@ -299,7 +299,7 @@ def test_what_needs_slurm_says_so_where_there_is_none(
 ):
     monkeypatch.setenv("PATH", "")
     message = refusal(capsys, "submit", "experiment=smoke")
-    assert "sbatch is not installed here" in message
+    assert "is not installed here; submit from a login node" in message
     assert "one_machine.py" in message
     # The submission is on record; the next one finds no job of it, and neither do the other commands.
     assert "squeue is not installed here" in refusal(capsys, "cancel", "smoke")
@@ -329,4 +329,5 @@ def test_the_dry_run_shows_jobs_and_scripts_and_writes_nothing(capsys: pytest.Ca
     assert "decoder" in shown
     assert shown.count("#!/bin/bash") == 1
     assert re.search(r"# decoder-\w{12}, and 1 like it\nsbatch --job-name=decoder-\w{12} .*--gpus-per-node=1 ", shown)
+    assert re.search(r"sbatch --job-name=decoder-.* --dependency=afterok:JOB_OF_\w+(:JOB_OF_[\w-]+)* SCRIPT ", shown)
     assert list(tmp_path.iterdir()) == []

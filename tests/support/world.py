@@ -1,6 +1,11 @@
-"""A small workflow of real stages for Slurm: data -> learner -> reader, and a gate that fails until it is opened."""
+"""A small workflow of real stages for Slurm: data -> learner -> reader, and beside it a gate and a sufferer.
+
+The gate fails until it is opened. The sufferer takes memory, or fails in the way that is asked for.
+"""
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -50,6 +55,27 @@ class ReaderSettings(Settings):
     note: str
 
 
+class SuffererSettings(Settings):
+    """`suffers` is a number of MiB of memory that it takes, or a way to fail."""
+
+    suffers: int | str
+
+
+def suffer(context: StageContext) -> StageResult:
+    wish = context.settings_as(SuffererSettings).suffers
+    if isinstance(wish, int):
+        taken = bytearray(b"1" * (wish << 20))
+        return StageResult(samples_seen=len(taken))
+    starts = context.work / "starts"
+    with starts.open("a") as file:
+        file.write("x")
+    if wish == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if len(starts.read_text()) < 3:
+        raise {"connection": RuntimeError("Connection closed by peer"), "permission": PermissionError(13, "no")}[wish]
+    return StageResult()
+
+
 def pass_gate(context: StageContext) -> StageResult:
     if not Path(context.settings_as(GateSettings).open).exists():
         raise UserError("the gate is closed; open it")
@@ -72,6 +98,9 @@ CATALOG = Catalog(
             output="gate",
             inputs=(Input("data"),),
         ),
+        "sufferer": StageDeclaration(
+            version=1, settings=SuffererSettings, run=f"{__name__}:suffer", output="sufferer", inputs=(Input("data"),)
+        ),
         "reader": StageDeclaration(
             version=1,
             settings=ReaderSettings,
@@ -88,7 +117,7 @@ def slurm_launch(**changes: Any) -> dict[str, Any]:
     import yaml
 
     values = yaml.safe_load((CONFIG_DIRECTORY / "launch" / "slurm.yaml").read_text())
-    return {**values, "mem_gib": 0.5, "cpus_per_task": 1, "time_limit_min": 20, **changes}
+    return {**values, "mem_gib": 2.0, "cpus_per_task": 1, "time_limit_min": 20, **changes}
 
 
 def plan(
@@ -101,6 +130,7 @@ def plan(
     steps: int = STEPS,
     note: str | None = None,
     gate: Path | None = None,
+    suffers: int | str | None = None,
     launch: dict[str, Any] | None = None,
     is_local: bool = False,
     **trainer: Any,
@@ -113,6 +143,8 @@ def plan(
     stages: dict[str, dict[str, Any]] = {"data": {"kind": "data", "samples": 48}, "learner": learner}
     if gate is not None:
         stages["gate"] = {"kind": "gate", "open": str(gate)}
+    if suffers is not None:
+        stages["sufferer"] = {"kind": "sufferer", "suffers": suffers}
     if note is not None:
         stages["reader"] = {"kind": "reader", "note": note}
     config = RunConfig(
@@ -124,7 +156,9 @@ def plan(
         data={},
         stage=stages,
         trainer=tiny.TRAINER.model_copy(update={"checkpoint_every_samples": 8, "lease_s": 20.0, **trainer}),
-        launch={"kind": "local", "max_parallel": None} if is_local else slurm_launch(**(launch or {})),
+        launch={"kind": "local", "max_parallel": None, **(launch or {})}
+        if is_local
+        else slurm_launch(**(launch or {})),
         tracking=TrackingSettings(
             mode=TrackingMode.NONE, project="test", entity=None, artifacts=TrackedArtifacts.REFERENCE, tensorboard=False
         ),
@@ -206,13 +240,13 @@ def restarts_of(job_id: int) -> int:
     return int(shown.partition("Restarts=")[2].split()[0])
 
 
-def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 300.0) -> None:
+def wait(what: str, is_so: Callable[[], bool], timeout_s: float = 300.0, *, releases: bool = True) -> None:
     deadline = time.monotonic() + timeout_s
     look_at_the_held = time.monotonic() + 5
     while not is_so():
         assert time.monotonic() < deadline, f"in vain waited for: {what}\n{slurm('squeue', '--states=all')}"
         time.sleep(0.3)
-        if time.monotonic() > look_at_the_held:
+        if releases and time.monotonic() > look_at_the_held:
             release_what_could_not_be_launched()
             look_at_the_held = time.monotonic() + 5
 

@@ -3,12 +3,15 @@
 import os
 from collections.abc import Sequence
 
-from pipeline.config import Positive, validate
+from pydantic import Field
+
+from pipeline.config import NotNegative, Positive, validate
 from pipeline.errors import UserError
 from pipeline.launch.launcher import Launcher, LaunchSettings, StageOutcome
 from pipeline.launch.local.devices import Devices, cores_here, gpus_here, most_at_once
 from pipeline.launch.local.schedule import Schedule
 from pipeline.terminal.display import Display
+from pipeline.workflow.causes import Cause
 from pipeline.workflow.plan import Plan
 
 
@@ -16,9 +19,11 @@ class LocalLaunch(LaunchSettings):
     """`max_parallel` is how many stages run at a time.
 
     Null stands for one per GPU. Without GPUs it stands for as many as the runs have side by side, one per core at most.
+    `retries` is how often a stage starts again after a failure, by its cause.
     """
 
     max_parallel: Positive | None
+    retries: dict[Cause, NotNegative] = Field(default_factory=dict)  # newer than records that lack it
 
 
 class LocalLauncher(Launcher):
@@ -40,9 +45,9 @@ class LocalLauncher(Launcher):
     def submit(self, plans: Sequence[Plan], display: Display) -> list[StageOutcome]:
         """Run all that is not finished, and wait for it."""
         gpus, cores = gpus_here(os.environ), cores_here()
-        given = validate(LocalLaunch, plans[0].config.launch, "launch").max_parallel
-        places = given or len(gpus) or min(cores, most_at_once(plans))
-        return Schedule(plans, Devices(places, gpus, cores), display).run()
+        launch = validate(LocalLaunch, plans[0].config.launch, "launch")
+        places = launch.max_parallel or len(gpus) or min(cores, most_at_once(plans))
+        return Schedule(plans, Devices(places, gpus, cores), display, launch.retries).run()
 
 
 LAUNCHER = LocalLauncher()

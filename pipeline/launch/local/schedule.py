@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -14,7 +14,9 @@ from pipeline.launch.launcher import StageOutcome
 from pipeline.launch.local.devices import Devices, Share
 from pipeline.launch.local.worker import Worker
 from pipeline.terminal.display import Display
-from pipeline.workflow.frozen import FrozenStage, StageKey, write_frozen
+from pipeline.workflow.causes import Cause, oom_kills, starts_again
+from pipeline.workflow.frozen import FrozenStage, StageKey, frozen_path, halve_micro_batch, write_frozen
+from pipeline.workflow.notify import tell_of_failure
 from pipeline.workflow.ownership import StageLost, Vacancy
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 from pipeline.workflow.progress import Failure, Outcome, read_failure, read_progress
@@ -46,6 +48,7 @@ class Running:
     worker: Worker
     share: Share
     started: float
+    oom_kills: int
 
 
 class Schedule:
@@ -54,7 +57,12 @@ class Schedule:
     Ctrl-C, SIGTERM and SIGUSR1 have the stages that run checkpoint and stop; a second Ctrl-C or SIGTERM kills them.
     """
 
-    def __init__(self, plans: Sequence[Plan], devices: Devices, display: Display) -> None:
+    def __init__(
+        self, plans: Sequence[Plan], devices: Devices, display: Display, retries: Mapping[Cause, int] | None = None
+    ) -> None:
+        """`retries` is how often a stage starts again after a failure, by its cause."""
+        self._retries = retries or {}
+        self._causes: dict[StageKey, list[Cause]] = {}
         self._devices = devices
         self._display = display
         self._outcomes: dict[StageKey, StageOutcome] = {}
@@ -139,7 +147,7 @@ class Schedule:
         worker = idle.pop() if idle else Worker(self._devices.environment(share, os.environ))
         self._display.start(task.title, task.stage)
         worker.begin(write_frozen(task.frozen))
-        self._running.append(Running(task, worker, share, time.monotonic()))
+        self._running.append(Running(task, worker, share, time.monotonic(), oom_kills()))
 
     def _close_others_on(self, share: Share) -> None:
         """End what is idle and holds memory of these GPUs."""
@@ -164,11 +172,17 @@ class Schedule:
             self._devices.give_back(each.share)
             self._idle.setdefault(each.share.gpus, []).append(each.worker)
             duration_s = time.monotonic() - each.started
-            failure = _failure(each.task.frozen) if outcome is Outcome.FAILED else None
+            failure = _failure(each) if outcome is Outcome.FAILED else None
             self._is_stopping |= outcome is Outcome.INTERRUPTED
+            if failure is not None and (again := self._again(each.task, failure.cause)) is not None:
+                self._display.again(each.task.title, failure, again)
+                self._pending.insert(0, each.task)
+                continue
             self._display.finish(each.task.title, each.task.stage, duration_s, outcome, failure)
             if outcome is not Outcome.FAILED or not self._starts_again_on_other_inputs(each.task):
                 self._settle(each.task, outcome, duration_s, failure)
+                if failure is not None:
+                    tell_of_failure(each.task.frozen, failure)
 
     def _starts_again_on_other_inputs(self, task: Task) -> bool:
         """Whether it failed as inputs were found damaged: they are made anew, once, and it is to start again."""
@@ -182,6 +196,18 @@ class Schedule:
             self._pending.append(replace(each, stage=stage))
         self._pending.append(task)
         return True
+
+    def _again(self, task: Task, cause: Cause) -> str | None:
+        """How a stage that failed is started once more, in words; None where it is not."""
+        earlier = self._causes.setdefault(task.key, [])
+        count = starts_again(self._retries, cause, earlier)
+        if count is None or self._is_stopping:
+            return None
+        earlier.append(cause)
+        if cause not in (Cause.OUT_OF_MEMORY, Cause.OUT_OF_DEVICE_MEMORY):
+            return count
+        half = halve_micro_batch(frozen_path(task.frozen))
+        return None if half is None else f"{count}, with trainer.micro_batch_size={half}"
 
     def _settle(self, task: Task, outcome: Outcome, duration_s: float = 0.0, failure: Failure | None = None) -> None:
         self._outcomes[task.key] = StageOutcome(task.run, *task.key, outcome, duration_s, failure)
@@ -207,6 +233,14 @@ class Schedule:
                 each.worker.kill()
 
 
-def _failure(frozen: FrozenStage) -> Failure:
-    unexplained = Failure("its process ended without a word (killed, or out of memory?)", is_user_error=False)
-    return read_failure(frozen.work) or unexplained
+def _failure(ended: Running) -> Failure:
+    """What the stage has said of its failure, or what can be seen of it."""
+    work = ended.task.frozen.work
+    known = read_failure(work)
+    if known is not None:
+        return known
+    status = ended.worker.status
+    if status == -signal.SIGKILL and oom_kills() > ended.oom_kills:
+        return Failure("the machine ran out of memory and ended its process", True, Cause.OUT_OF_MEMORY)
+    how = f"by {signal.Signals(-status).name}" if status is not None and status < 0 else f"with status {status}"
+    return Failure(f"its process ended {how} and without a word; see the log", False, Cause.UNKNOWN)

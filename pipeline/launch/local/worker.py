@@ -56,6 +56,11 @@ class Worker:
             return Outcome.FINISHED
         return Outcome.INTERRUPTED if self._is_asked_to_stop or status == EXIT_INTERRUPTED else Outcome.FAILED
 
+    @property
+    def status(self) -> int | None:
+        """The exit status of its process, negative where a signal ended it; None while it goes on."""
+        return None if self._process is None else self._process.poll()
+
     def interrupt(self) -> None:
         """Ask the stage to checkpoint and stop."""
         assert self._process is not None

@@ -34,6 +34,7 @@ def render(frozen: FrozenStage, resources: SlurmResources) -> BatchJob:
         str(frozen.store.path(frozen.stage, frozen.fingerprint) / MANIFEST),
         str(frozen.work / FAILURE),
         str(resources.max_requeues),
+        resources.policy.model_dump_json(),
         *resources.srun_arguments,
         *resources.container_command,
         resources.python or sys.executable,
@@ -67,7 +68,7 @@ def render_script(resources: SlurmResources, code: Path | None = None) -> str:
 
 
 def _or_fail(command: str, what: str) -> str:
-    return f"{command} || {{ say {shlex.quote(f'{what} could not be loaded')}; exit 1; }}"
+    return f"{command} || fail {shlex.quote(f'{what} could not be loaded')}"
 
 
 def _options(frozen: FrozenStage, resources: SlurmResources, name: str) -> tuple[str, ...]:
@@ -82,7 +83,7 @@ def _options(frozen: FrozenStage, resources: SlurmResources, name: str) -> tuple
         "nodes": tasks.nodes,
         "ntasks-per-node": tasks.per_node,
         "cpus-per-task": resources.cpus_per_task,
-        "mem": None if resources.mem_gib is None else f"{round(resources.mem_gib * 1024)}M",
+        "mem": None if (mem_mib := resources.policy.mem_mib) is None else f"{mem_mib}M",
         "time": resources.time_limit_min,
         **_gpus(resources, tasks.per_node),
         "signal": f"B:USR1@{resources.stop_before_s}",

@@ -26,6 +26,8 @@ _OVER = {
 }
 _HELD_BY_SLURM = ("launch failed requeued held", "JobHoldMaxRequeue")
 _NEVER = "DependencyNeverSatisfied"
+_FIELDS = {"JobID": 20, "State": 20, "Reason": 80, "TimeLeft": 20, "RestartCnt": 10, "Name": 120, "Comment": 120}
+"""What is asked of `squeue`, and how wide."""
 _OWN_TO_A_JOB = ("SLURM_", "SRUN_", "MASTER_")
 _OWN_TO_A_PROCESS = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 
@@ -39,6 +41,7 @@ class QueuedJob:
     state: str
     reason: str
     time_left: str
+    restarts: int
     name: str
     comment: str
 
@@ -50,7 +53,7 @@ class QueuedJob:
     @property
     def is_held_by_slurm(self) -> bool:
         """Whether Slurm holds it after a start that failed, and will not try again by itself."""
-        return self.state == "PENDING" and self.reason in _HELD_BY_SLURM
+        return self.state == "PENDING" and self.reason.replace("_", " ") in _HELD_BY_SLURM
 
     @property
     def is_active(self) -> bool:
@@ -106,18 +109,48 @@ def release(job_id: int) -> None:
 
 def squeue(*selection: str) -> list[QueuedJob]:
     """The jobs of a selection, such as `--me`, that the queue still knows."""
-    text = _output("squeue", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%j|%k", *selection)
+    asked = ",".join(f"{field}:{width}" for field, width in _FIELDS.items())
+    return read_queue(_bytes_of("squeue", "--noheader", "--states=all", f"--Format={asked}", *selection))
+
+
+def read_queue(text: bytes) -> list[QueuedJob]:
+    """Jobs from what `squeue` has written. Only widths tell fields apart: names may hold line breaks, and all else."""
+    size = sum(_FIELDS.values()) + 1
     jobs = []
-    for line in text.splitlines():
-        job_id, state, reason, time_left, name, comment = line.split("|", 5)
-        jobs.append(QueuedJob(int(job_id), state, "" if reason == "None" else reason, time_left, name, comment))
+    for start in range(0, len(text), size):
+        fields, place = [], start
+        for width in _FIELDS.values():
+            fields.append(text[place : place + width].decode(errors="replace").strip())
+            place += width
+        job_id, state, reason, time_left, starts, name, comment = fields
+        reason = "" if reason == "None" else reason
+        jobs.append(QueuedJob(int(job_id), state, reason, time_left, int(starts), name, comment))
     return jobs
 
 
+def time_limits_min() -> dict[str, int | None]:
+    """The longest time limit of each partition, in minutes, or None; the default partition is there as "", too."""
+    limits: dict[str, int | None] = {}
+    for line in _output("sinfo", "--noheader", "--format=%R|%l|%P").splitlines():
+        name, shown, marked = line.split("|")
+        days, _, clock = shown.rpartition("-")
+        parts = [int(part) for part in clock.split(":")] if clock[:1].isdigit() else []
+        # minutes:seconds, or with hours before them
+        minutes = 24 * 60 * int(days or 0) + sum(60**place * part for place, part in enumerate(reversed(parts[:-1])))
+        limits[name] = minutes if parts else None
+        if marked != name:
+            limits[""] = limits[name]
+    return limits
+
+
 def _output(program: str, *arguments: str) -> str:
+    return _bytes_of(program, *arguments).decode(errors="replace")
+
+
+def _bytes_of(program: str, *arguments: str) -> bytes:
     try:
         done = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S,
+            [program, *arguments], capture_output=True, check=False, timeout=_TIMEOUT_S,
             stdin=subprocess.DEVNULL, env=environment_of_jobs(os.environ),
         )  # fmt: skip
     except FileNotFoundError as error:
@@ -128,7 +161,7 @@ def _output(program: str, *arguments: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise LauncherUnavailableError(f"{program} gave no answer in {_TIMEOUT_S:.0f} s; try again") from error
     if done.returncode != 0:
-        said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        said = " ".join(line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip())
         raise UserError(f"{said or f'{program} failed with status {done.returncode}'}")
     return done.stdout
 

@@ -1,6 +1,7 @@
 """The jobs that were submitted for a stage: `work/<stage>/<fingerprint>/jobs/<number>.json`, one file each."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -8,11 +9,15 @@ from uuid import uuid4
 from pydantic import TypeAdapter
 
 from pipeline.config import Settings
+from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.commands import QueuedJob
+from pipeline.workflow.causes import Cause, End, write_end
 from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 JOBS = "jobs"
+_MOST_RESTARTS_OF_A_HELD_JOB = 10
+"""Who wants more than that has to look why."""
 
 
 class JobRecord(Settings):
@@ -85,6 +90,19 @@ def look_up(works: Iterable[Path]) -> dict[Path, KnownJob]:
     unanswered = {record.token for record in records.values() if record.job_id is None}
     by_token = {job.comment: job for job in commands.squeue("--me")} if unanswered else {}
     return {work: _known(record, queue, by_token) for work, record in records.items()}
+
+
+def release_held(known: Mapping[Path, KnownJob]) -> None:
+    """Let jobs that Slurm holds after a launch that failed start again, and count that among their starts.
+
+    Where the node was at fault Slurm has taken it out, so that they start elsewhere.
+    """
+    for work, each in known.items():
+        job = each.queued
+        if job is not None and job.is_held_by_slurm and job.restarts <= _MOST_RESTARTS_OF_A_HELD_JOB:
+            with suppress(UserError):  # another one's job, or one that is gone by now
+                commands.release(job.job_id)
+                write_end(work, End(str(job.job_id), job.restarts - 1, "", Cause.LAUNCH, job.reason, "released"))
 
 
 def _known(record: JobRecord, queue: dict[int, QueuedJob], by_token: dict[str, QueuedJob]) -> KnownJob:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.config import NotNegative, Positive, PositiveFloat, Settings, validate
 from pipeline.launch.launcher import LaunchSettings
 from pipeline.secrecy import SECRET_NAME
+from pipeline.workflow.causes import Cause
 
 SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 """A value that Slurm reads: one line without control characters."""
@@ -20,6 +21,26 @@ class GpuRequest(StrEnum):
     NONE = "none"
     GRES = "gres"
     GPUS_PER_NODE = "gpus-per-node"
+
+
+class Retries(Settings):
+    """What follows a failure: how often a stage starts again after which cause, in one job, and with what.
+
+    Memory and time limit are multiplied by the factors after a failure for want of them. A node is left out after
+    `exclude_after` failures on it that may be its own.
+    """
+
+    times: dict[Cause, NotNegative]
+    memory_factor: PositiveFloat
+    time_factor: PositiveFloat
+    exclude_after: Positive
+
+
+class Policy(Retries):
+    """What a job is told of it: what there is to raise."""
+
+    mem_mib: Positive | None
+    time_limit_min: Positive
 
 
 class SlurmResources(Settings):
@@ -41,6 +62,7 @@ class SlurmResources(Settings):
     time_limit_min: Positive
     stop_before_s: Positive
     max_requeues: NotNegative
+    retries: Retries
     sbatch_arguments: list[Annotated[str, Field(pattern=r"^-")]]
     srun_arguments: list[Annotated[str, Field(pattern=r"^-")]]
     container_command: list[str]
@@ -48,6 +70,12 @@ class SlurmResources(Settings):
     modules: list[SlurmValue]
     setup_script: Path | None
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
+
+    @property
+    def policy(self) -> Policy:
+        """What a job is told of what follows its failures."""
+        mem_mib = None if self.mem_gib is None else round(self.mem_gib * 1024)
+        return Policy(**dict(self.retries), mem_mib=mem_mib, time_limit_min=self.time_limit_min)
 
     @model_validator(mode="after")
     def _has_time_to_work(self) -> Self:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
-from pipeline.launch.slurm.jobs import JOBS, KnownJob, latest_record, look_up, write_record
+from pipeline.launch.slurm.jobs import JOBS, KnownJob, latest_record, look_up, release_held, write_record
 from pipeline.launch.slurm.submit import one_submission_at_a_time
 from pipeline.terminal.tables import stage_state
 from pipeline.terminal.words import progress_line
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
+from pipeline.workflow.causes import Cause, last_words
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
@@ -51,6 +52,7 @@ def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]
     stages = _stages_with_members(records)
     works = [store.work(stage.name, stage.fingerprint) for stage, _ in stages]
     known = look_up(works)
+    release_held(known)
     forgotten = [
         each.record.job_id for each in known.values() if each.queued is None and each.record.job_id is not None
     ]
@@ -130,11 +132,12 @@ def _status(
         state, reason = queued.state, queued.reason
         if queued.is_active:
             detail = _progress(work) if queued.state == _RUNNING else _kept(work)
+            detail = " · ".join(filter(None, [detail, last_words(work)]))
             until_limit = queued.time_left if queued.state == _RUNNING else ""
         else:
-            detail = _failure(work)
+            reason, detail = _cause(work) or reason, _failure(work)
     elif state != "finished" and record is not None and record.job_id is not None and record.job_id in accounted:
-        state, detail = accounted[record.job_id], _failure(work)
+        state, reason, detail = accounted[record.job_id], _cause(work), _failure(work)
     return JobStatus(
         stage.name,
         stage.fingerprint,
@@ -156,6 +159,11 @@ def _progress(work: Path) -> str:
 def _kept(work: Path) -> str:
     samples_seen = latest_checkpoint_samples(work)
     return "" if samples_seen is None else f"checkpoint at {samples_seen:,} samples"
+
+
+def _cause(work: Path) -> str:
+    failure = read_failure(work)
+    return "" if failure is None or failure.cause is Cause.UNKNOWN else failure.cause.words
 
 
 def _failure(work: Path) -> str:

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.launch.identity import this_process
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.batch import BatchJob, render
-from pipeline.launch.slurm.jobs import JobRecord, KnownJob, look_up, new_token, write_record
+from pipeline.launch.slurm.jobs import JobRecord, KnownJob, look_up, new_token, release_held, write_record
 from pipeline.launch.slurm.lanes import Lanes
 from pipeline.launch.slurm.settings import SlurmLaunch, SlurmResources
 from pipeline.workflow.declaration import resolve
@@ -103,9 +103,11 @@ def submit_jobs(
     One submission at a time works on one `outputs`, so that two at the same moment share what they have in common.
     Raises `UserError` with Slurm's words where it refuses a job; what was submitted before that stays.
     """
+    _check_time_limits(jobs)
     done: dict[StageKey, SubmittedStage] = {}
     with one_submission_at_a_time(outputs):
         known = _settled(jobs, note)
+        release_held(known)
         lanes = Lanes(max_parallel)
         for job in jobs:
             before = known.get(job.stage.work)
@@ -127,8 +129,6 @@ def _submit(
         # It waits for a job that has failed or is gone; Slurm has not seen that yet, or never will.
         commands.cancel([known.job_id])
     elif known is not None and known.is_active:
-        if known.queued is not None and known.queued.is_held_by_slurm:
-            commands.release(known.job_id)
         wanted_by = list(dict.fromkeys([*known.record.wanted_by, *job.members]))
         write_record(job.stage.work, known.record.model_copy(update={"wanted_by": wanted_by}))
         return SubmittedStage(job, Submission.QUEUED, known.job_id, after)
@@ -219,6 +219,22 @@ def _check_stage_names(launch: SlurmLaunch, plan: Plan) -> None:
         raise UserError(
             f"launch.stages.{unknown[0]} names no stage and no kind of stage; valid here: {', '.join(sorted(valid))}"
         )
+
+
+def _check_time_limits(jobs: Sequence[PlannedJob]) -> None:
+    """Refuse what Slurm would queue and never start: more time than the partition gives anybody."""
+    limits = commands.time_limits_min()
+    for job in jobs:
+        asked, partitions = job.resources.time_limit_min, (job.resources.partition or "").split(",")
+        known = [limits[name] for name in partitions if name in limits]
+        longest = max((limit or asked for limit in known), default=asked)
+        if asked > longest:
+            stage = job.stage.stage
+            raise UserError(
+                f"launch.time_limit_min={asked} of stage {stage} is more than partition "
+                f"{job.resources.partition or 'of default'} allows (MaxTime is {longest} min); use "
+                f"launch.stages.{stage}.time_limit_min={longest} or less: a stage goes on in another start"
+            )
 
 
 def _joined(job_ids: Sequence[int], separator: str = ":") -> str:

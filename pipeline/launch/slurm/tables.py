@@ -69,12 +69,15 @@ def scripts_text(jobs: Sequence[PlannedJob]) -> str:
     scripts: dict[str, list[PlannedJob]] = {}
     for job in jobs:
         scripts.setdefault(job.batch.script, []).append(job)
+    names = _names(jobs)
     parts = []
     for script, sharing in scripts.items():
         firsts = {job.stage.stage: job for job in reversed(sharing)}
         for name, job in reversed(firsts.items()):
             others = sum(each.stage.stage == name for each in sharing) - 1
-            command = [SUBMIT, *job.batch.options, "SCRIPT", *job.batch.arguments]
+            after = ":".join(f"JOB_OF_{names[key]}" for key in job.needs)
+            dependency = [f"--dependency=afterok:{after}"] if after else []
+            command = [SUBMIT, *job.batch.options, *dependency, "SCRIPT", *job.batch.arguments]
             parts.append(f"# {job.batch.name}{f', and {others} like it' if others else ''}\n{shlex.join(command)}\n")
         parts.append(f"# SCRIPT of {_listed(list(reversed(firsts)))}\n{script}")
     return "\n".join(parts)

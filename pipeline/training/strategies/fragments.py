@@ -116,7 +116,8 @@ def _read_fragment(fragment: Fragment, pieces: Mapping[tuple[str, str], list[_Pi
         return
     state = optimizer.state[fragment.holder]
     step = steps[0].file.get_tensor(steps[0].key)
-    state[STEP] = step.reshape(()).to(fragment.holder.device)
+    # A copy: the tensor itself would keep the whole file mapped, and its room on disk after it is deleted.
+    state[STEP] = step.reshape(()).to(fragment.holder.device, copy=True)
     for name in _STATES:
         found = pieces.get((fragment.name, name))
         if found is not None:

@@ -1,6 +1,8 @@
 """A training job that Slurm disturbs in every way it has goes on, and learns what an undisturbed one learns."""
 
+import random
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,13 +70,24 @@ def test_a_disturbed_job_ends_with_the_undisturbed_weights(
 
 
 @pytest.mark.slow
-def test_a_signal_before_python_is_ready_requeues_the_job(tmp_path: Path):
-    learner, job_id = world.submitted_learner(tmp_path)
-    world.wait("the start", lambda: "on node" in world.log_of(learner))
-    signal_the_script(learner, job_id)
-    world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
-    assert not world.is_training(learner, 1)
+def test_a_signal_of_any_form_in_the_seconds_in_which_a_step_starts_costs_nothing(
+    expected: dict[str, Tensor], tmp_path: Path
+):
+    forms = (["--signal=USR1"], ["--signal=USR1", "--full"], ["--signal=USR1", "--batch"], ["--signal=TERM"])
+    world.run_stages_here(world.plan(tmp_path, step_s=0.2), "data")
+    jobs = world.submit(world.plan(tmp_path, step_s=0.2, note="a"))
+    learner, job_id, reader = jobs["learner"].job.stage, jobs["learner"].job_id, jobs["reader"].job_id
+    assert job_id is not None
+    assert reader is not None
+    # First the moment at which there is nothing but a bare interpreter, then others in the seconds of its imports.
+    for number, form in enumerate(forms):
+        world.wait(f"start {number + 1}", lambda: bool(workers(tmp_path)))
+        time.sleep(random.uniform(0.0, 5.0) if number else 0.0)
+        world.slurm("scancel", *form, str(job_id))
+        world.wait(f"the end of start {number + 1}", lambda number=number: world.restarts_of(job_id) > number)
     world.wait_for_end(learner, job_id)
+    assert tiny.are_equal(world.weights_under(tmp_path), expected)
+    world.wait("the dependent job", lambda: world.state_of(reader) == "COMPLETED")
 
 
 @pytest.mark.slow
@@ -107,7 +120,7 @@ def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
     node = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
     daemons = processes(f"slurmd -D -N {node}$")
     # All of Slurm on that node dies, and the stage's process alone goes on, as where a node loses its network.
-    (orphan,) = processes(f"^[^ ]*python -m pipeline.training.worker {tmp_path}/")
+    (orphan,) = workers(tmp_path)
     own = [*processes(rf"slurmstepd: \[{job_id}\."), *processes(f"/job{job_id:05}/slurm_script"), *processes("^srun ")]
     killed = [psutil.Process(pid) for pid in (*daemons, *own)]
     for process in killed:
@@ -139,6 +152,10 @@ def bring_back(node: str) -> None:
     # A node whose daemon has spoken again is back by itself, and Slurm refuses to resume it.
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False, capture_output=True)
     world.wait(f"{node}", lambda: world.slurm("sinfo", "-h", "-n", node, "-o", "%T").strip() in ("idle", "mixed"))
+
+
+def workers(outputs: Path) -> list[int]:
+    return processes(f"^[^ ]*python -m pipeline.training.worker {outputs}/")
 
 
 def processes(pattern: str) -> list[int]:

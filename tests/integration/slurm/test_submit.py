@@ -197,6 +197,60 @@ def test_what_slurm_refuses_is_said_in_its_words_and_what_was_submitted_is_taken
     cancel_runs(tmp_path, read_runs(tmp_path, "trial"))
 
 
+def test_more_time_than_the_partition_gives_is_refused_before_anything_is_submitted(tmp_path: Path):
+    asks = {"partition": "short", "stages": {"learner": {"time_limit_min": 1506}}}
+    with pytest.raises(
+        UserError, match=r"time_limit_min=1506 of stage learner .* short .*1505 min.*learner.time_limit"
+    ):
+        world.submit(world.plan(tmp_path, steps=4, launch=asks))
+    assert not (tmp_path / "work").exists()
+    asks["stages"] = {"learner": {"time_limit_min": 1505}}
+    world.submit(world.plan(tmp_path, steps=4, launch={**asks, "sbatch_arguments": ["--hold"]}))
+    cancel_runs(tmp_path, read_runs(tmp_path, "trial"))
+
+
+def test_jobs_of_other_people_may_be_called_whatever_they_like(tmp_path: Path):
+    odd = world.slurm(
+        "sbatch", "--parsable", "--hold", "--job-name=a\nb|7\r\n", "--comment=\n1|x", "--wrap", "true"
+    ).strip()
+    learner, job_id = world.submitted_learner(tmp_path, steps=4, launch={"sbatch_arguments": ["--hold"]})
+    (record,) = (learner.work / "jobs").glob("*.json")
+    record.write_text(record.read_text().replace(f'"job_id": {job_id}', '"job_id": null'))
+    assert world.submit(world.plan(tmp_path, steps=4))["learner"].job_id == job_id
+    assert [each for _, each in cancel_runs(tmp_path, read_runs(tmp_path, "trial")).cancelled] == [job_id]
+    assert world.state_of(int(odd)) == "PENDING"
+    world.slurm("scancel", odd)
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_holds_after_a_failed_launch_is_released_elsewhere_and_counted(tmp_path: Path):
+    conf = Path(os.environ["SLURM_CONF"])
+    prolog = conf.parent / "prolog"
+    prolog.write_text("#!/bin/sh\n[ $SLURMD_NODENAME != node1 ]\n")
+    prolog.chmod(0o755)
+    before = conf.read_text()
+    try:
+        conf.write_text(f"{before}\nProlog={prolog}\n")
+        world.slurm("scontrol", "reconfigure")
+        made = world.plan(tmp_path, steps=4, launch={"sbatch_arguments": ["--nodelist=node1"]})
+        world.run_stages_here(made, "data")
+        job = world.submit(made)["learner"]
+        assert job.job_id is not None
+        held = "launch failed requeued held"
+        world.wait(
+            "the failed launch", lambda: world.reason_of(job.job_id or 0).replace("_", " ") == held, releases=False
+        )
+        world.slurm("scontrol", "update", f"JobId={job.job_id}", "ReqNodeList=")
+        (status,) = (each for each in job_statuses(tmp_path, read_runs(tmp_path, "trial")) if each.stage == "learner")
+        assert "launch: released" in status.detail
+        world.wait_for_end(job.job.stage, job.job_id)
+        assert "on node2" in world.log_of(job.job.stage)
+    finally:
+        conf.write_text(before)
+        world.slurm("scontrol", "reconfigure")
+        subprocess.run(["scontrol", "update", "NodeName=node1", "State=RESUME"], check=False)
+
+
 def test_the_jobs_ask_for_what_their_profile_says(tmp_path: Path):
     stages = {"learner": {"gpu_request": "gpus-per-node", "mem_gib": 1.5, "time_limit_min": 7}}
     hold = {"sbatch_arguments": ["--hold"], "stages": stages}

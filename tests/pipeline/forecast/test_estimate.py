@@ -134,9 +134,10 @@ def test_a_disk_that_cannot_hold_artifact_and_checkpoints_is_refused_before_trai
         network = nn.Linear(10**6, 10**6)
     own = tiny.learner_module().stage_settings
     need = training_bytes(network, own, tiny.TRAINER)
-    assert need == (1 + 4 * (tiny.TRAINER.keep_checkpoints + 1)) * 4 * (10**12 + 10**6)
-    with pytest.raises(UserError, match=r"stage decoder will write .* GB .* lower trainer.keep_checkpoints") as error:
-        require_disk("decoder", network, own, tiny.TRAINER, tmp_path)
+    assert need == (1 + 4 * tiny.TRAINER.keep_checkpoints) * 4 * (10**12 + 10**6)
+    three = tiny.TRAINER.model_copy(update={"keep_checkpoints": 3})
+    with pytest.raises(UserError, match=r"stage decoder will write .* GB .* lower trainer.keep_checkpoints=3") as error:
+        require_disk("decoder", network, own, three, tmp_path)
     assert "\n" not in str(error.value)
     require_disk("decoder", nn.Linear(2, 2), own, tiny.TRAINER, tmp_path)
 

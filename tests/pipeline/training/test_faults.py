@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_a_message(tmp_path: Pat
     assert failure is not None
     assert failure.is_user_error
     assert "no space is left" in failure.message
-    assert "the checkpoint at 32 samples is intact: free some, or lower trainer.keep_checkpoints" in failure.message
+    assert "the checkpoint at 32 samples is intact: free some, and run again" in failure.message
     kept = latest_checkpoint(stage.work)
     assert kept is not None
     assert kept.samples_seen == 32
@@ -186,6 +187,53 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_a_message(tmp_path: Pat
     SCRIPT.every_step = lambda _context: None
     assert run(stage) is Outcome.FINISHED
     assert are_equal(weights(stage), weights(whole))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_with_no_room_for_one_more_checkpoint_keeps_one_while_the_next_is_written(
+    tmp_path: Path, small_disk: Path
+):
+    whole = frozen(tmp_path / "whole")
+    run(whole)
+    stage = frozen(small_disk)
+    kept: list[int] = []
+
+    def leave_room_for_less_than_a_checkpoint(context: tiny.StageContext) -> None:
+        size = sum(file.stat().st_size for file in next((context.work / "checkpoints").glob("*.ckpt")).iterdir())
+        ballast = small_disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 3 * size // 4))
+
+    fill = once_checkpointed(32, leave_room_for_less_than_a_checkpoint)
+
+    def look(context: tiny.StageContext) -> None:
+        fill(context)
+        kept.append(len(list((context.work / "checkpoints").glob("*.json"))))
+        # What a checkpoint was resumed from can be deleted: no process holds it.
+        assert ".ckpt" not in Path("/proc/self/maps").read_text()
+
+    SCRIPT.every_step = look
+    SCRIPT.at_samples, SCRIPT.happens = 64, lambda context: context.interruption.set()
+    assert run(stage) is Outcome.INTERRUPTED, read_failure(stage.work)
+    SCRIPT.at_samples = None
+    assert run(stage) is Outcome.FINISHED, read_failure(stage.work)
+    assert 0 not in kept[kept.index(1) :]
+    assert are_equal(weights(stage), weights(whole))
+
+
+def test_a_finished_stage_drops_its_checkpoints_where_that_is_set(tmp_path: Path):
+    stage = frozen(tmp_path, drop_checkpoints=True)
+    assert run(stage) is Outcome.FINISHED
+    assert not (stage.work / "checkpoints").exists()
 
 
 def test_a_disk_that_takes_nothing_at_all_ends_the_stage_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

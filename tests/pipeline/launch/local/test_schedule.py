@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline.launch.local import LAUNCHER
 from pipeline.terminal.display import Display
 from pipeline.workflow.progress import Outcome
-from tests.support import ROOT
+from tests.support import ROOT, world
 from tests.support.halves import plan_halves, starts
 
 PROGRAM = """
@@ -56,6 +56,24 @@ def test_members_run_side_by_side_share_a_stage_and_a_failure_takes_its_own_desc
     assert "b [1/3] source  shared with run a" in lines
     assert "a [2/3] left  FAILED: left was to fail" in lines
     assert "a [3/3] end  skipped: left did not finish" in lines
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_starts_again_as_often_as_its_cause_is_given(tmp_path: Path):
+    text = io.StringIO()
+
+    def outcomes(suffers: str, times: int) -> list[Outcome]:
+        launch = {"max_parallel": 1, "retries": {"collective": times}}
+        plan = world.plan(tmp_path, suffers=suffers, steps=1, is_local=True, launch=launch)
+        ended = LAUNCHER.submit([plan], Display(Console(file=text, width=200)))
+        return [each.outcome for each in ended if each.stage == "sufferer"]
+
+    assert outcomes("connection", 1) == [Outcome.FAILED]
+    assert outcomes("connection", 1) == [Outcome.FINISHED]
+    assert outcomes("kill", 1) == [Outcome.FAILED]
+    lines = [line for line in text.getvalue().splitlines() if "sufferer" in line]
+    assert any("collective: RuntimeError: Connection closed by peer; starts again (1 of 1)" in line for line in lines)
+    assert any("FAILED: its process ended by SIGKILL and without a word; see the log" in line for line in lines)
 
 
 def running(outputs: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:

@@ -1,0 +1,44 @@
+"""The record of starts and ends, and what it allows."""
+
+import random
+from pathlib import Path
+
+from pipeline.workflow.causes import ENDS, Cause, End, last_words, read_ends, starts_again, write_end
+from pipeline.workflow.frozen import halve_micro_batch, read_frozen, write_frozen
+from tests.support import tiny
+
+
+def test_a_start_that_was_followed_by_another_without_a_word_lost_its_node(tmp_path: Path):
+    for start, node in ((0, "a"), (1, "b")):
+        write_end(tmp_path, End("7", start, node))
+    lost, running = read_ends(tmp_path)
+    assert (lost.nodes, lost.cause, running.cause) == ("a", Cause.NODE_FAILURE, None)
+    assert last_words(tmp_path) == "node failure on a"
+    write_end(tmp_path, End("7", 1, "b", Cause.OUT_OF_MEMORY, "too much", "starts again (1 of 3)"))
+    assert last_words(tmp_path) == "out of memory: starts again (1 of 3)"
+
+
+def test_whatever_bytes_are_in_the_record_the_whole_lines_of_it_are_read(tmp_path: Path):
+    draws = random.Random(0)
+    write_end(tmp_path, End("7", 0, "a", Cause.DATA, "m"))
+    whole = (tmp_path / ENDS).read_bytes()
+    for _ in range(300):
+        noise = draws.randbytes(draws.randrange(40)).replace(b"\n", b"") + b"\n"
+        (tmp_path / ENDS).write_bytes(noise + whole + noise)
+        assert End("7", 0, "a", Cause.DATA, "m") in read_ends(tmp_path)
+
+
+def test_a_cause_is_followed_by_as_many_starts_as_it_is_given():
+    times = {Cause.DATA: 2}
+    assert starts_again(times, Cause.DATA, [Cause.COLLECTIVE]) == "1 of 2"
+    assert starts_again(times, Cause.DATA, [Cause.DATA]) == "2 of 2"
+    assert starts_again(times, Cause.DATA, [Cause.DATA, Cause.DATA]) is None
+    assert starts_again(times, Cause.SETTINGS, []) is None
+
+
+def test_a_micro_batch_is_halved_until_it_is_one_and_the_frozen_file_stays(tmp_path: Path):
+    path = write_frozen(tiny.frozen(tmp_path)).path
+    before = path.read_bytes()
+    assert [halve_micro_batch(path) for _ in range(4)] == [4, 2, 1, None]
+    assert read_frozen(path).trainer.micro_batch_size == 1
+    assert path.read_bytes() == before
