@@ -299,7 +299,7 @@ def test_what_needs_slurm_says_so_where_there_is_none(
 ):
     monkeypatch.setenv("PATH", "")
     message = refusal(capsys, "submit", "experiment=smoke")
-    assert "is not installed here; submit from a login node" in message
+    assert "sbatch is not installed here" in message
     assert "one_machine.py" in message
     # The submission is on record; the next one finds no job of it, and neither do the other commands.
     assert "squeue is not installed here" in refusal(capsys, "cancel", "smoke")
