@@ -304,9 +304,10 @@ class RunSettings(Settings):
 
 
 class PathSettings(Settings):
-    """Everything that a run writes is below `outputs`."""
+    """Everything that a run writes is below `outputs`. `also_read` are stores of others, whose artifacts do as well."""
 
     outputs: Path
+    also_read: tuple[Path, ...] = ()
 
 
 class OnDamage(StrEnum):

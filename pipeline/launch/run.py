@@ -41,6 +41,10 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
         if not accepts_code:
             _require_same_code(plan)
     launcher.check(plans)
+    for plan in plans:
+        for stage in plan.stages:
+            if stage.action is Action.REUSE and stage.fingerprint is not None:
+                plan.store.link(stage.name, stage.fingerprint)
     with recorded(plans) as in_use:
         require_unblocked(in_use)
         outcomes = launcher.submit([plan.with_code() for plan in in_use], display)

@@ -94,9 +94,10 @@ class Artifact:
 
 @dataclass(frozen=True)
 class ArtifactStore:
-    """All artifacts under one `paths.outputs`."""
+    """All artifacts under one `paths.outputs`. Those under `also_read` are found where it has none of its own."""
 
     outputs: Path
+    also_read: tuple[Path, ...] = ()
 
     def path(self, stage: str, fingerprint: str) -> Path:
         """Where the artifact of that stage and fingerprint is or will be."""
@@ -108,7 +109,27 @@ class ArtifactStore:
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """The published artifact, or None."""
-        return read_artifact(self.path(stage, fingerprint))
+        stores = (self, *map(ArtifactStore, self.also_read))
+        found = (read_artifact(store.path(stage, fingerprint)) for store in stores)
+        return next((artifact for artifact in found if artifact is not None), None)
+
+    def link(self, stage: str, fingerprint: str) -> None:
+        """Where an artifact was found in another store, have it here too, by a link to there.
+
+        Raises `UserError` where it is damaged.
+        """
+        found, here = self.find(stage, fingerprint), self.path(stage, fingerprint)
+        if found is None or found.path == here:
+            return
+        damage = fault(found.path, found.manifest.files, self.work(stage, fingerprint) / VERIFIED)
+        if damage is not None:
+            remedy = "its owner can mend that; leave its store out of paths.also_read until then"
+            raise UserError(f"{damage}; {remedy}")
+        here.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another command was as fast
+            if here.is_symlink():  # to what has gone since
+                here.unlink(missing_ok=True)
+            here.symlink_to(found.path.resolve(), target_is_directory=True)
 
     def open(self, stage: str, fingerprint: str, *, anew: bool = False) -> Artifact | None:
         """The published artifact for whoever uses its files, which are what the manifest says; or None.
@@ -189,7 +210,10 @@ class ArtifactStore:
         called when nothing but the rename is left to do.
         """
         write_json_atomically(building / MANIFEST, manifest.model_dump(mode="json"))
+        mode = (building / MANIFEST).stat().st_mode
         for path in (*building.rglob("*"), building):
+            if path.is_file():  # libraries write for their user alone; a store may be a group's
+                path.chmod(mode)
             sync(path)
         before_rename()
         target = self.path(manifest.stage, manifest.fingerprint)
@@ -239,6 +263,9 @@ def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
 def _set_aside(directory: Path, inode: int) -> bool:
     """Give the manifest that was read another name; whether it has none of its own any more."""
     manifest, aside = directory / MANIFEST, directory / SET_ASIDE
+    if directory.is_symlink():  # to a store of others', which is theirs to mend
+        directory.unlink(missing_ok=True)
+        return True
     try:
         manifest.rename(aside)
         if aside.stat().st_ino != inode:  # meanwhile another process has set it aside and made it anew

@@ -110,7 +110,7 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     Raises `UserError` for whatever can be known to be wrong before anything runs.
     """
     catalog: Catalog = resolve(config.catalog)
-    store = ArtifactStore(config.paths.outputs.absolute())
+    store = ArtifactStore(config.paths.outputs.absolute(), tuple(each.absolute() for each in config.paths.also_read))
     valid = {
         name: _validate_stage(name, values, config, catalog, store, overrides) for name, values in config.stage.items()
     }
@@ -283,7 +283,9 @@ def _decide(
     artifact = None if damage is not None else store.find(node.name, frozen.fingerprint)
     if artifact is not None:
         manifest = artifact.manifest
-        return Action.REUSE, f"finished {manifest.finished_at[:16].replace('T', ' ')} in {manifest.duration_s:.0f} s"
+        where = "" if artifact.path.is_relative_to(store.outputs) else f", in {artifact.path.parents[2]}"
+        finished_at = manifest.finished_at[:16].replace("T", " ")
+        return Action.REUSE, f"finished {finished_at} in {manifest.duration_s:.0f} s{where}"
     work = store.work(node.name, frozen.fingerprint)
     failure = read_failure(work)
     after_failure = f"; the last attempt failed: {failure.message}" if failure else ""

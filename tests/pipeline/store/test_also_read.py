@@ -1,0 +1,94 @@
+"""A store of others, read under one's own."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from pipeline.config import PathSettings, RunSettings
+from pipeline.errors import UserError
+from pipeline.launch.run import start
+from pipeline.terminal.display import Display
+from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.plan import Action, Plan, plan_run
+from pipeline.workflow.progress import Outcome
+from tests.support.fakes import manifest_of, run_config
+from tests.support.stores import collect, contents, finish, record, settings, there
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A finished run in a store that nobody here may write to."""
+    outputs = tmp_path / "theirs"
+    finish(record(outputs, "first").values())
+    return outputs
+
+
+def planned(outputs: Path, theirs: Path, weight: float = 0.1) -> Plan:
+    paths = PathSettings(outputs=outputs, also_read=(theirs,))
+    return plan_run(run_config(outputs, settings(weight=weight), run=RunSettings(name="mine"), paths=paths))
+
+
+def started(plan: Plan) -> set[Outcome]:
+    return {each.outcome for each in start([plan], Display(Console(file=io.StringIO())), waits=True)}
+
+
+def test_what_is_finished_there_is_linked_to_and_theirs_stays_as_it_is(theirs: Path, tmp_path: Path):
+    mine, before = tmp_path / "mine", contents(theirs)
+    plan = planned(mine, theirs)
+    assert not mine.exists()
+    assert {stage.action for stage in plan.stages} == {Action.REUSE}
+    assert all(stage.reason.endswith(f", in {theirs}") for stage in plan.stages)
+    assert started(plan) == {Outcome.REUSED}
+    # From then on the store is whole by itself, for whoever asks it.
+    found = ArtifactStore(mine).open("clip", plan.stages[1].fingerprint or "")
+    assert found is not None
+    assert found.path.is_symlink()
+    (mine / "runs" / "mine" / "run.json").unlink()
+    collect(mine)
+    assert there(mine) == set()
+    assert contents(theirs) == before
+
+
+def test_what_is_not_there_is_to_run_here(theirs: Path, tmp_path: Path):
+    plan = planned(tmp_path / "mine", theirs, weight=0.9)
+    actions = {stage.name: stage.action for stage in plan.stages}
+    assert (actions["clip"], actions["decoder"]) == (Action.REUSE, Action.RUN)
+
+
+def test_damage_there_is_said_and_left_to_its_owner(theirs: Path, tmp_path: Path):
+    plan = planned(tmp_path / "mine", theirs)
+    artifact = ArtifactStore(theirs).find("clip", plan.stages[1].fingerprint or "")
+    assert artifact is not None
+    file = artifact.path / artifact.manifest.files[0].path
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+    with pytest.raises(UserError, match=r"does not have the digest in its manifest; its owner can mend that"):
+        started(plan)
+    assert artifact.path.exists()
+
+
+def test_a_link_to_what_has_gone_is_in_nobody_s_way(theirs: Path, tmp_path: Path):
+    mine = tmp_path / "mine"
+    assert started(planned(mine, theirs)) == {Outcome.REUSED}
+    theirs.rename(tmp_path / "moved")
+    plan = planned(mine, theirs)
+    assert {stage.action for stage in plan.stages} == {Action.RUN}
+    finish(plan.stages)
+    assert {stage.action for stage in planned(mine, theirs).stages} == {Action.REUSE}
+
+
+def test_a_group_can_read_what_is_published(tmp_path: Path):
+    store, key = ArtifactStore(tmp_path), ("clip", 64 * "0")
+    before = os.umask(0o002)
+    try:
+        building = store.start_building(*key, 1)
+        save_file({"weight": torch.zeros(2)}, building / "weights.safetensors")
+        assert (building / "weights.safetensors").stat().st_mode & 0o777 == 0o600
+        artifact = store.publish(building, manifest_of(*key, building))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {0o664}
