@@ -1,6 +1,7 @@
 """From an error to its cause, and to the one line for the user, with a remedy where there is one."""
 
 import errno
+import re
 import shutil
 import traceback
 
@@ -15,6 +16,7 @@ from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Failure
 
 _MIN_FREE_BYTES = 2**20
+_FILE_OF_A_FRAME = re.compile(r'File "([^"]+)", line')
 # Gloo raises a plain RuntimeError, and its start another one, in one of these words.
 _TIMED_OUT = ("Timed out waiting", "Application timeout", "waiting for clients")
 _LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -80,6 +82,8 @@ def cause_of(error: Exception, frozen: FrozenStage) -> Cause:
 def _is_of_the_data(error: Exception) -> bool:
     """Whether it comes from where samples are read, here or in a loader's worker."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # What a pool's process raised has its own traceback as text alone.
+    files += _FILE_OF_A_FRAME.findall(str(error.__cause__ or ""))
     own = [file for file in files if "/pipeline/" in file or "/stages/" in file]
     return str(error).startswith("Caught ") or (bool(own) and "/pipeline/data/" in own[-1])
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 EXIT_KILLED = 128 + signal.SIGINT
 
@@ -19,6 +20,11 @@ def main() -> int:
     threading.Thread(target=_wait_for_signal, args=(interruption,), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: interruption.set())
     signal.signal(signal.SIGINT, lambda *_: _interrupt(interruption))
+
+    from pipeline.workflow.code import become_submitted
+
+    for path in sys.argv[1:2]:
+        become_submitted(Path(path))
 
     from pipeline.training.serve import serve
 

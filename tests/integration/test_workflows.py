@@ -228,11 +228,11 @@ def test_status_shows_a_finished_run(outputs: Path):
 
 
 def test_sampling_from_an_unfinished_run_is_refused(outputs: Path, capsys: pytest.CaptureFixture[str]):
-    record = json.loads((outputs / "runs" / "base" / "run.json").read_text())
+    record = read_json(outputs / "runs" / "base" / "run.json")
     decoder = next(stage for stage in record["stages"] if stage["name"] == "decoder")
     decoder["fingerprint"] = "f" * 64
     (outputs / "runs" / "torso").mkdir()
-    (outputs / "runs" / "torso" / "run.json").write_text(json.dumps({**record, "name": "torso"}))
+    write_json_atomically(outputs / "runs" / "torso" / "run.json", {**record, "name": "torso"})
     assert main(["sample", "torso", "a red circle", "--outputs", str(outputs)]) == 2
     shutil.rmtree(outputs / "runs" / "torso")
     assert capsys.readouterr().err == "unclip: run torso lacks decoder; finish it with unclip run, then sample\n"

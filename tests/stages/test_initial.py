@@ -12,6 +12,7 @@ from pipeline.compose import compose_members
 from pipeline.errors import UserError
 from pipeline.workflow.plan import Action, Plan, plan_run
 from pipeline.workflow.runs import record_run
+from pipeline.workflow.sealed import read_json, write_json_atomically
 from tests.stages.clip.test_sources import CONFIGS, write_local_dir
 from tests.support.tiny_runs import TINY, run_until, the_last_of_each_key
 
@@ -118,8 +119,8 @@ def test_a_damaged_artifact_and_a_newer_one_are_refused_at_the_plan(
         weights = place / "weights.safetensors"
         weights.write_bytes(weights.read_bytes()[:-cut_bytes])
     else:
-        manifest = json.loads((place / "manifest.json").read_text())
-        (place / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2}))
+        manifest = read_json(place / "manifest.json")
+        write_json_atomically(place / "manifest.json", manifest | {"schema_version": 2})
     with pytest.raises(UserError, match=message):
         plan_of(copied, *OTHER, "stage.prior.initial=run:base")
 

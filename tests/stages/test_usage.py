@@ -38,5 +38,5 @@ def test_the_command_of_a_caption_is_one_word_to_a_shell(tmp_path: Path):
 def test_a_clip_that_was_started_from_a_checkpoint_says_so(tmp_path: Path, checkpoint: str | None, said: bool):
     numbers = {"embed_dim": 4, "context_length": 4, "image_size": 8, "checkpoint": checkpoint}
     origin = clip.origin(artifact(tmp_path, numbers, {}))
-    assert ("open_clip checkpoint `ViT-B-32.safetensors`" in origin) is said
+    assert ("the checkpoint `ViT-B-32.safetensors`" in origin) is said
     assert "/models" not in origin

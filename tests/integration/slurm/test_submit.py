@@ -18,6 +18,7 @@ from pipeline.launch.slurm.submit import Submission, SubmittedStage
 from pipeline.store.references import jobs_at_work
 from pipeline.store.runs import remove_runs
 from pipeline.workflow.runs import read_runs, run_directory
+from pipeline.workflow.sealed import read_json, write_json_atomically
 from tests.support import tiny, world
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -141,7 +142,7 @@ def test_at_most_so_many_jobs_of_a_sweep_run_at_a_time(tmp_path: Path):
 def test_resubmitting_finds_a_job_whose_submission_was_killed_before_it_knew_the_id(tmp_path: Path):
     learner, job_id = world.submitted_learner(tmp_path, steps=4, step_s=0.5)
     (record,) = (learner.work / "jobs").glob("*.json")
-    record.write_text(record.read_text().replace(f'"job_id": {job_id}', '"job_id": null'))
+    write_json_atomically(record, {**read_json(record), "job_id": None})
     again = world.submit(world.plan(tmp_path, steps=4, step_s=0.5))["learner"]
     assert (again.submission, again.job_id) == (Submission.QUEUED, job_id)
     world.wait_for_end(learner, job_id)
@@ -215,7 +216,7 @@ def test_jobs_of_other_people_may_be_called_whatever_they_like(tmp_path: Path):
     ).strip()
     learner, job_id = world.submitted_learner(tmp_path, steps=4, launch={"sbatch_arguments": ["--hold"]})
     (record,) = (learner.work / "jobs").glob("*.json")
-    record.write_text(record.read_text().replace(f'"job_id": {job_id}', '"job_id": null'))
+    write_json_atomically(record, {**read_json(record), "job_id": None})
     assert world.submit(world.plan(tmp_path, steps=4))["learner"].job_id == job_id
     assert [each for _, each in cancel_runs(tmp_path, read_runs(tmp_path, "trial")).cancelled] == [job_id]
     assert world.state_of(int(odd)) == "PENDING"

@@ -111,7 +111,7 @@ def test_json_tells_each_stage_with_its_fingerprint_and_cost(outputs: Path):
     assert painter["shared_with"] == ["again"]
     assert painter["metrics"]["error"] == 1.1 / 40
     assert content["runs"][2]["state"] == "failed"
-    assert content["runs"][2]["stages"]["painter"]["detail"].startswith("the paint ran out")
+    assert content["runs"][2]["stages"]["painter"]["detail"].startswith("settings: the paint ran out")
     assert content["better"]["painter.error"] == "low"
 
 
@@ -125,7 +125,7 @@ def test_the_terminal_table_fits_its_width_and_says_what_it_leaves_out(outputs, 
     assert max(map(len, boxed)) <= width
     assert "trial.2" in shown
     assert "more column" in shown
-    assert "broken: painter failed: the paint ran out" in shown
+    assert "broken: painter failed: settings: the paint ran out" in shown
 
 
 def test_asked_for_columns_are_shown_and_unknown_ones_listed(outputs, capsys, monkeypatch):

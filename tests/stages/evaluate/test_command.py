@@ -97,7 +97,7 @@ def test_chosen_metrics_in_chosen_encoders_are_measured_alone(finished: Path):
     (metrics,) = record["points"].values()
     assert list(metrics)[:2] == ["judge_clip/fid", "clip/cmmd"]
     assert all(name.startswith(("judge_clip/fid", "clip/cmmd", "judge_clip/clip_score")) for name in metrics)
-    assert record["data"] == "validation"
+    assert record["data"].startswith("validation pictures of prepare/")
     assert record["settings"]["samples"] == 5
 
 
