@@ -341,7 +341,7 @@ def test_a_stage_that_cannot_read_its_data_fails_in_one_line_and_its_descendants
     arguments = [*UNCLIP_WORKFLOW, "run.name=base", f"paths.outputs={halfway}"]
     done = command("run", *arguments, check=2)
     lines = done.stdout.splitlines()
-    assert stages_by(lines, "FAILED:") == ["decoder", "upsampler"]
+    assert stages_by(lines, r"FAILED \(data\):") == ["decoder", "upsampler"]
     assert stages_by(lines, "skipped:") == ["evaluate", "export"]
     assert sum(shard.name in line for line in lines) == 2
     assert "Traceback" not in done.stdout + done.stderr
