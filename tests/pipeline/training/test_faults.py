@@ -200,6 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow  # it mounts a file system, which not every machine allows
 def test_a_disk_with_no_room_for_one_more_checkpoint_keeps_one_while_the_next_is_written(
     tmp_path: Path, small_disk: Path
 ):
