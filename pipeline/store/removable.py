@@ -19,7 +19,8 @@ from pipeline.workflow.progress import CHECKPOINTS, COMPILER_CACHE
 
 _LEFT_OVER = {".building-": "its process has ended", ".damaged-": "another was made in its place"}
 """Names beside artifacts, before `<fingerprint>-<something>`."""
-_DIGEST = re.compile(r"[0-9a-f]{16}")
+_SNAPSHOT = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}-\d+")
+"""One that is whole, or one that was being written by a process of that number."""
 _BLOCK_BYTES = 512
 
 
@@ -114,7 +115,7 @@ def removables(
         if path.is_dir() and (store.path(*key) / MANIFEST).exists() and not _is_pinned(key, references):
             yield Removable(Kind.CHECKPOINTS, path, key, "its stage is finished")
     for path in sorted((outputs / CODE).glob("*")):
-        if _DIGEST.fullmatch(path.name) and path.name not in references.code:
+        if _SNAPSHOT.fullmatch(path.name) and path.name not in references.code:
             yield Removable(Kind.CODE, path, None, "nothing is to run it")
     cache = outputs / COMPILER_CACHE
     if takes_caches and cache.is_dir():
