@@ -127,9 +127,7 @@ def test_training_starts_from_a_local_open_clip_checkpoint(outputs: Path, clip: 
 
 def test_a_checkpoint_of_another_width_is_refused(outputs: Path, wider_clip: Artifact):
     checkpoint = f"stage.clip.checkpoint={wider_clip.path / 'clip.safetensors'}"
-    with pytest.raises(
-        UserError, match=r"does not fit: token_embedding\.weight has shape .*; set stage\.clip\.model "
-    ):
+    with pytest.raises(UserError, match=r"does not fit: token_embedding\.weight has shape .*; set stage\.clip\.model "):
         plan_stages(outputs, checkpoint, "stage.clip.max_samples=0")
 
 
