@@ -136,8 +136,9 @@ def become_submitted(frozen: Path) -> None:
     try:
         values = json.loads(frozen.read_bytes())
         outputs, digest = Path(values["outputs"]), values["code"]
-        is_elsewhere = digest is not None and _ROOT.name != digest and os.environ.get(_TRIED) != digest
-        if not is_elsewhere or not (snapshot(outputs, digest) / RECORD).exists():
+        if not isinstance(digest, str) or digest in (_ROOT.name, os.environ.get(_TRIED)):
+            return
+        if not (snapshot(outputs, digest) / RECORD).exists():
             return
     except (OSError, ValueError, KeyError, TypeError):  # whoever reads it says so
         return
