@@ -31,6 +31,7 @@ UNKNOWN = "unknown"
 _ROOT = Path(__file__).resolve().parents[2]
 _MAX_MIB = 64
 _TRIED = "UNCLIP_CODE"
+"""The environment variable with the digest of the code that a process was started anew for: once is enough."""
 _GIT_TIMEOUT_S = 30.0
 _OF_NO_STAGE = tuple(
     f"pipeline/{name}"

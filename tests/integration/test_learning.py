@@ -67,8 +67,8 @@ def test_a_held_out_picture_comes_back_from_its_embedding_and_its_noise(trained:
     (manifest,) = trained.glob("artifacts/prepare/*/manifest.json")
     size = chain.decoder.settings.image_size
     images = CaptionedImages(manifest.parent, chain.clip.settings.image_size, 0)
-    batch = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=4, limit=4)))
-    options, seeds = GenerationOptions().with_decoder_eta(0.0), list(range(4))
+    batch = next(iter(evaluation_loader(images, split=Split.VALIDATION, batch_size=8, limit=8)))
+    options, seeds = GenerationOptions().with_decoder_eta(0.0), list(range(8))
     latents = editing.encode(chain, batch.image_signed(), options)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.x_T.shape, generator=generator)
