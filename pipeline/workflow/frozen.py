@@ -162,14 +162,14 @@ def frozen_path(stage: FrozenStage) -> Path:
     return stage.work / "frozen" / f"{digest}.json"
 
 
-def write_frozen(stage: FrozenStage) -> FrozenFile:
+def write_frozen(stage: FrozenStage, *, is_flushed: bool = True) -> FrozenFile:
     """Write the stage to its file, unless it is there."""
     path = frozen_path(stage)
     with suppress(UserError):
         read_frozen(path)
         return FrozenFile(path, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(path, stage.model_dump(mode="json"))
+    write_json_atomically(path, stage.model_dump(mode="json"), is_flushed=is_flushed)
     return FrozenFile(path, stage)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from pipeline.launch.identity import ProcessIdentity
 from pipeline.launch.launcher import Launcher, StageOutcome
+from pipeline.launch.slurm.groups import planned_groups
 from pipeline.launch.slurm.identity import identity_in_job
 from pipeline.launch.slurm.settings import SlurmLaunch
 from pipeline.launch.slurm.status import active_jobs, cancel_runs, has_jobs, job_statuses
@@ -16,6 +17,9 @@ from pipeline.launch.slurm.tables import jobs_table, planned_jobs_table, scripts
 from pipeline.terminal.display import Display
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.runs import RunRecord
+
+_USUAL_ARRAY = 1001
+"""Tasks of an array at most, where nobody has set anything else. Slurm itself is asked when something is submitted."""
 
 
 class SlurmLauncher(Launcher):
@@ -30,8 +34,9 @@ class SlurmLauncher(Launcher):
 
     def preview(self, plans: Sequence[Plan]) -> Iterable[RenderableType]:
         """The jobs, and the batch scripts to read."""
-        jobs = plan_jobs(plans)
-        return planned_jobs_table(jobs), scripts_text(jobs)
+        max_tasks = 1 if slurm_launch(plans[0].config).max_parallel is not None else _USUAL_ARRAY
+        groups = list(planned_groups(plan_jobs(plans), max_tasks))
+        return planned_jobs_table(groups), scripts_text(groups)
 
     def submit(self, plans: Sequence[Plan], display: Display) -> list[StageOutcome]:
         """Submit what neither is finished nor in the queue already; nothing is waited for."""

@@ -1,15 +1,19 @@
 """The one door to Slurm: its commands, with argument lists that no shell reads."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.launcher import LauncherUnavailableError
 
 SUBMIT = "sbatch"
+JobId = str
+"""As Slurm takes it anywhere: `123`, and `123_4` for a task of an array."""
 _TIMEOUT_S = 120.0
 _COMPLETING = "COMPLETING"
 _OVER = {
@@ -26,7 +30,16 @@ _OVER = {
 }
 _HELD_BY_SLURM = ("launch failed requeued held", "JobHoldMaxRequeue")
 _NEVER = "DependencyNeverSatisfied"
-_FIELDS = {"JobID": 20, "State": 20, "Reason": 80, "TimeLeft": 20, "RestartCnt": 10, "Name": 120, "Comment": 120}
+_FIELDS = {
+    "JobID": 20,
+    "JobArrayID": 30,
+    "State": 20,
+    "Reason": 80,
+    "TimeLeft": 20,
+    "RestartCnt": 10,
+    "Name": 120,
+    "Comment": 120,
+}
 """What is asked of `squeue`, and how wide."""
 _OWN_TO_A_JOB = ("SLURM_", "SRUN_", "MASTER_")
 _OWN_TO_A_PROCESS = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
@@ -35,9 +48,13 @@ _OWN_TO_A_PROCESS = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WOR
 @dataclass(frozen=True)
 class QueuedJob:
     """A job as `squeue` has it: the state in Slurm's words, and its reason where it waits. Kept for some minutes after
-    its end."""
+    its end.
 
-    job_id: int
+    `number` is the `SLURM_JOB_ID` of its processes, which a task of an array has for itself once it starts.
+    """
+
+    job_id: JobId
+    number: int
     state: str
     reason: str
     time_left: str
@@ -61,20 +78,20 @@ class QueuedJob:
         return self.state not in _OVER and self.reason != _NEVER
 
 
-def submit(script: Path, arguments: Sequence[str], options: Sequence[str]) -> int:
+def submit(script: Path, arguments: Sequence[str], options: Sequence[str]) -> JobId:
     """`sbatch`: the id of the new job. Raises `UserError` with Slurm's own words."""
     answer = _output(SUBMIT, "--parsable", *options, str(script), *arguments)
-    return int(answer.strip().split(";")[0])
+    return answer.strip().split(";")[0]
 
 
-def queued(job_ids: Iterable[int]) -> dict[int, QueuedJob]:
+def queued(job_ids: Iterable[JobId]) -> dict[JobId, QueuedJob]:
     """Those of these jobs that the queue still knows."""
     wanted = set(job_ids)
     if not wanted:
         return {}
     # One unknown id alone is an error to squeue, among others it is passed over.
     try:
-        found = squeue(f"--jobs={','.join(map(str, sorted(wanted)))}")
+        found = squeue(f"--jobs={_listed(wanted)}")
     except UserError as error:
         if "Invalid job id" in str(error):
             return {}
@@ -82,35 +99,58 @@ def queued(job_ids: Iterable[int]) -> dict[int, QueuedJob]:
     return {job.job_id: job for job in found if job.job_id in wanted}
 
 
-def accounted(job_ids: Iterable[int]) -> dict[int, str]:
+def accounted(job_ids: Iterable[JobId]) -> dict[JobId, str]:
     """The state of these jobs in the accounting, in Slurm's words; empty where Slurm keeps none."""
-    wanted = ",".join(map(str, sorted(job_ids)))
+    wanted = _listed(job_ids)
     if not wanted:
         return {}
     try:
-        lines = _output("sacct", "-X", "-P", "-n", f"--jobs={wanted}", "--format=JobIDRaw,State").splitlines()
+        lines = _output("sacct", "-X", "-P", "-n", "--array", f"--jobs={wanted}", "--format=JobID,State").splitlines()
     except UserError:
         return {}
     rows = [line.split("|") for line in lines]
     # A requeued job has a row for each of its starts; the last one counts.
-    return {int(row[0]): row[1] for row in rows if row[0].isdigit()}
+    return {row[0]: row[1] for row in rows if len(row) > 1}
 
 
-def cancel(job_ids: Sequence[int]) -> None:
+def _listed(job_ids: Iterable[JobId]) -> str:
+    """Those jobs for an option, of arrays the whole: a line of thousands of tasks would be too long."""
+    return ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
+
+
+def cancel(job_ids: Sequence[JobId]) -> None:
     """`scancel`."""
-    if job_ids:
-        _output("scancel", *map(str, job_ids))
+    tasks: dict[JobId, list[int]] = {}
+    for job_id in dict.fromkeys(job_ids):
+        number, _, task = job_id.partition("_")
+        tasks.setdefault(number, []).extend([int(task)] if task else [])
+    if tasks:
+        wanted = (f"{number}_[{','.join(ranges(found))}]" if found else number for number, found in tasks.items())
+        _output("scancel", *wanted)
 
 
-def release(job_id: int) -> None:
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Numbers as Slurm has them, in few words: `0-3`, `5`."""
+    placed = enumerate(sorted(numbers))
+    runs = [[number for _, number in run] for _, run in groupby(placed, lambda each: each[1] - each[0])]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+
+
+def release(job_id: JobId) -> None:
     """`scontrol release`: let a held job start."""
-    _output("scontrol", "release", str(job_id))
+    _output("scontrol", "release", job_id)
+
+
+def max_array_size() -> int:
+    """How many tasks an array can have; 1 where it can have none."""
+    shown = re.search(r"^MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config"), re.MULTILINE)
+    return max(1, int(shown[1]) if shown else 1)
 
 
 def squeue(*selection: str) -> list[QueuedJob]:
-    """The jobs of a selection, such as `--me`, that the queue still knows."""
+    """The jobs of a selection, such as `--me`, that the queue still knows; each task of an array is one."""
     asked = ",".join(f"{field}:{width}" for field, width in _FIELDS.items())
-    return read_queue(_bytes_of("squeue", "--noheader", "--states=all", f"--Format={asked}", *selection))
+    return read_queue(_bytes_of("squeue", "--noheader", "--array", "--states=all", f"--Format={asked}", *selection))
 
 
 def read_queue(text: bytes) -> list[QueuedJob]:
@@ -122,9 +162,9 @@ def read_queue(text: bytes) -> list[QueuedJob]:
         for width in _FIELDS.values():
             fields.append(text[place : place + width].decode(errors="replace").strip())
             place += width
-        job_id, state, reason, time_left, starts, name, comment = fields
+        number, job_id, state, reason, time_left, starts, name, comment = fields
         reason = "" if reason == "None" else reason
-        jobs.append(QueuedJob(int(job_id), state, reason, time_left, int(starts), name, comment))
+        jobs.append(QueuedJob(job_id, int(number), state, reason, time_left, int(starts), name, comment))
     return jobs
 
 

@@ -4,14 +4,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from uuid import uuid4
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
-from pipeline.launch.slurm.commands import QueuedJob
+from pipeline.launch.slurm.commands import JobId, QueuedJob
 from pipeline.workflow.causes import Cause, End, write_end
 from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
@@ -24,7 +25,8 @@ class JobRecord(Settings):
     """One submission. `token` is the job's comment in Slurm; `job_id` is None until Slurm has answered.
 
     `group` is the run or sweep that submitted it, `wanted_by` are the runs that count on it. `lane` is its lane in a
-    sweep with `launch.max_parallel`: the jobs of a lane run one after the other.
+    sweep with `launch.max_parallel`: the jobs of a lane run one after the other. `task` is its number in an array, and
+    `beside` are the fingerprints of the stages that share its job, its own among them.
     """
 
     number: int
@@ -34,7 +36,9 @@ class JobRecord(Settings):
     wanted_by: list[str]
     submitted_at: str
     lane: int | None = None
-    job_id: int | None = None
+    job_id: Annotated[JobId, Field(coerce_numbers_to_str=True)] | None = None  # a number in older records
+    task: int | None = None
+    beside: list[str] = Field(default_factory=list)
 
 
 _RECORD = TypeAdapter(JobRecord)
@@ -42,13 +46,17 @@ _RECORD = TypeAdapter(JobRecord)
 
 @dataclass(frozen=True)
 class KnownJob:
-    """A record together with what the queue says of its job; None where the queue does not know it any more."""
+    """A record together with what the queue says of its job; None where the queue does not know it any more.
+
+    `is_left_out`: the job goes on, for others, without this stage, which has failed or was cancelled.
+    """
 
     record: JobRecord
     queued: QueuedJob | None
+    is_left_out: bool = False
 
     @property
-    def job_id(self) -> int:
+    def job_id(self) -> JobId:
         """The id of a job that the queue knows."""
         assert self.queued is not None, "only a job that the queue knows has an id that counts"
         return self.queued.job_id
@@ -61,7 +69,7 @@ class KnownJob:
     @property
     def is_active(self) -> bool:
         """Whether the job may still make the stage."""
-        return self.queued is not None and self.queued.is_active
+        return self.queued is not None and self.queued.is_active and not self.is_left_out
 
 
 def new_token() -> str:
@@ -69,10 +77,16 @@ def new_token() -> str:
     return f"unclip-{uuid4().hex}"
 
 
-def write_record(work: Path, record: JobRecord) -> None:
+def write_record(work: Path, record: JobRecord, *, is_flushed: bool = True) -> None:
     """Write a record, in place of the one of the same number."""
     (work / JOBS).mkdir(parents=True, exist_ok=True)
-    write_json_atomically(work / JOBS / f"{record.number:04}.json", record.model_dump(mode="json"))
+    path = work / JOBS / f"{record.number:04}.json"
+    write_json_atomically(path, record.model_dump(mode="json"), is_flushed=is_flushed)
+
+
+def mark_left_out(work: Path, job_id: JobId) -> Path:
+    """The file that tells a job of several stages to leave this one out, whose script looks for it and makes it too."""
+    return work / JOBS / f"without-{job_id.partition('_')[0]}"
 
 
 def latest_record(work: Path) -> JobRecord | None:
@@ -88,8 +102,9 @@ def look_up(works: Iterable[Path]) -> dict[Path, KnownJob]:
     queue = commands.queued(record.job_id for record in records.values() if record.job_id is not None)
     # A submission that was killed before it had Slurm's answer may have a job all the same.
     unanswered = {record.token for record in records.values() if record.job_id is None}
-    by_token = {job.comment: job for job in commands.squeue("--me")} if unanswered else {}
-    return {work: _known(record, queue, by_token) for work, record in records.items()}
+    mine = commands.squeue("--me") if unanswered else []
+    by_token = {(job.comment, job.job_id.partition("_")[2]): job for job in mine}
+    return {work: _known(work, record, queue, by_token) for work, record in records.items()}
 
 
 def release_held(known: Mapping[Path, KnownJob]) -> None:
@@ -102,15 +117,20 @@ def release_held(known: Mapping[Path, KnownJob]) -> None:
         if job is not None and job.is_held_by_slurm and job.restarts <= _MOST_RESTARTS_OF_A_HELD_JOB:
             with suppress(UserError):  # another one's job, or one that is gone by now
                 commands.release(job.job_id)
-                write_end(work, End(str(job.job_id), job.restarts - 1, "", Cause.LAUNCH, job.reason, "released"))
+                write_end(work, End(str(job.number), job.restarts - 1, "", Cause.LAUNCH, job.reason, "released"))
 
 
-def _known(record: JobRecord, queue: dict[int, QueuedJob], by_token: dict[str, QueuedJob]) -> KnownJob:
+def _known(
+    work: Path, record: JobRecord, queue: dict[JobId, QueuedJob], by_token: dict[tuple[str, str], QueuedJob]
+) -> KnownJob:
     if record.job_id is None:
-        found = by_token.get(record.token)
-        return KnownJob(record if found is None else record.model_copy(update={"job_id": found.job_id}), found)
-    found = queue.get(record.job_id)
-    return KnownJob(record, found if found is not None and _is_of(found, record) else None)
+        found = by_token.get((record.token, "" if record.task is None else str(record.task)))
+        record = record if found is None else record.model_copy(update={"job_id": found.job_id})
+    else:
+        found = queue.get(record.job_id)
+        found = found if found is not None and _is_of(found, record) else None
+    is_left_out = bool(record.beside) and found is not None and mark_left_out(work, found.job_id).exists()
+    return KnownJob(record, found, is_left_out)
 
 
 def _is_of(job: QueuedJob, record: JobRecord) -> bool:

@@ -48,6 +48,8 @@ class SlurmResources(Settings):
 
     `mem_gib` is per node. `stop_before_s` seconds before the time limit the stage is asked to checkpoint.
     `max_requeues` is how often a job may start again; one that exceeds it fails.
+    `members_per_job` is how many members of a sweep have their stages side by side in one job, each with these
+    resources. Of one array at most `array_limit` tasks run at a time.
     """
 
     partition: SlurmValue | None
@@ -62,6 +64,8 @@ class SlurmResources(Settings):
     time_limit_min: Positive
     stop_before_s: Positive
     max_requeues: NotNegative
+    members_per_job: Positive
+    array_limit: Positive | None
     retries: Retries
     sbatch_arguments: list[Annotated[str, Field(pattern=r"^-")]]
     srun_arguments: list[Annotated[str, Field(pattern=r"^-")]]

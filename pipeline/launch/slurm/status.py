@@ -6,7 +6,16 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
-from pipeline.launch.slurm.jobs import JOBS, KnownJob, latest_record, look_up, release_held, write_record
+from pipeline.launch.slurm.commands import JobId
+from pipeline.launch.slurm.jobs import (
+    JOBS,
+    KnownJob,
+    latest_record,
+    look_up,
+    mark_left_out,
+    release_held,
+    write_record,
+)
 from pipeline.launch.slurm.submit import one_submission_at_a_time
 from pipeline.terminal.tables import stage_state
 from pipeline.terminal.words import progress_line
@@ -28,7 +37,7 @@ class JobStatus:
     fingerprint: str
     members: tuple[str, ...]
     state: str
-    job_id: int | None
+    job_id: JobId | None
     reason: str
     starts: int
     detail: str
@@ -83,29 +92,42 @@ def active_jobs(outputs: Path, works: Sequence[Path]) -> dict[Path, str]:
 class Cancellation:
     """The jobs that were cancelled, and those that other runs count on: (stage, job id, runs)."""
 
-    cancelled: tuple[tuple[str, int], ...]
-    kept: tuple[tuple[str, int, tuple[str, ...]], ...]
+    cancelled: tuple[tuple[str, JobId], ...]
+    kept: tuple[tuple[str, JobId, tuple[str, ...]], ...]
 
 
 def cancel_runs(outputs: Path, records: Sequence[RunRecord]) -> Cancellation:
-    """Take these runs' wish for their jobs back, and cancel those that no other run counts on."""
+    """Take these runs' wish for their jobs back, and cancel those that no other run counts on.
+
+    A job that members share goes on without the stage that is cancelled, as long as it has another one to make.
+    """
     store = ArtifactStore(outputs)
     names = {record.name for record in records}
-    cancelled: list[tuple[str, int]] = []
-    kept: list[tuple[str, int, tuple[str, ...]]] = []
+    cancelled: dict[Path, tuple[str, JobId]] = {}
+    kept: list[tuple[str, JobId, tuple[str, ...]]] = []
     with one_submission_at_a_time(outputs):
         works = {store.work(stage.name, stage.fingerprint): stage.name for stage, _ in _stages_with_members(records)}
         for work, known in look_up(works).items():
-            if not known.is_active:
+            if not known.is_active or store.find(works[work], work.name) is not None:
                 continue
             others = [name for name in known.record.wanted_by if name not in names]
-            write_record(work, known.record.model_copy(update={"wanted_by": others}))
+            write_record(work, known.record.model_copy(update={"wanted_by": others}), is_flushed=False)
             if others:
                 kept.append((works[work], known.job_id, tuple(others)))
             else:
-                cancelled.append((works[work], known.job_id))
-        commands.cancel([job_id for _, job_id in cancelled])
-    return Cancellation(tuple(cancelled), tuple(kept))
+                cancelled[work] = (works[work], known.job_id)
+                if known.record.beside:
+                    mark_left_out(work, known.job_id).touch()
+        whole = [job_id for work, (_, job_id) in cancelled.items() if not _has_others(store, work, job_id)]
+        commands.cancel(list(dict.fromkeys(whole)))
+    return Cancellation(tuple(cancelled.values()), tuple(kept))
+
+
+def _has_others(store: ArtifactStore, work: Path, job_id: JobId) -> bool:
+    """Whether a job of several stages has one to make that was not left out."""
+    record, stage = latest_record(work), work.parent.name
+    beside = [store.work(stage, each) for each in (record.beside if record is not None else ())]
+    return any(not mark_left_out(each, job_id).exists() and store.find(stage, each.name) is None for each in beside)
 
 
 def _stages_with_members(records: Sequence[RunRecord]) -> list[tuple[RunStage, tuple[str, ...]]]:
@@ -121,14 +143,17 @@ def _status(
     stage: RunStage,
     members: tuple[str, ...],
     known: KnownJob | None,
-    accounted: Mapping[int, str],
+    accounted: Mapping[JobId, str],
 ) -> JobStatus:
     work = store.work(stage.name, stage.fingerprint)
     state, detail = stage_state(store, stage)
     reason = until_limit = ""
     record = None if known is None else known.record
     queued = None if known is None else known.queued
-    if state != "finished" and queued is not None:
+    if state != "finished" and known is not None and known.is_left_out:
+        state = state if known.record.wanted_by else "cancelled"
+        reason, detail = _cause(work), _failure(work)
+    elif state != "finished" and queued is not None:
         state, reason = queued.state, queued.reason
         if queued.is_active:
             detail = _progress(work) if queued.state == _RUNNING else _kept(work)

@@ -1,6 +1,7 @@
 """From plans to jobs: each stage that is not finished once, `afterok` on exactly what it needs."""
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,21 @@ from pipeline.config import RunConfig, validate
 from pipeline.errors import UserError
 from pipeline.launch.identity import this_process
 from pipeline.launch.slurm import commands
-from pipeline.launch.slurm.batch import BatchJob, render
-from pipeline.launch.slurm.jobs import JobRecord, KnownJob, look_up, new_token, release_held, write_record
+from pipeline.launch.slurm.commands import JobId
+from pipeline.launch.slurm.groups import Group, PlannedJob, groups, rounds
+from pipeline.launch.slurm.jobs import (
+    JobRecord,
+    KnownJob,
+    look_up,
+    mark_left_out,
+    new_token,
+    release_held,
+    write_record,
+)
 from pipeline.launch.slurm.lanes import Lanes
-from pipeline.launch.slurm.settings import SlurmLaunch, SlurmResources
+from pipeline.launch.slurm.settings import SlurmLaunch
 from pipeline.workflow.declaration import resolve
-from pipeline.workflow.frozen import FrozenStage, StageKey, write_frozen
+from pipeline.workflow.frozen import StageKey, write_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.plan import Action, Plan, PlannedStage
 
@@ -26,23 +36,6 @@ SUBMITTING = "submitting"
 _LEASE_S = 60.0
 _SECONDS_FOR_AN_ENDING_JOB = 60.0
 _SECONDS_BETWEEN_LOOKS = 1.0
-
-
-@dataclass(frozen=True)
-class PlannedJob:
-    """A stage that is to be a job. `needs` are the stages before it that are not finished."""
-
-    stage: FrozenStage
-    group: str
-    members: tuple[str, ...]
-    resources: SlurmResources
-    needs: tuple[StageKey, ...]
-    batch: BatchJob
-
-    @property
-    def key(self) -> StageKey:
-        """What it will make."""
-        return self.stage.stage, self.stage.fingerprint
 
 
 class Submission(StrEnum):
@@ -59,8 +52,8 @@ class SubmittedStage:
 
     job: PlannedJob
     submission: Submission
-    job_id: int | None = None
-    after: tuple[int, ...] = ()
+    job_id: JobId | None = None
+    after: tuple[JobId, ...] = ()
 
 
 def slurm_launch(config: RunConfig) -> SlurmLaunch:
@@ -78,7 +71,7 @@ def plan_jobs(plans: Sequence[Plan]) -> list[PlannedJob]:
         for key in map(_key, _to_do(plan)):
             wanted_by.setdefault(key, []).append(plan.config.run.name)
     jobs: dict[StageKey, PlannedJob] = {}
-    for plan in plans:
+    for place, plan in enumerate(plans):
         launch = slurm_launch(plan.config)
         _check_stage_names(launch, plan)
         for stage in _to_do(plan):
@@ -88,10 +81,8 @@ def plan_jobs(plans: Sequence[Plan]) -> list[PlannedJob]:
             assert frozen is not None, "a plan with blocked stages has no jobs"
             resources = launch.resources_of(stage.name, stage.kind)
             needs = dict.fromkeys(key for key in frozen.needs if key in wanted_by)
-            jobs[_key(stage)] = PlannedJob(
-                frozen, frozen.group, tuple(wanted_by[_key(stage)]), resources,
-                tuple(needs), render(frozen, resources),
-            )  # fmt: skip
+            members = tuple(wanted_by[_key(stage)])
+            jobs[_key(stage)] = PlannedJob(frozen, frozen.group, members, resources, tuple(needs), place)
     return list(jobs.values())
 
 
@@ -113,54 +104,93 @@ def submit_jobs(
             before = known.get(job.stage.work)
             if before is not None and before.is_active and before.record.group == job.group:
                 lanes.occupy(before.record.lane, before.job_id)
-        for job in jobs:
-            done[job.key] = _submit(job, known.get(job.stage.work), done, lanes)
-    return list(done.values())
+        in_rounds = list(rounds(jobs))
+        # What runs at most so many at a time has no arrays: their tasks come one by one into the lanes.
+        has_arrays = max_parallel is None and any(len(alike) > 1 for alike in in_rounds)
+        max_tasks = commands.max_array_size() if has_arrays else 1
+        for alike in in_rounds:
+            anew = _without_those_there(alike, known, done)
+            for group in groups(anew, lambda key: done[key].job_id, max_tasks):
+                _submit(group, known, done, lanes)
+    return [done[job.key] for job in jobs]
 
 
-def _submit(
-    job: PlannedJob, known: KnownJob | None, done: Mapping[StageKey, SubmittedStage], lanes: Lanes
-) -> SubmittedStage:
-    if job.stage.store.find(*job.key) is not None:
-        return SubmittedStage(job, Submission.FINISHED)
-    after = tuple(job_id for key in job.needs if (job_id := done[key].job_id) is not None)
-    is_new_before = any(done[key].submission is Submission.SUBMITTED for key in job.needs)
-    if known is not None and known.is_waiting and is_new_before:
-        # It waits for a job that has failed or is gone; Slurm has not seen that yet, or never will.
-        commands.cancel([known.job_id])
-    elif known is not None and known.is_active:
-        wanted_by = list(dict.fromkeys([*known.record.wanted_by, *job.members]))
-        write_record(job.stage.work, known.record.model_copy(update={"wanted_by": wanted_by}))
-        return SubmittedStage(job, Submission.QUEUED, known.job_id, after)
-    lane = lanes.choose(after, job.resources.time_limit_min)
-    dependencies = [f"afterok:{_joined(after)}"] if after else []
+def _without_those_there(
+    jobs: Sequence[PlannedJob], known: Mapping[Path, KnownJob], done: dict[StageKey, SubmittedStage]
+) -> list[PlannedJob]:
+    """Those that are to be submitted; the others are `done`."""
+    anew, in_vain = [], []
+    for job in jobs:
+        before = known.get(job.stage.work)
+        is_new_before = any(done[key].submission is Submission.SUBMITTED for key in job.needs)
+        if job.stage.store.find(*job.key) is not None:
+            done[job.key] = SubmittedStage(job, Submission.FINISHED)
+        elif before is None or not before.is_active:
+            anew.append(job)
+        elif before.is_waiting and is_new_before:
+            # It waits for a job that has failed or is gone; Slurm has not seen that yet, or never will.
+            anew.append(job)
+            if before.record.beside:
+                mark_left_out(job.stage.work, before.job_id).touch()
+            else:
+                in_vain.append(before.job_id)
+        else:
+            wanted_by = list(dict.fromkeys([*before.record.wanted_by, *job.members]))
+            record = before.record.model_copy(update={"wanted_by": wanted_by})
+            write_record(job.stage.work, record, is_flushed=len(jobs) == 1)
+            done[job.key] = SubmittedStage(job, Submission.QUEUED, before.job_id, _after(job, done))
+    commands.cancel(in_vain)
+    return anew
+
+
+def _submit(group: Group, known: Mapping[Path, KnownJob], done: dict[StageKey, SubmittedStage], lanes: Lanes) -> None:
+    first = group.jobs[0]
+    minutes, after, dependencies = first.resources.time_limit_min, _after(first, done), group.dependencies
+    lane = lanes.choose(after, minutes)
     if lane is not None and (waits_for := lanes.jobs_of(lane)):
         dependencies.append(f"afterany:{_joined(waits_for)}")
-    record = JobRecord(
-        number=1 if known is None else known.record.number + 1,
-        token=new_token(),
-        name=job.batch.name,
-        group=job.group,
-        wanted_by=list(dict.fromkeys([*(known.record.wanted_by if known and known.is_waiting else []), *job.members])),
-        submitted_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        lane=lane,
-    )
-    write_frozen(job.stage)
-    # Written before Slurm is asked, too: a submission that is killed in between finds its job again by the token.
-    write_record(job.stage.work, record)
-    script = _write_script(job)
-    options = [*job.batch.options, f"--comment={record.token}"]
+    token, is_one = new_token(), len(group.jobs) == 1
+    table = first.stage.store.outputs / SUBMITTING / f"{token}.stages"
+    batch = group.batch(table)
+    records: dict[StageKey, JobRecord] = {}
+    for task, job in group.items():
+        before = known.get(job.stage.work)
+        wanted_before = before.record.wanted_by if before is not None and before.is_waiting else []
+        records[job.key] = JobRecord(
+            number=1 if before is None else before.record.number + 1,
+            token=token,
+            name=batch.name,
+            group=job.group,
+            wanted_by=list(dict.fromkeys([*wanted_before, *job.members])),
+            submitted_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            lane=lane,
+            task=task if group.is_array else None,
+            beside=[each.stage.fingerprint for each in group.tasks[task]] if len(group.tasks[task]) > 1 else [],
+        )
+        write_frozen(job.stage, is_flushed=is_one)
+        # Written before Slurm is asked, too: a submission that is killed in between finds its job again by the token.
+        write_record(job.stage.work, records[job.key], is_flushed=is_one)
+    if not is_one:
+        table.write_bytes(group.table)
+        os.sync()  # thousands of files in one go
+    options = [*batch.options, f"--comment={token}"]
     if dependencies:
         options.append(f"--dependency={','.join(dependencies)}")
     try:
-        job_id = commands.submit(script, job.batch.arguments, options)
+        number = commands.submit(_write_script(first), batch.arguments, options)
     except UserError as error:
         submitted = sum(each.submission is Submission.SUBMITTED for each in done.values())
         kept = f"; jobs before it: {submitted} submitted, and the same command goes on from them"
-        raise type(error)(f"stage {job.key[0]}: {error}{kept if submitted else ''}") from error
-    write_record(job.stage.work, record.model_copy(update={"job_id": job_id}))
-    lanes.add(lane, job_id, after, job.resources.time_limit_min)
-    return SubmittedStage(job, Submission.SUBMITTED, job_id, after)
+        raise type(error)(f"stage {first.key[0]}: {error}{kept if submitted else ''}") from error
+    for task, job in group.items():
+        job_id = group.id_of(task, number)
+        write_record(job.stage.work, records[job.key].model_copy(update={"job_id": job_id}), is_flushed=is_one)
+        done[job.key] = SubmittedStage(job, Submission.SUBMITTED, job_id, _after(job, done))
+    lanes.add(lane, number, after, minutes)
+
+
+def _after(job: PlannedJob, done: Mapping[StageKey, SubmittedStage]) -> tuple[JobId, ...]:
+    return tuple(job_id for key in job.needs if (job_id := done[key].job_id) is not None)
 
 
 def _settled(jobs: Sequence[PlannedJob], note: Callable[[str], None]) -> dict[Path, KnownJob]:
@@ -240,5 +270,5 @@ def _check_time_limits(jobs: Sequence[PlannedJob]) -> None:
             )
 
 
-def _joined(job_ids: Sequence[int], separator: str = ":") -> str:
-    return separator.join(map(str, job_ids))
+def _joined(job_ids: Sequence[JobId], separator: str = ":") -> str:
+    return separator.join(job_ids)

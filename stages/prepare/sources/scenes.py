@@ -8,6 +8,7 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from enum import StrEnum
+from functools import lru_cache
 from itertools import product
 from typing import Annotated, Literal
 
@@ -121,6 +122,7 @@ def make(settings: ScenesSettings, piece: tuple[int, bool]) -> Iterator[tuple[So
     yield sample, split_of_sample(sample, settings)
 
 
+@lru_cache(maxsize=1)
 def split_counts(settings: ScenesSettings) -> SplitCounts | None:
     """The samples of each split; None where what is drawn decides.
 
