@@ -1,7 +1,5 @@
 """A stage, frozen: everything that its process needs, resolved, in one JSON file that no later edit can change."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.batch_shape import largest_piece, shape_of_batch
 from pipeline.workflow.declaration import StageDeclaration, resolve
-from pipeline.workflow.sealed import DamagedRecordError, read_record, write_json_atomically
+from pipeline.workflow.sealed import DamagedRecordError, digest_of, read_record, write_json_atomically
 
 SMALLER = ".smaller.json"
 """Beside a frozen stage's file: the same with a smaller micro-batch."""
@@ -157,19 +155,22 @@ class FrozenFile:
 
 def frozen_path(stage: FrozenStage) -> Path:
     """Where the stage is written: a file named by its contents, so that a queued job's is never rewritten."""
-    values = stage.model_dump(mode="json")
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-    return stage.work / "frozen" / f"{digest}.json"
+    return _path_of(stage, stage.model_dump(mode="json"))
+
+
+def _path_of(stage: FrozenStage, values: dict[str, Any]) -> Path:
+    return stage.work / "frozen" / f"{digest_of(values)[:12]}.json"
 
 
 def write_frozen(stage: FrozenStage, *, is_flushed: bool = True) -> FrozenFile:
     """Write the stage to its file, unless it is there."""
-    path = frozen_path(stage)
+    values = stage.model_dump(mode="json")
+    path = _path_of(stage, values)
     with suppress(UserError):
         read_frozen(path)
         return FrozenFile(path, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(path, stage.model_dump(mode="json"), is_flushed=is_flushed)
+    write_json_atomically(path, values, is_flushed=is_flushed)
     return FrozenFile(path, stage)
 
 

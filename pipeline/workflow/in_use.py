@@ -60,8 +60,9 @@ def _recorded_in(outputs: Path, plans: Sequence[Plan]) -> Iterator[list[Plan]]:
         with store_lock(outputs):
             made = [plan if _stands(plan) else plan_run(plan.config, plan.overrides) for plan in plans]
             stack.enter_context(_in_use(outputs, made))
+            for code in {plan.code.digest: plan.code for plan in made}.values():
+                code.keep(outputs)
             for plan in made:
-                plan.code.keep(outputs)
                 record_run(plan)
         yield made
 

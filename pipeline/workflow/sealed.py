@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from pipeline.errors import UserError
 
@@ -36,8 +36,8 @@ def write_json_atomically(path: Path, value: Mapping[str, Any], *, is_flushed: b
     # Of what a reader will have, to whom keys are texts.
     sealed = {**value, SEAL: digest_of(from_json(json.dumps(value)))}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(sealed, file, indent=2, ensure_ascii=False)
+    with temporary.open("wb") as file:
+        file.write(to_json(sealed, indent=2))
         if is_flushed:
             file.flush()
             os.fsync(file.fileno())

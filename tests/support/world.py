@@ -176,7 +176,7 @@ def submit(*plans: Plan) -> dict[str, SubmittedStage]:
     return {each.job.stage.stage if len(plans) == 1 else f"{each.job.key}": each for each in done}
 
 
-def submitted_learner(outputs: Path, **changes: Any) -> tuple[FrozenStage, int]:
+def submitted_learner(outputs: Path, **changes: Any) -> tuple[FrozenStage, str]:
     """A learner in the queue, whose data is there already, and its job's id."""
     made = plan(outputs, **changes)
     run_stages_here(made, "data")
@@ -221,13 +221,13 @@ def is_finished(frozen: FrozenStage) -> bool:
     return frozen.store.find(frozen.stage, frozen.fingerprint) is not None
 
 
-def state_of(job_id: int) -> str:
+def state_of(job_id: str) -> str:
     """In Slurm's words; "" of a job that it does not know."""
     job = commands.queued([job_id]).get(job_id)
     return "" if job is None else job.state
 
 
-def reason_of(job_id: int) -> str:
+def reason_of(job_id: str) -> str:
     return commands.queued([job_id])[job_id].reason
 
 
@@ -235,8 +235,8 @@ def slurm(program: str, *arguments: str) -> str:
     return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def restarts_of(job_id: int) -> int:
-    shown = slurm("scontrol", "show", "job", str(job_id), "--oneliner")
+def restarts_of(job_id: str) -> int:
+    shown = slurm("scontrol", "show", "job", job_id, "--oneliner")
     return int(shown.partition("Restarts=")[2].split()[0])
 
 
@@ -260,7 +260,7 @@ def release_what_could_not_be_launched() -> None:
             subprocess.run(["scontrol", "release", job_id], check=False, capture_output=True)
 
 
-def wait_for_end(frozen: FrozenStage, job_id: int, timeout_s: float = 300.0) -> None:
+def wait_for_end(frozen: FrozenStage, job_id: str, timeout_s: float = 300.0) -> None:
     """Until the job is over; its artifact must be there then."""
 
     states: list[str] = []

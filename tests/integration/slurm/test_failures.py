@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def submitted(outputs: Path, suffers: int | str, **launch: object) -> tuple[FrozenStage, int]:
+def submitted(outputs: Path, suffers: int | str, **launch: object) -> tuple[FrozenStage, str]:
     changes = {"suffers": suffers, "launch": launch}
     made = world.plan(outputs, **changes)
     world.run_stages_here(made, "data", "learner")
@@ -26,8 +26,8 @@ def submitted(outputs: Path, suffers: int | str, **launch: object) -> tuple[Froz
     return sufferer, job_id
 
 
-def shown(job_id: int, name: str) -> str:
-    return world.slurm("scontrol", "show", "job", str(job_id), "--oneliner").partition(f"{name}=")[2].split()[0]
+def shown(job_id: str, name: str) -> str:
+    return world.slurm("scontrol", "show", "job", job_id, "--oneliner").partition(f"{name}=")[2].split()[0]
 
 
 @pytest.mark.slow
@@ -74,4 +74,4 @@ def test_a_stage_that_comes_to_no_step_boundary_is_ended_before_its_limit_and_st
     end = read_ends(learner.work)[0]
     assert (end.cause, end.then) == (Cause.TIME_LIMIT, "starts again (1 of 2) with TimeLimit=2")
     world.wait("the change", lambda: shown(job_id, "TimeLimit") == "00:02:00")
-    world.slurm("scancel", str(job_id))
+    world.slurm("scancel", job_id)

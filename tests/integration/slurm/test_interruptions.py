@@ -21,27 +21,27 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return world.undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
-def requeue(_stage: FrozenStage, job_id: int) -> None:
-    world.slurm("scontrol", "requeue", str(job_id))
+def requeue(_stage: FrozenStage, job_id: str) -> None:
+    world.slurm("scontrol", "requeue", job_id)
 
 
-def signal_the_steps(_stage: FrozenStage, job_id: int) -> None:
-    world.slurm("scancel", "--signal=USR1", str(job_id))
+def signal_the_steps(_stage: FrozenStage, job_id: str) -> None:
+    world.slurm("scancel", "--signal=USR1", job_id)
 
 
-def signal_the_script(_stage: FrozenStage, job_id: int) -> None:
-    world.slurm("scancel", "--batch", "--signal=USR1", str(job_id))
+def signal_the_script(_stage: FrozenStage, job_id: str) -> None:
+    world.slurm("scancel", "--batch", "--signal=USR1", job_id)
 
 
-def preempt(_stage: FrozenStage, job_id: int) -> None:
+def preempt(_stage: FrozenStage, job_id: str) -> None:
     """Jobs of the higher partition take both nodes until the other one has started again."""
     output = world.slurm("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 8")
     world.wait("the preempted job", lambda: world.restarts_of(job_id) > 0)
-    world.wait("the urgent job", lambda: world.state_of(int(output)) == "COMPLETED")
+    world.wait("the urgent job", lambda: world.state_of(output.strip()) == "COMPLETED")
 
 
-def set_the_node_down(_stage: FrozenStage, job_id: int) -> None:
-    node = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
+def set_the_node_down(_stage: FrozenStage, job_id: str) -> None:
+    node = world.slurm("squeue", "-h", "-j", job_id, "-o", "%N").strip()
     world.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
     bring_back(node)
@@ -83,7 +83,7 @@ def test_a_signal_of_any_form_in_the_seconds_in_which_a_step_starts_costs_nothin
     for number, form in enumerate(forms):
         world.wait(f"start {number + 1}", lambda: bool(workers(tmp_path)))
         time.sleep(random.uniform(0.0, 5.0) if number else 0.0)
-        world.slurm("scancel", *form, str(job_id))
+        world.slurm("scancel", *form, job_id)
         world.wait(f"the end of start {number + 1}", lambda number=number: world.restarts_of(job_id) > number)
     world.wait_for_end(learner, job_id)
     assert tiny.are_equal(world.weights_under(tmp_path), expected)
@@ -94,7 +94,7 @@ def test_a_signal_of_any_form_in_the_seconds_in_which_a_step_starts_costs_nothin
 def test_a_job_that_its_user_cancels_stays_cancelled(tmp_path: Path):
     learner, job_id = world.submitted_learner(tmp_path, step_s=0.5)
     world.wait("two checkpoints", lambda: world.is_training(learner))
-    world.slurm("scancel", str(job_id))
+    world.slurm("scancel", job_id)
     world.wait("the end", lambda: world.state_of(job_id) == "CANCELLED")
     assert world.restarts_of(job_id) == 0
     assert not world.is_finished(learner)
@@ -117,7 +117,7 @@ def test_a_start_that_slurm_has_lost_sight_of_cannot_publish_over_the_next_one(
 ):
     learner, job_id = world.submitted_learner(tmp_path, step_s=1.0)
     world.wait("two checkpoints", lambda: world.is_training(learner))
-    node = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
+    node = world.slurm("squeue", "-h", "-j", job_id, "-o", "%N").strip()
     daemons = processes(f"slurmd -D -N {node}$")
     # All of Slurm on that node dies, and the stage's process alone goes on, as where a node loses its network.
     (orphan,) = workers(tmp_path)

@@ -26,17 +26,17 @@ pytestmark = pytest.mark.usefixtures("cluster")
 TWO = {"max_parallel": 2}
 
 
-def jobs_of(done: dict[str, SubmittedStage]) -> dict[str, int]:
+def jobs_of(done: dict[str, SubmittedStage]) -> dict[str, str]:
     return {name: each.job_id for name, each in done.items() if each.job_id is not None}
 
 
-def wait_for(*job_ids: int, state: str = "COMPLETED") -> None:
+def wait_for(*job_ids: str, state: str = "COMPLETED") -> None:
     for job_id in job_ids:
         world.wait(f"job {job_id} to be {state}", lambda job_id=job_id: world.state_of(job_id) == state)
 
 
-def dependency(job_id: int) -> str:
-    shown = world.slurm("scontrol", "show", "job", str(job_id), "--oneliner")
+def dependency(job_id: str) -> str:
+    shown = world.slurm("scontrol", "show", "job", job_id, "--oneliner")
     return shown.partition("Dependency=")[2].split()[0]
 
 
@@ -85,7 +85,7 @@ def test_stages_in_the_queue_are_depended_on_and_never_submitted_twice(tmp_path:
 def test_a_job_that_waits_for_one_that_is_gone_is_submitted_anew_with_it(tmp_path: Path):
     hold = {"stages": {"learner": {"sbatch_arguments": ["--hold"]}}}
     first = jobs_of(world.submit(world.plan(tmp_path, steps=4, note="a", launch=hold)))
-    world.slurm("scancel", str(first["learner"]))
+    world.slurm("scancel", first["learner"])
     again = world.submit(world.plan(tmp_path, steps=4, note="a"))
     assert again["learner"].submission is Submission.SUBMITTED
     assert again["reader"].submission is Submission.SUBMITTED
@@ -106,15 +106,15 @@ def test_two_sweeps_submitted_at_the_same_moment_share_their_stages(tmp_path: Pa
     def start(name: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name])
 
-    before = world.slurm("squeue", "-h", "-t", "all", "-o", "%A").split()
+    before = world.slurm("squeue", "-h", "--array", "-t", "all", "-o", "%i").split()
     both = [start("left"), start("right")]
     assert [each.wait(timeout=120) for each in both] == [0, 0]
     records = [record for name in ("left", "right") for record in read_runs(tmp_path, name)]
     statuses = job_statuses(tmp_path, records)
     assert sorted(each.stage for each in statuses) == ["data", "learner", "reader", "reader", "reader", "reader"]
     ids = [each.job_id for each in statuses]
-    after = world.slurm("squeue", "-h", "-t", "all", "-o", "%A").split()
-    assert sorted(map(int, set(after) - set(before))) == sorted(job_id for job_id in ids if job_id is not None)
+    after = world.slurm("squeue", "-h", "--array", "-t", "all", "-o", "%i").split()
+    assert sorted(set(after) - set(before)) == sorted(job_id for job_id in ids if job_id is not None)
     wait_for(*(job_id for job_id in ids if job_id is not None))
     assert len(list(tmp_path.glob("artifacts/learner/*/manifest.json"))) == 1
     # Trained once: one attempt at the stage that all four share.
@@ -152,8 +152,8 @@ def test_a_job_whose_inputs_are_gone_fails_with_the_reason(tmp_path: Path):
     learner, _ = world.submitted_learner(tmp_path / "a", steps=4, launch={"sbatch_arguments": ["--hold"]})
     for artifact in (tmp_path / "a" / "artifacts" / "data").iterdir():
         (artifact / "manifest.json").unlink()
-    (job_id,) = (int(line) for line in world.slurm("squeue", "-h", "-t", "PD", "-o", "%A").splitlines())
-    world.slurm("scontrol", "release", str(job_id))
+    (job_id,) = world.slurm("squeue", "-h", "-t", "PD", "-o", "%A").split()
+    world.slurm("scontrol", "release", job_id)
     wait_for(job_id, state="FAILED")
     reason = world.plan(tmp_path / "a", steps=4).stages[1].reason
     assert "needs the artifact data/" in reason
@@ -172,7 +172,7 @@ def test_what_a_job_needs_is_neither_collected_nor_removed_and_it_ends_well(tmp_
     shutil.rmtree(run_directory(tmp_path, "trial"))
     assert main([*["gc", "--older-than", "0m", "--delete", "--outputs"], str(tmp_path)]) == 0
     assert len(list(tmp_path.glob("artifacts/*/*/manifest.json"))) == 2
-    world.slurm("scontrol", "release", str(job_id))
+    world.slurm("scontrol", "release", job_id)
     wait_for(job_id)
     assert main([*["gc", "--older-than", "0m", "--delete", "--outputs"], str(tmp_path)]) == 0
     assert list(tmp_path.glob("artifacts/*/*/manifest.json")) == []
@@ -219,7 +219,7 @@ def test_jobs_of_other_people_may_be_called_whatever_they_like(tmp_path: Path):
     write_json_atomically(record, {**read_json(record), "job_id": None})
     assert world.submit(world.plan(tmp_path, steps=4))["learner"].job_id == job_id
     assert [each for _, each in cancel_runs(tmp_path, read_runs(tmp_path, "trial")).cancelled] == [job_id]
-    assert world.state_of(int(odd)) == "PENDING"
+    assert world.state_of(odd) == "PENDING"
     world.slurm("scancel", odd)
 
 
@@ -239,7 +239,7 @@ def test_a_job_that_slurm_holds_after_a_failed_launch_is_released_elsewhere_and_
         assert job.job_id is not None
         held = "launch failed requeued held"
         world.wait(
-            "the failed launch", lambda: world.reason_of(job.job_id or 0).replace("_", " ") == held, releases=False
+            "the failed launch", lambda: world.reason_of(job.job_id or "").replace("_", " ") == held, releases=False
         )
         world.slurm("scontrol", "update", f"JobId={job.job_id}", "ReqNodeList=")
         (status,) = (each for each in job_statuses(tmp_path, read_runs(tmp_path, "trial")) if each.stage == "learner")
@@ -256,10 +256,10 @@ def test_the_jobs_ask_for_what_their_profile_says(tmp_path: Path):
     stages = {"learner": {"gpu_request": "gpus-per-node", "mem_gib": 1.5, "time_limit_min": 7}}
     hold = {"sbatch_arguments": ["--hold"], "stages": stages}
     ids = jobs_of(world.submit(world.plan(tmp_path, steps=4, launch=hold)))
-    shown = world.slurm("scontrol", "show", "job", str(ids["learner"]), "--oneliner")
+    shown = world.slurm("scontrol", "show", "job", ids["learner"], "--oneliner")
     for asked in ("TimeLimit=00:07:00", "MinMemoryNode=1.50G", "TresPerNode=gres:gpu:1", "Requeue=1"):
         assert asked in shown
-    assert "gres" not in world.slurm("scontrol", "show", "job", str(ids["data"]), "--oneliner")
+    assert "gres" not in world.slurm("scontrol", "show", "job", ids["data"], "--oneliner")
     cancel_runs(tmp_path, read_runs(tmp_path, "trial"))
     wait_for(*ids.values(), state="CANCELLED")
 
@@ -282,9 +282,9 @@ def test_a_stage_on_two_nodes_learns_what_two_processes_of_one_machine_learn(tmp
         strategy=StrategyName(strategy),
     )
     world.wait("training", (stage.work / "in-step").exists)
-    nodes = world.slurm("squeue", "-h", "-j", str(job_id), "-o", "%N").strip()
+    nodes = world.slurm("squeue", "-h", "-j", job_id, "-o", "%N").strip()
     assert nodes == "node[1-2]"
-    world.slurm("scancel", "--signal=USR1", str(job_id))
+    world.slurm("scancel", "--signal=USR1", job_id)
     world.wait("the other start", lambda: world.restarts_of(job_id) > 0)
     world.wait_for_end(stage, job_id)
     # Two processes, and two starts.

@@ -185,7 +185,7 @@ def test_a_job_that_no_queue_can_be_asked_of_keeps_its_stage(tmp_path: Path, mon
     stages = record(tmp_path, "first")
     finish([stages["prepare"], stages["clip"]])
     begin([stages["decoder"]])
-    job = JobRecord(number=1, token="t", name="n", group="g", wanted_by=["first"], submitted_at="", job_id=3)
+    job = JobRecord(number=1, token="t", name="n", group="g", wanted_by=["first"], submitted_at="", job_id="3")
     for name in ("clip", "decoder"):
         frozen = stages[name].frozen
         assert frozen is not None

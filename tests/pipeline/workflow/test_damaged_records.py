@@ -52,7 +52,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_json_atomically(directory.with_suffix(".json"), values)
     for number in (1, 2):
         names = {"token": "t", "name": "n", "group": "g", "wanted_by": [PAUSED], "submitted_at": "now"}
-        write_record(work, JobRecord(number=number, job_id=number, **names))
+        write_record(work, JobRecord(number=number, job_id=str(number), **names))
     wandb_record.write_record(work, wandb_record.WandbRecord("id", "project", None, PAUSED, "name", 1.0, sent=3))
     write_failure(work, Failure("it failed", is_user_error=True))
     write_frozen(next(stage.frozen for stage in plan.stages if stage.name == "painter" and stage.frozen))
