@@ -23,10 +23,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs.mkdir()
     for name in ("sbatch", "squeue", "sacct", "scontrol", "scancel", "sinfo"):
         real = f'PATH="{os.environ["PATH"]}" exec {name} "$@"'
-        (programs / name).write_text(f'#!/bin/sh
-echo {name} >>"{found}"
-{real}
-')
+        (programs / name).write_text(f'#!/bin/sh\necho {name} >>"{found}"\n{real}\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     return found

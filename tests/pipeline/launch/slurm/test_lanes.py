@@ -2,14 +2,15 @@ from pipeline.launch.slurm.lanes import Lanes
 
 
 def put(lanes: Lanes, job_id: int, *after: int, minutes: float = 10.0) -> int | None:
-    lane = lanes.choose(after, minutes)
-    lanes.add(lane, job_id, after, minutes)
+    ids = list(map(str, after))
+    lane = lanes.choose(ids, minutes)
+    lanes.add(lane, str(job_id), ids, minutes)
     return lane
 
 
 def test_without_a_limit_there_are_no_lanes():
     lanes = Lanes(None)
-    lanes.occupy(None, 1)
+    lanes.occupy(None, "1")
     assert put(lanes, 2) is None
 
 
@@ -38,8 +39,8 @@ def test_a_long_lane_is_avoided():
 
 def test_jobs_of_an_earlier_submission_keep_their_lane_and_are_waited_for():
     lanes = Lanes(2)
-    lanes.occupy(1, 7)
-    lanes.occupy(0, 8)
-    lanes.occupy(3, 9)
-    assert list(lanes.jobs_of(1)) == [7, 9]
-    assert list(lanes.jobs_of(0)) == [8]
+    lanes.occupy(1, "7")
+    lanes.occupy(0, "8")
+    lanes.occupy(3, "9")
+    assert list(lanes.jobs_of(1)) == ["7", "9"]
+    assert list(lanes.jobs_of(0)) == ["8"]
