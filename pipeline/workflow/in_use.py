@@ -5,6 +5,7 @@ it away in one go: the two have a lock. What a plan found finished is still ther
 anew, and from then on it is kept.
 """
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,9 @@ def _recorded_in(outputs: Path, plans: Sequence[Plan]) -> Iterator[list[Plan]]:
             for code in {plan.code.digest: plan.code for plan in made}.values():
                 code.keep(outputs)
             for plan in made:
-                record_run(plan)
+                record_run(plan, is_flushed=len(made) == 1)
+            if len(made) > 1:
+                os.sync()  # a thousand records in one go
         yield made
 
 

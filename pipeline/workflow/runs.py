@@ -72,7 +72,7 @@ def run_directory(outputs: Path, name: str) -> Path:
     return outputs / "runs" / name
 
 
-def record_run(plan: Plan) -> Path:
+def record_run(plan: Plan, *, is_flushed: bool = True) -> Path:
     """Write a plan down as a run and return its directory."""
     directory = run_directory(plan.store.outputs, plan.config.run.name)
     record = RunRecord(
@@ -90,7 +90,7 @@ def record_run(plan: Plan) -> Path:
     )
     directory.mkdir(parents=True, exist_ok=True)
     _keep_earlier(directory, record)
-    write_json_atomically(directory / RECORD, record.model_dump(mode="json"))
+    write_json_atomically(directory / RECORD, record.model_dump(mode="json"), is_flushed=is_flushed)
     return directory
 
 

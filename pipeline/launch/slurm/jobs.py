@@ -129,8 +129,8 @@ def _known(
     else:
         found = queue.get(record.job_id)
         found = found if found is not None and _is_of(found, record) else None
-    is_left_out = bool(record.beside) and found is not None and mark_left_out(work, found.job_id).exists()
-    return KnownJob(record, found, is_left_out)
+    is_shared = bool(record.beside) and record.job_id is not None
+    return KnownJob(record, found, is_shared and mark_left_out(work, record.job_id or "").exists())
 
 
 def _is_of(job: QueuedJob, record: JobRecord) -> bool:

@@ -35,7 +35,9 @@ def signal_the_script(_stage: FrozenStage, job_id: str) -> None:
 
 def preempt(_stage: FrozenStage, job_id: str) -> None:
     """Jobs of the higher partition take both nodes until the other one has started again."""
-    output = world.slurm("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 8")
+    output = world.slurm(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 8"
+    ).strip()
     world.wait("the preempted job", lambda: world.restarts_of(job_id) > 0)
     world.wait("the urgent job", lambda: world.state_of(output.strip()) == "COMPLETED")
 
