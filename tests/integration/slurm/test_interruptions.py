@@ -35,9 +35,7 @@ def signal_the_script(_stage: FrozenStage, job_id: str) -> None:
 
 def preempt(_stage: FrozenStage, job_id: str) -> None:
     """Jobs of the higher partition take both nodes until the other one has started again."""
-    output = world.slurm(
-        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 8"
-    ).strip()
+    output = world.slurm("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 8")
     world.wait("the preempted job", lambda: world.restarts_of(job_id) > 0)
     world.wait("the urgent job", lambda: world.state_of(output.strip()) == "COMPLETED")
 
@@ -60,7 +58,7 @@ DISTURBANCES = (
 
 @pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda disturb: disturb.__name__)
 def test_a_disturbed_job_ends_with_the_undisturbed_weights(
-    disturb: Callable[[FrozenStage, int], None], expected: dict[str, Tensor], tmp_path: Path
+    disturb: Callable[[FrozenStage, str], None], expected: dict[str, Tensor], tmp_path: Path
 ):
     learner, job_id = world.submitted_learner(tmp_path, step_s=0.2)
     world.wait("two checkpoints", lambda: world.is_training(learner))
