@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _disturb(outputs: Path, rng: random.Random, counts: Counter[str]) -> None:
-    jobs = _said("squeue", "-h", "-t", "R", "-o", "%A").split()
+    jobs = _said("squeue", "-h", "-t", "R", "-o", "%i").split()
     if jobs:
         event = rng.choice([_kill, _requeue, _signal, _preempt, _set_down])
         event(rng.choice(jobs), outputs)

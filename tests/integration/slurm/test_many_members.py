@@ -135,5 +135,5 @@ def test_stages_side_by_side_go_on_from_their_checkpoints_when_their_job_starts_
     found = states(tmp_path)
     assert (found["learner", "s.0"], found["learner", "s.1"]) == ("cancelled", "finished")
     assert "cancelled" in world.log_of(one)
-    assert set(submitted(members)) == {("learner", "s.0")}
+    assert set(submitted([member(0), member(1)])) == {("learner", "s.0")}
     cancel_runs(tmp_path, read_runs(tmp_path, "s"))
