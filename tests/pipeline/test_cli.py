@@ -328,6 +328,7 @@ def test_the_dry_run_shows_jobs_and_scripts_and_writes_nothing(capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "decoder" in shown
     assert shown.count("#!/bin/bash") == 1
-    assert re.search(r"# decoder-\w{12}, and 1 like it\nsbatch --job-name=decoder-\w{12} .*--gpus-per-node=1 ", shown)
-    assert re.search(r"sbatch --job-name=decoder-.* --dependency=afterok:JOB_OF_\w+(:JOB_OF_[\w-]+)* SCRIPT ", shown)
+    assert re.search(r"# decoder-\w{12}\nsbatch --job-name=decoder-\w{12} .*--gpus-per-node=1 .*--array=0-1 ", shown)
+    waits = r"afterok:JOB_OF_prepare-\w{12},aftercorr:JOB_OF_clip-\w{12}:JOB_OF_embed-\w{12}"
+    assert re.search(rf"sbatch --job-name=decoder-.* --dependency={waits} SCRIPT ", shown)
     assert list(tmp_path.iterdir()) == []
