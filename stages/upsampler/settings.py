@@ -25,8 +25,10 @@ from stages.unet import UNetSettings, check_unet
 
 
 class Degradation(StrEnum):
-    """How the condition is degraded in training: Gaussian blur (unCLIP's first upsampler) or BSR-style (its second)."""
+    """How the condition is degraded in training: not at all, by Gaussian blur (unCLIP's first upsampler) or like BSR (its
+    second)."""
 
+    NONE = "none"
     BLUR = "blur"
     BSR = "bsr"
 
