@@ -130,6 +130,7 @@ def test_launchers_import_the_terminal_and_the_workflow_and_no_training():
         "pipeline.workflow",
         "pipeline.config",
         "pipeline.errors",
+        "pipeline.overrides",
         "pipeline.secrecy",
     )
     assert offenders(sources("pipeline/launch/**/*.py"), "pipeline", but=own) == []
