@@ -136,7 +136,7 @@ def leave_orphan(outputs: Path, whole: Path, rng: random.Random) -> tuple[str, P
 
 @contextmanager
 def collecting(
-    outputs: Path, whole: Path, rng: random.Random, collected: Counter[str], longest_pause_s: float = 2.0
+    outputs: Path, whole: Path, rng: random.Random, collected: Counter[str], longest_pause_s: float = 10.0
 ) -> Iterator[None]:
     """Collect what no run needs of the store, all the while, and give it some.
 
