@@ -116,7 +116,8 @@ class Artifact:
     def seen_damage(self) -> str | None:
         """What is wrong with it as far as sizes tell, and what is in its pictures, which this host reads once."""
         try:
-            return size_fault(self.path, self.manifest.files) or self._fault_of(self._pictures)
+            pictures = self._pictures
+            return size_fault(self.path, self.manifest.files) or (self._fault_of(pictures) if pictures else None)
         except UserError as error:
             return str(error)
 

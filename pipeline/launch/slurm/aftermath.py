@@ -71,7 +71,7 @@ def failure_of(frozen: FrozenStage, status: str, *, is_oom: bool) -> Failure:
 
 def with_remedy(failure: Failure, frozen: FrozenStage) -> Failure:
     """The same; where an input is damaged, with the command that has it made anew: a job cannot."""
-    if not any(frozen.store.known_damage(*key) for key in frozen.reads):
+    if failure.cause is not Cause.SETTINGS or not any(frozen.store.known_damage(*key) for key in frozen.reads):
         return failure
     what = failure.message.partition("; ")[0]
     command = shlex.join(["unclip", "submit", *overrides_to_rebuild(frozen)])
