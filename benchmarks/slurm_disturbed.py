@@ -24,21 +24,12 @@ from kill_anywhere import TINY, UNCLIP, collecting, compare, told_of_gc
 
 from pipeline.overrides import key_of
 from pipeline.workflow.runs import is_finished, read_runs
+from tests.support.processes import exhaust_memory_limit
 
 STEPS = 150
 SWEEP = "disturbed"
 TRAINED = ("clip", "prior", "decoder", "upsampler", "judge", "judge_clip")
 SECONDS_TO_FINISH = 3600.0
-MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
-TAKES_MEMORY_UNTIL_THAT_PROCESS_IS_KILLED = """
-import os, sys
-cgroup, victim = sys.argv[1:]
-open("/proc/self/oom_score_adj", "w").write("-1000")
-open(f"{cgroup}/cgroup.procs", "w").write(str(os.getpid()))
-taken = []
-while os.path.exists(f"/proc/{victim}"):
-    taken.append(b"1" * (16 << 20))
-"""
 
 
 def main() -> None:
@@ -142,16 +133,8 @@ def _kill(_job: str, outputs: Path) -> bool:
 
 
 def _exhaust(_job: str, outputs: Path) -> bool:
-    """Fill the memory that Slurm gives to a job's step, so that the kernel kills the stage's process in it."""
     worker = _worker(outputs)
-    if worker is None:
-        return False
-    groups = Path(f"/proc/{worker.pid}/cgroup").read_text(encoding="utf-8").splitlines()
-    (own,) = (line.split(":")[2] for line in groups if line.split(":")[1] == "memory")
-    if not own.startswith("/slurm_"):
-        return False
-    program = [sys.executable, "-c", TAKES_MEMORY_UNTIL_THAT_PROCESS_IS_KILLED]
-    return subprocess.run([*program, f"{MEMORY_CGROUP}{own}", str(worker.pid)], check=False).returncode == 0
+    return worker is not None and exhaust_memory_limit(worker.pid)
 
 
 def _requeue(job: str, _outputs: Path) -> bool:

@@ -1,6 +1,7 @@
 """A training job that Slurm disturbs in every way it has goes on, and learns what an undisturbed one learns."""
 
 import json
+import os
 import random
 import subprocess
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 from pipeline.config import NotifySettings
 from pipeline.workflow.frozen import FrozenStage
 from tests.support import tiny, world
+from tests.support.processes import MEMORY_CGROUP, exhaust_memory_limit
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -49,7 +51,16 @@ def set_the_node_down(_stage: FrozenStage, job_id: int) -> None:
     bring_back(node)
 
 
+def exhaust_the_memory(stage: FrozenStage, _job_id: int) -> None:
+    (worker,) = workers(stage.outputs)
+    assert exhaust_memory_limit(worker)
+
+
+WITH_LIMITS = pytest.mark.skipif(
+    not os.access(MEMORY_CGROUP, os.W_OK), reason="the memory cgroup, version 1, is needed"
+)
 DISTURBANCES = (
+    pytest.param(exhaust_the_memory, marks=[pytest.mark.slow, WITH_LIMITS]),
     pytest.param(requeue, marks=pytest.mark.slow),
     pytest.param(signal_the_steps, marks=pytest.mark.slow),
     pytest.param(signal_the_script, marks=pytest.mark.slow),
