@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from pipeline.errors import UserError
 from pipeline.report.metrics import is_bound
 from pipeline.workflow.runs import run_directory
-from pipeline.workflow.sealed import read_or_none
+from pipeline.workflow.sealed import read_or_none, warn
 
 EVALUATIONS = "evaluations"
 
@@ -78,19 +78,20 @@ def new_evaluation(directory: Path, swept: str) -> Path:
 
 
 def read_evaluations(outputs: Path, run: str) -> list[EvaluationRecord]:
-    """A run's evaluations, the latest first; what cannot be read as one is left out."""
+    """A run's evaluations, the latest first; what cannot be read as one is left out, and said."""
     found = []
     for path in sorted((run_directory(outputs, run) / EVALUATIONS).glob("*.json"), reverse=True):
         content = read_or_none(_WRITTEN, path, "it is left out")
         if content is not None:
             data = content.data if isinstance(content.data, str) else " ".join(content.data)
             plot = None if content.plot is None else path.parent / Path(content.plot).name
-            found.append(
-                EvaluationRecord(
-                    path, content.made_at, data, content.settings.samples, content.encoders, content.points,
-                    plot if plot is not None and plot.is_file() else None,
-                )
-            )  # fmt: skip
+            if plot is not None and not plot.is_file():
+                warn(f"{plot} is missing; its evaluation is shown without it")
+                plot = None
+            record = EvaluationRecord(
+                path, content.made_at, data, content.settings.samples, content.encoders, content.points, plot
+            )
+            found.append(record)
     return found
 
 

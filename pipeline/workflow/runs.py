@@ -206,7 +206,7 @@ def gather_pictures(outputs: Path, record: RunRecord, directory: Path | None = N
     directory.mkdir(parents=True, exist_ok=True)
     copies = []
     for stage, artifact in run_artifacts(outputs, record).items():
-        for picture in sorted(artifact.path.glob("*.png")):
+        for picture in artifact.pictures():
             copies.append(directory / f"{stage}-{picture.name}")
             shutil.copyfile(picture, copies[-1])
     return copies

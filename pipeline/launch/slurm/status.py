@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.jobs import JOBS, KnownJob, latest_record, look_up, release_held, write_record
 from pipeline.launch.slurm.submit import one_submission_at_a_time
-from pipeline.terminal.tables import stage_state
+from pipeline.terminal.tables import DAMAGED, stage_state
 from pipeline.terminal.words import progress_line
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.causes import Cause, last_words
@@ -128,7 +128,8 @@ def _status(
     reason = until_limit = ""
     record = None if known is None else known.record
     queued = None if known is None else known.queued
-    if state != "finished" and queued is not None:
+    is_settled = state == "finished" or (state == DAMAGED and (queued is None or not queued.is_active))
+    if not is_settled and queued is not None:
         state, reason = queued.state, queued.reason
         if queued.is_active:
             detail = _progress(work) if queued.state == _RUNNING else _kept(work)
@@ -136,7 +137,7 @@ def _status(
             until_limit = queued.time_left if queued.state == _RUNNING else ""
         else:
             reason, detail = _cause(work) or reason, _failure(work)
-    elif state != "finished" and record is not None and record.job_id is not None and record.job_id in accounted:
+    elif not is_settled and record is not None and record.job_id is not None and record.job_id in accounted:
         state, reason, detail = accounted[record.job_id], _cause(work), _failure(work)
     return JobStatus(
         stage.name,
