@@ -107,10 +107,11 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """What was measured under the same `conditions`, and so compares."""
+    """What was measured under the same `conditions`, and so compares; and by name the plots of what was swept."""
 
     conditions: str
     rows: tuple[EvaluationRow, ...]
+    plots: Mapping[str, Path]
 
     @property
     def metrics(self) -> list[str]:
@@ -124,11 +125,14 @@ def evaluation_tables(outputs: Path, runs: Sequence[str]) -> list[EvaluationTabl
     A metric that was measured twice has its latest value.
     """
     found: dict[str, dict[tuple[str, str], EvaluationRow]] = {}
+    plots: dict[str, dict[str, Path]] = {}
     for run in runs:
         for record in reversed(read_evaluations(outputs, run)):
             rows = found.setdefault(record.conditions, {})
+            if record.plot is not None:
+                plots.setdefault(record.conditions, {})[f"{run}, {record.made_at}"] = record.plot
             for point, values in record.points.items():
                 before = rows[run, point].values if (run, point) in rows else {}
                 rows[run, point] = EvaluationRow(run, point, record.made_at, {**before, **values})
-    tables = [EvaluationTable(conditions, tuple(rows.values())) for conditions, rows in found.items()]
+    tables = [EvaluationTable(each, tuple(rows.values()), plots.get(each, {})) for each, rows in found.items()]
     return sorted(tables, key=lambda table: -len({row.run for row in table.rows}))

@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,15 @@ def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
     store = ArtifactStore(outputs)
     found = {stage.name: store.find(stage.name, stage.fingerprint) for stage in record.stages}
     return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def finished_artifacts(outputs: Path, record: RunRecord, kinds: Collection[str], then: str) -> dict[str, Artifact]:
+    """As `run_artifacts`. Raises `UserError`, which says what `then` can be done, where a stage of `kinds` is not."""
+    found = run_artifacts(outputs, record)
+    unfinished = [stage.name for stage in record.stages if stage.name not in found and stage.kind in kinds]
+    if unfinished:
+        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then {then}")
+    return found
 
 
 def stage_log(outputs: Path, record: RunRecord, stage: str) -> Path:
