@@ -26,8 +26,7 @@ from stages.unet import UNetSettings, check_unet
 
 
 class Degradation(StrEnum):
-    """How the condition is degraded in training: not at all, by Gaussian blur (unCLIP's first upsampler) or like BSR (its
-    second)."""
+    """How the condition is degraded in training: not at all, blurred (unCLIP's first upsampler), or like BSR (its second)."""
 
     NONE = "none"
     BLUR = "blur"
