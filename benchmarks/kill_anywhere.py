@@ -7,8 +7,9 @@ its artifacts are compared with the undisturbed ones, byte by byte, and so are t
 that was repeated or lost would show in them. Then it begins anew, until there were that many kills. Exits 1 at the
 first difference.
 
-With --gc, `unclip gc --older-than 0m --delete` runs again and again beside it, and half of those are killed as well. No
-artifact of the run may be taken.
+With --gc, `unclip gc --older-than 0m --delete` runs again and again beside it, and half of those are killed as well.
+Before each, something is left there that no run needs: an artifact or a work folder of another fingerprint, a build or
+code that was half written. In the end all of that is gone, and no artifact of the run was ever taken.
 """
 
 import argparse
@@ -28,9 +29,10 @@ from pathlib import Path
 import psutil
 from stage_runs import TINY as OF_THE_TESTS
 
-from pipeline.workflow.artifacts import Artifact, read_artifact
+from pipeline.workflow.artifacts import MANIFEST, Artifact, read_artifact
 from pipeline.workflow.digests import describe_files
 from pipeline.workflow.record import METRICS, without_measured
+from pipeline.workflow.sealed import read_json, write_json_atomically
 from tests.support.tiny_runs import rows_of, the_last_of_each_key
 
 UNCLIP = str(Path(sys.executable).parent / "unclip")
@@ -46,6 +48,7 @@ TINY = the_last_of_each_key(
         for key, value in (("global_batch_size", 8), ("max_samples", 8 * STEPS))
     ),
 )
+ORPHANS = ("artifacts", "work folders", "builds", "code")
 NOT_COMPARED = {"metrics.jsonl", "manifest.json"}
 """Their rows hold speeds, times and the commit; of the one the rows, of the other the metrics are compared."""
 
@@ -71,7 +74,7 @@ def main() -> None:
         while kills < options.kills:
             disturbed = Path(directory) / f"disturbed-{workflows}"
             command = [*run, f"paths.outputs={disturbed}"]
-            with _collecting(disturbed, rng, collected) if options.gc else nullcontext():
+            with collecting(disturbed, whole, rng, collected) if options.gc else nullcontext():
                 while kills < options.kills and not _runs_until_killed(command, rng.uniform(1, options.longest), rng):
                     kills += 1
                     killed_in[_stage_in_progress(disturbed)] += 1
@@ -83,9 +86,13 @@ def main() -> None:
     where = ", ".join(f"{stage} {count}" for stage, count in killed_in.most_common())
     print(f"killed in: {where}")
     if options.gc:
-        print(
-            f"gc beside it: {collected['ended']} ended, {collected['killed']} killed; {collected['freed']} freed space"
-        )
+        print(told_of_gc(collected))
+
+
+def told_of_gc(collected: Counter[str]) -> str:
+    """How often it ran, and what it took."""
+    runs = f"gc beside it: {collected['ended']} ended ({collected['freed']} freed space), {collected['killed']} killed"
+    return f"{runs}; of what no run needs all is gone: " + ", ".join(f"{collected[kind]} {kind}" for kind in ORPHANS)
 
 
 def _runs_until_killed(command: list[str], life_s: float, rng: random.Random) -> bool:
@@ -107,20 +114,50 @@ def _runs_until_killed(command: list[str], life_s: float, rng: random.Random) ->
     return False
 
 
+def leave_orphan(outputs: Path, whole: Path, rng: random.Random) -> tuple[str, Path]:
+    """Leave something that no run needs, copied from a finished store: its kind, and where."""
+    kind, fingerprint = rng.choice(ORPHANS), rng.randbytes(32).hex()
+    made = rng.choice(sorted(path.parent for path in whole.glob("artifacts/*/*/manifest.json")))
+    stage = made.parent.name
+    if kind == "code":
+        path = outputs / "code" / f".{fingerprint[:16]}-1"
+        path.mkdir(parents=True)
+        (path / "half.py").write_text("import")
+    elif kind == "work folders":
+        path = outputs / "work" / stage / fingerprint
+        shutil.copytree(whole / "work" / stage / made.name, path)
+    else:
+        name = fingerprint if kind == "artifacts" else f".building-{fingerprint}-1"
+        path = outputs / "artifacts" / stage / name
+        shutil.copytree(made, path)
+        write_json_atomically(path / MANIFEST, {**read_json(path / MANIFEST), "fingerprint": fingerprint})
+    return kind, path
+
+
 @contextmanager
-def _collecting(outputs: Path, rng: random.Random, collected: Counter[str]) -> Iterator[None]:
-    """Collect what no run needs of the store, all the while. Exits where one fails or takes an artifact of the run."""
+def collecting(
+    outputs: Path, whole: Path, rng: random.Random, collected: Counter[str], longest_pause_s: float = 10.0
+) -> Iterator[None]:
+    """Collect what no run needs of the store, all the while, and give it some.
+
+    Exits where a collection fails, takes an artifact of the run, or leaves in the end what it was given.
+    """
     command = [UNCLIP, "gc", "--older-than", "0m", "--delete", "--outputs", str(outputs)]
     own, is_over, faults = random.Random(rng.random()), threading.Event(), list[str]()
     seen: dict[Path, int] = {}
+    orphans: list[Path] = []
 
     def collect() -> None:
-        while not is_over.wait(own.uniform(0, 2)) and not faults:
-            there = {path.parent: path.parent.stat().st_ino for path in outputs.glob("artifacts/*/*/manifest.json")}
+        while not is_over.wait(own.uniform(0, longest_pause_s)) and not faults:
+            published = [path.parent for path in outputs.glob(f"artifacts/*/*/{MANIFEST}")]
+            there = {path: path.stat().st_ino for path in published if path not in orphans}
             faults.extend(f"{path} was taken" for path, inode in seen.items() if there.get(path) != inode)
             seen.update(there)
             if not (outputs / "runs").is_dir():
                 continue
+            kind, orphan = leave_orphan(outputs, whole, own)
+            orphans.append(orphan)
+            collected[kind] += 1
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             try:
                 said, error = process.communicate(timeout=own.choice((None, own.uniform(0.5, 4))))
@@ -141,6 +178,9 @@ def _collecting(outputs: Path, rng: random.Random, collected: Counter[str]) -> I
     finally:
         is_over.set()
         thread.join()
+    if orphans:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    faults.extend(f"{path} was left" for path in orphans if path.exists())
     if faults:
         raise SystemExit(faults[0])
 

@@ -2,10 +2,11 @@
 
     python slurm/one_machine.py -- python benchmarks/slurm_disturbed.py --events 20
 
-The sweep has two decoders that share all else. An event is one of: a stage's process is killed, its job is requeued,
-signalled or preempted, its node is set down. Where a job failed, the same `unclip submit` is given again. In the end
-every artifact and row must be the undisturbed sweep's. Then the sweep begins anew, until there were that many events.
-Exits 1 at the first difference.
+The sweep has two decoders that share all else. An event is one of: a stage's process is killed, or by the kernel as its
+job comes to Slurm's memory limit (where the cluster has such limits); its job is requeued, signalled or preempted; its
+node is set down. All the while `unclip gc` collects what no run needs, as in kill_anywhere.py. Where a job failed, the
+same `unclip submit` is given again. In the end every artifact and row must be the undisturbed sweep's. Then the sweep
+begins anew, until there were that many events. Exits 1 at the first difference.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
-from kill_anywhere import TINY, UNCLIP, compare
+from kill_anywhere import TINY, UNCLIP, collecting, compare, told_of_gc
 
 from pipeline.overrides import key_of
+from pipeline.workflow.runs import is_finished, read_runs
+from tests.support.processes import exhaust_memory_limit
 
 STEPS = 150
 SWEEP = "disturbed"
@@ -43,29 +46,32 @@ def main() -> None:
         _submit(whole)
         _finish(whole)
         print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
-        counts: Counter[str] = Counter()
+        counts, collected = Counter[str](), Counter[str]()
         sweeps, starts = 0, 0
         while sum(counts.values()) < options.events:
             disturbed = Path(directory) / f"disturbed-{sweeps}"
             _submit(disturbed)
-            while sum(counts.values()) < options.events and not _is_finished(disturbed):
-                time.sleep(rng.uniform(1, options.longest))
-                _disturb(disturbed, rng, counts)
-                _submit_again_if_failed(disturbed)
-            _finish(disturbed)
+            with collecting(disturbed, whole, rng, collected, options.longest):
+                while sum(counts.values()) < options.events and not _is_finished(disturbed):
+                    time.sleep(rng.uniform(1, options.longest))
+                    _disturb(disturbed, rng, counts)
+                    _submit_again_if_failed(disturbed)
+                _finish(disturbed)
             compare(whole, disturbed)
             assert _artifacts(whole) == _artifacts(disturbed), "a stage was made under another fingerprint"
             sweeps += 1
             starts += len(list(disturbed.glob("work/*/*/attempts/*.json")))
             print(f"{sweeps} sweeps: every artifact and row is the undisturbed one's", flush=True)
         print(f"{dict(counts)}; {starts} starts of {sweeps * len(_artifacts(whole))} stages")
+        print(told_of_gc(collected))
 
 
 def _disturb(outputs: Path, rng: random.Random, counts: Counter[str]) -> None:
     jobs = _said("squeue", "-h", "-t", "R", "-o", "%i").split()
     if jobs:
-        event = rng.choice([_kill, _requeue, _signal, _preempt, _set_down])
-        event(rng.choice(jobs), outputs)
+        event = rng.choice([_kill, _exhaust, _requeue, _signal, _preempt, _set_down])
+        if not event(rng.choice(jobs), outputs):
+            return
         counts[event.__name__.strip("_")] += 1
         print(f"{sum(counts.values())}: {event.__name__.strip('_')}", flush=True)
 
@@ -93,7 +99,7 @@ def _submit_again_if_failed(outputs: Path) -> None:
 
 
 def _is_finished(outputs: Path) -> bool:
-    return all(len(list(outputs.glob(f"artifacts/{last}/*/manifest.json"))) == 2 for last in ("export", "evaluate"))
+    return all(is_finished(outputs, record) for record in read_runs(outputs, SWEEP))
 
 
 def _finish(outputs: Path) -> None:
@@ -110,32 +116,49 @@ def _said(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout
 
 
-def _kill(_job: str, outputs: Path) -> None:
+def _worker(outputs: Path) -> psutil.Process | None:
+    """A process that runs a stage."""
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or [""]
         if command[-1].startswith(f"{outputs}/") and "python" in command[0]:
-            process.kill()
-            return
+            return process
+    return None
 
 
-def _requeue(job: str, _outputs: Path) -> None:
+def _kill(_job: str, outputs: Path) -> bool:
+    worker = _worker(outputs)
+    if worker is not None:
+        worker.kill()
+    return worker is not None
+
+
+def _exhaust(_job: str, outputs: Path) -> bool:
+    worker = _worker(outputs)
+    return worker is not None and exhaust_memory_limit(worker.pid)
+
+
+def _requeue(job: str, _outputs: Path) -> bool:
     _said("scontrol", "requeue", job)
+    return True
 
 
-def _signal(job: str, _outputs: Path) -> None:
+def _signal(job: str, _outputs: Path) -> bool:
     _said("scancel", "--batch", "--signal=USR1", job)
+    return True
 
 
-def _preempt(_job: str, _outputs: Path) -> None:
+def _preempt(_job: str, _outputs: Path) -> bool:
     _said("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    return True
 
 
-def _set_down(job: str, _outputs: Path) -> None:
+def _set_down(job: str, _outputs: Path) -> bool:
     node = _said("squeue", "-h", "-j", job, "-o", "%N").strip()
     if node:
         _said("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=benchmark")
         time.sleep(8)
         _said("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    return bool(node)
 
 
 if __name__ == "__main__":

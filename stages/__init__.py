@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`load` comes from `stages.generation.load` when it is first asked for: it needs torch."""
+    """`load` comes from `stages.generation.load` when it is first asked for: it reads all settings."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from stages.generation.load import load

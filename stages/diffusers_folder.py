@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
+from pipeline.workflow.weights import Shape
 
 DIFFUSERS = "diffusers"
 """The scheme of `initial` for such a folder: `diffusers:PATH`."""
@@ -99,6 +100,15 @@ def unet_settings(config: Mapping[str, Any], plain: str, attending: str, key: st
         "norm_groups": config.get("norm_num_groups", 32),
         "dropout": config.get("dropout", 0.0),
         "resnet_time_scale_shift": config.get("resnet_time_scale_shift", "default"),
+    }
+
+
+def unet_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """The shapes of those weights of a U-Net that tell its levels, and that each has as many layers as it should."""
+    last = config.get("layers_per_block", 2) - 1
+    return {
+        f"down_blocks.{level}.resnets.{last}.conv2.weight": (channels, channels, 3, 3)
+        for level, channels in enumerate(config["block_out_channels"])
     }
 
 

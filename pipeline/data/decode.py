@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Pictures of more pixels (8192 x 8192) are taken for decompression bombs."""
@@ -66,12 +66,21 @@ def decode_rgb(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         picture = Image.open(io.BytesIO(image), formats=readable_formats())
     except Image.DecompressionBombError as error:
         raise DecodeError(DecodeFault.TOO_MANY_PIXELS, str(error)) from error
+    except UnidentifiedImageError as error:  # its own words are of the object that held the bytes
+        raise DecodeError(DecodeFault.NOT_AN_IMAGE) from error
     except Exception as error:
         raise DecodeError(DecodeFault.NOT_AN_IMAGE, str(error)) from error
     if picture.width * picture.height > max_pixels:
         raise DecodeError(
             DecodeFault.TOO_MANY_PIXELS, f"{picture.width} x {picture.height}, at most {max_pixels} pixels"
         )
+    return rgb_of(picture)
+
+
+def rgb_of(picture: Image.Image) -> Image.Image:
+    """A picture of Pillow's as `decode_rgb` gives it. Raises `DecodeError` for a broken one, and one without pixels."""
+    if not picture.width * picture.height:
+        raise DecodeError(DecodeFault.EMPTY_IMAGE)
     try:
         tags = _tiff_tags(picture)
         picture.load()

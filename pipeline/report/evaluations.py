@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from pipeline.errors import UserError
 from pipeline.report.metrics import is_bound
 from pipeline.workflow.runs import run_directory
-from pipeline.workflow.sealed import read_or_none
+from pipeline.workflow.sealed import read_or_none, warn
 
 EVALUATIONS = "evaluations"
 
@@ -78,19 +78,20 @@ def new_evaluation(directory: Path, swept: str) -> Path:
 
 
 def read_evaluations(outputs: Path, run: str) -> list[EvaluationRecord]:
-    """A run's evaluations, the latest first; what cannot be read as one is left out."""
+    """A run's evaluations, the latest first; what cannot be read as one is left out, and said."""
     found = []
     for path in sorted((run_directory(outputs, run) / EVALUATIONS).glob("*.json"), reverse=True):
         content = read_or_none(_WRITTEN, path, "it is left out")
         if content is not None:
             data = content.data if isinstance(content.data, str) else " ".join(content.data)
             plot = None if content.plot is None else path.parent / Path(content.plot).name
-            found.append(
-                EvaluationRecord(
-                    path, content.made_at, data, content.settings.samples, content.encoders, content.points,
-                    plot if plot is not None and plot.is_file() else None,
-                )
-            )  # fmt: skip
+            if plot is not None and not plot.is_file():
+                warn(f"{plot} is missing; its evaluation is shown without it")
+                plot = None
+            record = EvaluationRecord(
+                path, content.made_at, data, content.settings.samples, content.encoders, content.points, plot
+            )
+            found.append(record)
     return found
 
 
@@ -106,10 +107,11 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """What was measured under the same `conditions`, and so compares."""
+    """What was measured under the same `conditions`, and so compares; and by name the plots of what was swept."""
 
     conditions: str
     rows: tuple[EvaluationRow, ...]
+    plots: Mapping[str, Path]
 
     @property
     def metrics(self) -> list[str]:
@@ -123,11 +125,14 @@ def evaluation_tables(outputs: Path, runs: Sequence[str]) -> list[EvaluationTabl
     A metric that was measured twice has its latest value.
     """
     found: dict[str, dict[tuple[str, str], EvaluationRow]] = {}
+    plots: dict[str, dict[str, Path]] = {}
     for run in runs:
         for record in reversed(read_evaluations(outputs, run)):
             rows = found.setdefault(record.conditions, {})
+            if record.plot is not None:
+                plots.setdefault(record.conditions, {})[f"{run}, {record.made_at}"] = record.plot
             for point, values in record.points.items():
                 before = rows[run, point].values if (run, point) in rows else {}
                 rows[run, point] = EvaluationRow(run, point, record.made_at, {**before, **values})
-    tables = [EvaluationTable(conditions, tuple(rows.values())) for conditions, rows in found.items()]
+    tables = [EvaluationTable(each, tuple(rows.values()), plots.get(each, {})) for each, rows in found.items()]
     return sorted(tables, key=lambda table: -len({row.run for row in table.rows}))

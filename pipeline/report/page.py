@@ -1,5 +1,6 @@
 """`report.html`: one self-contained page that asks the network for nothing."""
 
+import base64
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def page(comparison: Comparison, sweep: SweepView | None = None, live: Live | No
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     environment.filters |= {"duration": format_duration, "hours": format_hours}
-    environment.filters |= {"number": format_number, "finite": finite, "interval": format_interval}
+    environment.filters |= {"number": format_number, "finite": finite, "interval": format_interval, "uri": _uri}
     records = [run.record for run in comparison.runs]
     found = columns(comparison)
     most = max(map(comparison.count_distinct, comparison.stage_names), default=0)
@@ -88,6 +89,10 @@ def page(comparison: Comparison, sweep: SweepView | None = None, live: Live | No
         asset=_asset,
         nonce=token_urlsafe(16),
     )
+
+
+def _uri(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
 
 
 def _asset(name: str) -> Markup:

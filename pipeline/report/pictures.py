@@ -75,8 +75,7 @@ def picture_tables(comparison: Comparison) -> list[PictureTable]:
 
 def latest_grid(stage: StageReport) -> Path | None:
     """The newest PNG that a stage published, or drew in progress."""
-    directory = stage.directory if stage.is_finished else stage.work / SAMPLES
-    found = sorted(directory.glob("*.png"))
+    found = stage.artifact.pictures() if stage.artifact else sorted((stage.work / SAMPLES).glob("*.png"))
     return found[-1] if found else None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import INTEGER_LIMIT
 from pipeline.errors import UserError
 from pipeline.report.rows import VALIDATION, elapsed, sampled_rows
-from pipeline.terminal.tables import stage_state
+from pipeline.terminal.tables import DAMAGED, stage_state
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.progress import latest_checkpoint_samples, read_hardware, read_progress
 from pipeline.workflow.record import METRICS
@@ -28,10 +28,13 @@ class State(StrEnum):
     STOPPED = "stopped"
     INTERRUPTED = "interrupted"
     FAILED = "failed"
+    DAMAGED = DAMAGED
     WAITING = "waiting"
 
 
-_MOST_TELLING_FIRST = (State.FAILED, State.RUNNING, State.STARTING, State.STOPPED, State.INTERRUPTED, State.WAITING)
+_MOST_TELLING_FIRST = (
+    State.FAILED, State.DAMAGED, State.RUNNING, State.STARTING, State.STOPPED, State.INTERRUPTED, State.WAITING,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.text import Text
 from pipeline.report.differences import differing_overrides, differing_settings
 from pipeline.report.evaluations import EvaluationTable, evaluation_tables
 from pipeline.report.metrics import format_interval, format_number
-from pipeline.report.records import Comparison
+from pipeline.report.records import Comparison, State
 from pipeline.report.sweep import Effect, Level, best_levels, directions_of_effects, effects, settings, short_key
 from pipeline.report.table import Column, Quantity, columns, format_hours, named_columns, totals
 from pipeline.terminal.words import format_duration
@@ -182,7 +182,8 @@ def _print_notes(console: Console, comparison: Comparison, left_out: Sequence[Co
     if left_out:
         notes.append(f"{_count(len(left_out), 'more column')}: --csv, --json, --output, or --metric {left_out[0].key}")
     for run in comparison.runs:
-        notes += [f"{run.name}: {stage.name} failed: {stage.detail}" for stage in run.stages if stage.state == "failed"]
+        told = (stage for stage in run.stages if stage.state in (State.FAILED, State.DAMAGED))
+        notes += [f"{run.name}: {stage.name} {stage.state}: {stage.detail}" for stage in told]
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
 

@@ -97,7 +97,7 @@ def push(outputs: Path, name: str, url: str, say: Say) -> None:
     remote = RemoteStore(url)
     _require_same_run(remote, record)
     for artifact in artifacts.values():
-        title, place = _title(artifact), _place(artifact)
+        title, place = _title(artifact), f"artifacts/{artifact.name}"
         if remote.has(f"{place}/{MANIFEST}"):
             say(f"{title}  is there")
             continue
@@ -201,10 +201,6 @@ def _require_same_run(remote: RemoteStore, record: RunRecord) -> None:
 
 def _is_same(one: RunRecord, other: RunRecord) -> bool:
     return one.stages == other.stages
-
-
-def _place(artifact: Artifact) -> str:
-    return f"artifacts/{artifact.manifest.stage}/{artifact.manifest.fingerprint}"
 
 
 def _title(artifact: Artifact) -> str:

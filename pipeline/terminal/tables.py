@@ -5,12 +5,14 @@ from pathlib import Path
 from rich.table import Table
 
 from pipeline.terminal.words import format_duration, progress_line
-from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.artifacts import REMEDY, Artifact, ArtifactStore
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts
 
+DAMAGED = "damaged"
+"""The state of what was finished and is not what its manifest says."""
 SHOWN_METRICS = 4
 _WRAPPED = ("why", "needs", "metrics", "progress", "reason", "after", "resources")
 
@@ -74,13 +76,22 @@ def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
     """(state, detail) of one stage."""
     artifact = store.find(stage.name, stage.fingerprint)
     if artifact is not None:
-        return "finished", f"{format_duration(artifact.manifest.duration_s)} · {metrics_line(artifact)}".rstrip(" ·")
+        damage = artifact.seen_damage()
+        if damage is not None:
+            return DAMAGED, f"{damage}; {REMEDY}"
+        others = store.made_anew_since(artifact.manifest.inputs_sha256)
+        parts = format_duration(artifact.manifest.duration_s), metrics_line(artifact), others
+        return "finished", " · ".join(filter(None, parts))
     work = store.work(stage.name, stage.fingerprint)
     failure = read_failure(work)
     if failure is not None:
         known = "" if failure.cause is Cause.UNKNOWN else f"{failure.cause.words}: "
         return Phase.FAILED.value, f"{known}{failure.message}"
     progress = read_progress(work)
+    if progress is None or progress.is_silent:
+        damage = store.known_damage(stage.name, stage.fingerprint)
+        if damage is not None:
+            return DAMAGED, f"{damage}; {REMEDY}"
     if progress is None:
         return "waiting", ""
     if progress.phase in (Phase.INTERRUPTED, Phase.FAILED):

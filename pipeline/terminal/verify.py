@@ -61,7 +61,8 @@ def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]
         if artifact is not None:
             files = artifact.manifest.files
             size = sum(file.size for file in files) / 2**20
-            yield f"{name}: whole ({len(files)} files, {size:,.1f} MiB)", True
+            others = store.made_anew_since(artifact.manifest.inputs_sha256)
+            yield f"{name}: whole ({len(files)} files, {size:,.1f} MiB){others and '; '}{others}", True
         elif store.take_back(*key):
             yield f"{name}: whole again, and taken back", True
         elif (store.path(*key) / SET_ASIDE).exists():

@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -22,6 +23,7 @@ from pipeline.workflow.declaration import resolve
 from pipeline.workflow.digests import describe_files
 from pipeline.workflow.fingerprint import counted_settings
 from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.inputs_read import begin_with, inputs_read
 from pipeline.workflow.ownership import Ownership, StageLost, acquire, wait_for_first_process
 from pipeline.workflow.progress import (
     CHECKPOINTS,
@@ -144,6 +146,7 @@ def _run_and_publish(attempt: Attempt) -> None:
     output = frozen.work
     if attempt.is_first_process:
         output = frozen.store.start_building(frozen.stage, frozen.fingerprint, attempt.ownership.attempt)
+        begin_with(frozen.work, chain(*inputs.values()), goes_on=checkpoint is not None)
         if record is not None:
             code.begin(frozen.work, record)
     record_hardware(attempt)
@@ -180,6 +183,7 @@ def _publish(context: StageContext, result: StageResult, spent: Spent, version: 
         fingerprint=frozen.fingerprint,
         identity=frozen.identity,
         inputs={name: [each.fingerprint for each in found] for name, found in frozen.inputs.items()},
+        inputs_sha256=inputs_read(frozen.work),
         config=counted_settings(frozen.read_settings()),
         code_version=version,
         made_by_run=frozen.run,

@@ -1,10 +1,12 @@
 """What stages publish: `artifacts/<stage>/<fingerprint>/`, complete with its manifest or not there at all."""
 
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -14,7 +16,8 @@ from pydantic import Field, ValidationError
 from pipeline.config import Settings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.digests import FileRecord, fault, size_fault
-from pipeline.workflow.sealed import DamagedRecordError, read_json, write_json_atomically
+from pipeline.workflow.record import METRICS
+from pipeline.workflow.sealed import DamagedRecordError, digest_of, read_json, warn, write_json_atomically
 
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -22,6 +25,7 @@ SET_ASIDE = "damaged.json"
 """The manifest's name once a file was found damaged. The files stay where they are, for those who have them open."""
 VERIFIED = "verified"
 """In the work directory: what each host has verified."""
+CODE_RECORD = "code.json"
 SCHEMA_VERSION = 1
 REMEDY = (
     "run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there and "
@@ -46,7 +50,10 @@ S = TypeVar("S", bound=Settings)
 
 
 class Manifest(Settings):
-    """What an artifact is, what it was made from, and the numbers that its consumers need."""
+    """What an artifact is, what it was made from, and the numbers that its consumers need.
+
+    `inputs` are fingerprints; `inputs_sha256` is of the contents of each `stage/fingerprint` that was read.
+    """
 
     schema_version: int
     stage: str
@@ -54,6 +61,7 @@ class Manifest(Settings):
     fingerprint: str
     identity: dict[str, Any]
     inputs: dict[str, list[str]]
+    inputs_sha256: dict[str, str] = Field(default_factory=dict)
     config: dict[str, Any]
     code_version: str
     made_by_run: str
@@ -83,6 +91,36 @@ class Artifact:
         """The settings that it was made with, typed as its kind's own class."""
         return validate(schema, self.manifest.config, str(self.path))
 
+    @property
+    def name(self) -> str:
+        """`stage/fingerprint`."""
+        return f"{self.manifest.stage}/{self.manifest.fingerprint}"
+
+    @property
+    def content_sha256(self) -> str:
+        """Of its result: made anew on other hardware it may be another one under the same fingerprint."""
+        files = (each for each in self.manifest.files if each.path not in (METRICS, CODE_RECORD))  # times, surroundings
+        return digest_of([[each.path, each.sha256] for each in files])
+
+    def pictures(self) -> list[Path]:
+        """The PNGs at its top level, to be looked at. A damaged one is left out, and said."""
+        whole = []
+        for record in self._pictures:
+            damage = self._fault_of([record])
+            if damage is None:
+                whole.append(self.path / record.path)
+            else:
+                warn(f"{damage}; it is not shown")
+        return whole
+
+    def seen_damage(self) -> str | None:
+        """What is wrong with it as far as sizes tell, and what is in its pictures, which this host reads once."""
+        try:
+            pictures = self._pictures
+            return size_fault(self.path, self.manifest.files) or (self._fault_of(pictures) if pictures else None)
+        except UserError as error:
+            return str(error)
+
     def opened(self) -> "Artifact":
         """The same for whoever uses its files. Raises `UserError` where one is damaged: see `ArtifactStore.open`."""
         store, manifest = ArtifactStore(self.path.parents[2]), self.manifest
@@ -90,6 +128,14 @@ class Artifact:
         if found is None:
             raise UserError(f"{self.path} is not there any more; run the workflow again")
         return found
+
+    @property
+    def _pictures(self) -> list[FileRecord]:
+        return [each for each in self.manifest.files if re.fullmatch(r"[^/]+\.png", each.path)]
+
+    def _fault_of(self, files: Sequence[FileRecord]) -> str | None:
+        memory = ArtifactStore(self.path.parents[2]).work(self.manifest.stage, self.manifest.fingerprint) / VERIFIED
+        return fault(self.path, files, memory)
 
 
 @dataclass(frozen=True)
@@ -178,6 +224,20 @@ class ArtifactStore:
             return size_fault(directory, artifact.manifest.files)
         return f"{directory} was found damaged and set aside" if (directory / SET_ASIDE).exists() else None
 
+    def made_anew_since(self, inputs_sha256: Mapping[str, str]) -> str:
+        """In words, which of these contents are not those of the artifacts there are now; "" where all are."""
+        others = [key for key, sha256 in inputs_sha256.items() if self._content_of(key) not in (sha256, None)]
+        names = ", ".join(dict.fromkeys(key.partition("/")[0] for key in others))
+        return names and f"{names} made anew since, with other bytes than this was made from"
+
+    def _content_of(self, key: str) -> str | None:
+        for store in (self, *map(ArtifactStore, self.also_read)):
+            directory = store.path(*key.split("/"))
+            with suppress(OSError):
+                status = (directory / MANIFEST).stat()
+                return _content_at(directory, status.st_ino, status.st_mtime_ns)
+        return None
+
     def _fault(self, artifact: Artifact, anew: bool) -> str | None:
         manifest = artifact.manifest
         memory = self.work(manifest.stage, manifest.fingerprint) / VERIFIED
@@ -258,6 +318,16 @@ def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
             f"{directory / name} cannot be read; remove {directory} and run again, or use the version of unclip that "
             f"made it ({values.get('code_version')})"
         ) from error
+
+
+@lru_cache(maxsize=4096)
+def _content_at(directory: Path, _inode: int, _mtime_ns: int) -> str | None:
+    """Of the artifact there, whose manifest is that one."""
+    try:
+        artifact = read_artifact(directory)
+    except UserError:
+        return None
+    return None if artifact is None else artifact.content_sha256
 
 
 def _set_aside(directory: Path, inode: int) -> bool:

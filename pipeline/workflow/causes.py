@@ -1,12 +1,13 @@
 """Why a start of a stage ended without its result: one list of causes for every launcher, and the record of ends."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
+
+from pipeline.workflow.sealed import read_line, sealed_line, warn_of_damaged_lines
 
 ENDS = "ends.jsonl"
 
@@ -58,26 +59,29 @@ _END = TypeAdapter(End)
 
 def write_end(work: Path, end: End) -> None:
     """Add a line to the record of that work directory."""
-    with (work / ENDS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(end)) + "\n")
+    with (work / ENDS).open("ab") as file:
+        file.write(sealed_line(asdict(end)))
 
 
 def read_ends(work: Path) -> list[End]:
-    """Every start that was recorded, with the last word on it; lines that are none are passed over.
+    """Every start that was recorded, with the last word on it; damaged lines are left out, and said.
 
     One of which nothing was heard before its job started again was ended by the loss of its node.
     """
     found: dict[tuple[str, int], End] = {}
+    damaged = 0
     try:
         lines = (work / ENDS).read_bytes().splitlines()
     except OSError:
         return []
     for line in lines:
         try:
-            end = _END.validate_json(line)
+            end = _END.validate_python(read_line(line))
         except ValidationError:
+            damaged += 1
             continue
         found[end.job, end.start] = end
+    warn_of_damaged_lines(work / ENDS, damaged)
     latest = dict(sorted(found))
     return [
         End(end.job, end.start, end.nodes, Cause.NODE_FAILURE, "it ended without a word")

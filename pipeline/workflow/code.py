@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.workflow.artifacts import CODE_RECORD as RECORD
 from pipeline.workflow.declaration import Catalog, resolve
 from pipeline.workflow.sealed import DamagedRecordError, read_json, warn, write_json_atomically
 
 DIRECTORY = "code"
-RECORD = "code.json"
 UNKNOWN = "unknown"
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, Numbers
+from pipeline.workflow.weights import Shape
 
 S = TypeVar("S", bound=Settings)
 
@@ -70,12 +71,14 @@ class Workflow:
 class ForeignWeights:
     """Weights on disk that no run made: their files by name, and the settings that go with them, by dotted key.
 
-    `numbers` are those that an artifact of the same kind would have, as far as they are known.
+    `numbers` are those that an artifact of the same kind would have, as far as they are known, `shapes` those that some
+    of the weights must have by what the settings say.
     """
 
     files: Mapping[str, Path]
     dictated: Mapping[str, Any]
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

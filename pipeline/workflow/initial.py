@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.declaration import Blocked, StageDeclaration
 from pipeline.workflow.digests import file_sha256
-from pipeline.workflow.weights import WEIGHTS_SUFFIXES, weight_shapes
+from pipeline.workflow.weights import WEIGHTS_SUFFIXES, Shape, require_fit, weight_shapes
 
 RUN = "run"
 """The scheme of an artifact: `run:NAME`, or `run:NAME/STAGE` where the stage has another name there."""
@@ -54,13 +54,16 @@ def find_initial(
             foreign = declaration.foreign[scheme](Path(address), key)
         except KeyError as error:
             raise UserError(f"{key}: its configs say no {error}; give a folder that is whole") from error
-        number = _number_of_weights(foreign.files.values())
+        found = _shapes_in(foreign.files.values())
+        require_fit(
+            foreign.shapes, found, key, "give a folder whose weights are those of its configs", may_exceed=found
+        )
         digests = {label: file_sha256(file) for label, file in foreign.files.items()}
-        return Initial(source, number, {scheme: digests}, foreign.dictated, foreign.numbers)
+        return Initial(source, len(found), {scheme: digests}, foreign.dictated, foreign.numbers)
     artifact = _artifact_of(key, address, name, kind, run, store)
     config = artifact.manifest.config
     dictated = {each: _at(config, each) for each in declaration.inherits if _at(config, each) is not None}
-    number = _number_of_weights(artifact.path / each.path for each in artifact.manifest.files)
+    number = len(_shapes_in(artifact.path / each.path for each in artifact.manifest.files))
     counted = {RUN: artifact.manifest.fingerprint}
     return Initial(source, number, counted, dictated, artifact.manifest.numbers, artifact)
 
@@ -95,8 +98,9 @@ def require_as_typed(
                 )
 
 
-def _number_of_weights(files: Iterable[Path]) -> int:
-    return sum(len(weight_shapes(file)) for file in files if file.suffix in WEIGHTS_SUFFIXES)
+def _shapes_in(files: Iterable[Path]) -> dict[str, Shape]:
+    found = [weight_shapes(file) for file in files if file.suffix in WEIGHTS_SUFFIXES]
+    return {name: shape for shapes in found for name, shape in shapes.items()}
 
 
 def _artifact_of(key: str, address: str, name: str, kind: str, run: str, store: ArtifactStore) -> Artifact:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import (
@@ -24,7 +25,8 @@ from pipeline.workflow.fingerprint import counted_settings, differences, fingerp
 from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.graph import Node, build_graph, declaration_of
 from pipeline.workflow.initial import Initial, find_initial, require_as_typed, with_dictated
-from pipeline.workflow.progress import latest_checkpoint_samples, read_failure
+from pipeline.workflow.inputs_read import inputs_read
+from pipeline.workflow.progress import CHECKPOINTS, latest_checkpoint_samples, read_failure
 
 MAX_DIFFERENCES_SHOWN = 3
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -285,7 +287,8 @@ def _decide(
         manifest = artifact.manifest
         where = "" if artifact.path.is_relative_to(store.outputs) else f", in {artifact.path.parents[2]}"
         finished_at = manifest.finished_at[:16].replace("T", " ")
-        return Action.REUSE, f"finished {finished_at} in {manifest.duration_s:.0f} s{where}"
+        others = _unless_removed(store.made_anew_since(manifest.inputs_sha256), artifact.path)
+        return Action.REUSE, f"finished {finished_at} in {manifest.duration_s:.0f} s{where}{others}"
     work = store.work(node.name, frozen.fingerprint)
     failure = read_failure(work)
     after_failure = f"; the last attempt failed: {failure.message}" if failure else ""
@@ -293,7 +296,8 @@ def _decide(
         after_failure = f", as {damage}"
     samples_seen = latest_checkpoint_samples(work)
     if samples_seen is not None:
-        return Action.RESUME, f"from the checkpoint at {samples_seen:,} samples{after_failure}"
+        others = _unless_removed(store.made_anew_since(inputs_read(work)), work / CHECKPOINTS)
+        return Action.RESUME, f"from the checkpoint at {samples_seen:,} samples{others}{after_failure}"
     if damage is not None:
         return Action.RUN, f"anew{after_failure}"
     changed_inputs = [name for name in node.upstream if planned[name].action is not Action.REUSE]
@@ -307,6 +311,10 @@ def _decide(
     if changed_inputs:
         return Action.RUN, f"because {', '.join(changed_inputs)} will be new{after_failure}"
     return Action.RUN, f"its inputs are others than before{after_failure}"
+
+
+def _unless_removed(others: str, path: Path) -> str:
+    return f"; {others}: remove {path} to begin with these" if others else ""
 
 
 def several(names: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """A stage's one record: `metrics.jsonl` in its work directory, one JSON object a line, in the order of what happened.
 
-Lines are appended, flushed to disk and never changed. Each ends with its CRC-32, by which a damaged one is known;
-it is left out. Lines of earlier versions have none. There are three kinds:
+Lines are appended, flushed to disk and never changed. A damaged one is left out. There are three kinds:
 
 - a row: `samples_seen`, and metrics by name;
 - a picture: `samples_seen`, `picture` (its name), `file` (below the work directory) and `captions`;
@@ -10,18 +9,13 @@ it is left out. Lines of earlier versions have none. There are three kinds:
 The file of that name beside an artifact has the rows that stand, and nothing else.
 """
 
-import json
 import os
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
 from pipeline.config import INTEGER_LIMIT
-from pipeline.workflow.sealed import warn
+from pipeline.workflow.sealed import read_line, sealed_line, warn_of_damaged_lines
 
 METRICS = "metrics.jsonl"
 AXIS = "samples_seen"
@@ -29,8 +23,6 @@ PICTURE = "picture"
 RESUMES = "resumes_at"
 MEASURED = "system/"
 """The prefix of what was measured of the machine. All else in a row is the same on every run of the same stage."""
-
-_CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
 
 Entry = dict[str, Any]
 EntryKey = tuple[int, frozenset[str]]
@@ -45,7 +37,7 @@ def without_measured(row: Mapping[str, float]) -> dict[str, float]:
 def append(work: Path, entry: Mapping[str, Any]) -> None:
     """Add a line to the record of that work directory; it is on disk when this returns."""
     with (work / METRICS).open("ab") as file:
-        file.write(_line_of(entry))
+        file.write(sealed_line(entry))
         file.flush()
         os.fsync(file.fileno())
 
@@ -86,27 +78,13 @@ def _entries(lines: Iterable[bytes], path: Path) -> Iterator[Entry | None]:
         entry = _entry_of(line)
         damaged += entry is None
         yield entry
-    if damaged:
-        warn(f"{path}: {damaged} line{' is' if damaged == 1 else 's are'} damaged and left out")
-
-
-def _line_of(entry: Mapping[str, Any]) -> bytes:
-    text = json.dumps(entry).encode()
-    return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
+    warn_of_damaged_lines(path, damaged)
 
 
 def _entry_of(line: bytes) -> Entry | None:
     """None for what is no entry, or not as it was written."""
-    checked = _CHECKED.search(line)
-    if checked is not None:
-        line = line[: checked.start()] + b"}"
-        if zlib.crc32(line) != int(checked[1], 16):
-            return None
-    try:
-        entry = from_json(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and _is_entry(entry) else None
+    entry = read_line(line)
+    return entry if entry is not None and _is_entry(entry) else None
 
 
 def _is_entry(entry: Entry) -> bool:
@@ -148,7 +126,7 @@ def write_rows(work: Path, directory: Path) -> None:
     """Put the rows that stand beside an artifact, as its `metrics.jsonl`; nothing where there is no record."""
     if (work / METRICS).exists():
         rows = [entry for entry in read_standing(work) if PICTURE not in entry]
-        (directory / METRICS).write_bytes(b"".join(map(_line_of, rows)))
+        (directory / METRICS).write_bytes(b"".join(map(sealed_line, rows)))
 
 
 class Replay:

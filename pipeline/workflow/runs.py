@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,15 @@ def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
+def finished_artifacts(outputs: Path, record: RunRecord, kinds: Collection[str], then: str) -> dict[str, Artifact]:
+    """As `run_artifacts`. Raises `UserError`, which says what `then` can be done, where a stage of `kinds` is not."""
+    found = run_artifacts(outputs, record)
+    unfinished = [stage.name for stage in record.stages if stage.name not in found and stage.kind in kinds]
+    if unfinished:
+        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then {then}")
+    return found
+
+
 def stage_log(outputs: Path, record: RunRecord, stage: str) -> Path:
     """Where the log of a run's stage is. Raises `UserError` for an unknown stage, and where nothing is logged yet."""
     fingerprint = record.fingerprint_of(stage)
@@ -206,7 +216,7 @@ def gather_pictures(outputs: Path, record: RunRecord, directory: Path | None = N
     directory.mkdir(parents=True, exist_ok=True)
     copies = []
     for stage, artifact in run_artifacts(outputs, record).items():
-        for picture in sorted(artifact.path.glob("*.png")):
+        for picture in artifact.pictures():
             copies.append(directory / f"{stage}-{picture.name}")
             shutil.copyfile(picture, copies[-1])
     return copies

@@ -1,12 +1,15 @@
 """JSON records that processes read back, each with a digest of itself: what reads them never meets a changed one.
 
-A record from before there were digests has none, and is read for what it holds.
+Files that grow have a record a line, which ends with its CRC-32. A record from before there were digests has none, and
+is read for what it holds.
 """
 
 import hashlib
 import json
 import os
+import re
 import sys
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +22,8 @@ from pipeline.errors import UserError
 
 SEAL = "sha256"
 """The key of a record's digest, SHA-256 (hex) of its other values."""
+
+_CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
 
 T = TypeVar("T")
 
@@ -83,6 +88,32 @@ def read_or_none(schema: TypeAdapter[T], path: Path, then: str) -> T | None:
     except DamagedRecordError as error:
         warn(f"{error}; {then}")
         return None
+
+
+def sealed_line(value: Mapping[str, Any]) -> bytes:
+    """A record as a line of a file."""
+    text = json.dumps(value).encode()
+    return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """The values of a line; None for what is no record, or not as it was written."""
+    checked = _CHECKED.search(line)
+    if checked is not None:
+        line = line[: checked.start()] + b"}"
+        if zlib.crc32(line) != int(checked[1], 16):
+            return None
+    try:
+        values = from_json(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def warn_of_damaged_lines(path: Path, damaged: int) -> None:
+    """Say how many lines of a file were left out, if any were."""
+    if damaged:
+        warn(f"{path}: {damaged} line{' is' if damaged == 1 else 's are'} damaged and left out")
 
 
 @cache

@@ -22,6 +22,7 @@ from stages.diffusers_folder import (
     origin,
     read_config,
     unet_settings,
+    unet_shapes,
 )
 from stages.diffusion.settings import (
     ClipLossSettings,
@@ -141,7 +142,9 @@ def in_folder(folder: Path, key: str) -> ForeignWeights:
         "cross_attention_dim": None if width == embed_dim else width,
     }
     dictated = {"network": network, "image_size": unet["sample_size"], **of_scheduler(folder, "decoder_scheduler")}
-    return ForeignWeights(labelled(folders), dictated, {"embed_dim": embed_dim})
+    tokens = text_proj.get("clip_extra_context_tokens", 4)
+    shapes = {**unet_shapes(unet), "clip_extra_context_tokens_proj.weight": (tokens * width, embed_dim)}
+    return ForeignWeights(labelled(folders), dictated, {"embed_dim": embed_dim}, shapes)
 
 
 DECODER = StageDeclaration(

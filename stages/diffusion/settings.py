@@ -134,7 +134,7 @@ class DiffusionStageSettings(TrainingStageSettings):
 
 
 def check_diffusion(path: str, settings: DiffusionStageSettings, sampler: SamplerSettings) -> None:
-    """Raise `UserError` if the schedule has no valid betas, or the objective or the sampler does not fit it."""
+    """Raise `UserError` where the schedule has no valid betas, or objective, sampler or optimizer do not fit."""
     schedule = settings.schedule
     if schedule.kind is ScheduleKind.LINEAR and schedule.timesteps <= LINEAR_BETA_END_TIMES_TIMESTEPS:
         raise UserError(
@@ -147,6 +147,12 @@ def check_diffusion(path: str, settings: DiffusionStageSettings, sampler: Sample
             f"timestep is pure noise, from which epsilon gives no picture; use v_prediction or sample"
         )
     check_steps(f"{path}.sampler.steps", schedule, sampler.steps)
+    decay = settings.optimizer.layer_decay
+    if decay is not None:
+        raise UserError(
+            f"{path}.optimizer.layer_decay={decay:g} counts the layers of CLIP's towers; set "
+            f"{path}.optimizer.learning_rate_factors"
+        )
 
 
 def check_steps(path: str, schedule: ScheduleSettings, steps: int) -> None:

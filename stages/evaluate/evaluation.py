@@ -30,14 +30,13 @@ from stages.evaluate.estimate import Estimate, mean, mean_of_shares, proportion
 from stages.evaluate.metric import CLIP, JUDGE_CLIP, Embeds, Made
 from stages.evaluate.settings import EvaluateSettings, classes_in, metric_of, pictures_in
 from stages.generation.grid import captioned_grid, to_pil
-from stages.generation.options import GenerationOptions
+from stages.generation.options import OWN_SAMPLERS, GenerationOptions
 from stages.generation.text_to_image import Generated, TextToImage
 from stages.judge.labels import true_labels
 from stages.judge.network import Judge
 from stages.pictures import peak_signal_to_noise_of_each, resize
 
 GRID_COLUMNS = 4
-OWN_SAMPLERS = GenerationOptions()
 SMALLEST_FOR_SSIM = 11
 """The window of SSIM has so many pixels."""
 

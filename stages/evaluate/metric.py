@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.workflow.declaration import Better
+from pipeline.workflow.declaration import Better, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,3 +108,19 @@ class Distance(FeatureMetric):
     @abstractmethod
     def between(self, made: "Tensor", real: "Tensor") -> dict[str, float]:
         """By name, of features float [N, F] and [M, F]."""
+
+
+def distance_of(name: str, encoder: str, function: str) -> type[Distance]:
+    """A metric called `name` of all made pictures from the real ones of their captions, the lower the better.
+
+    `encoder` is its usual one, `function` the "module:function" of (made, real) -> float, imported when first needed.
+    """
+
+    class OneDistance(Distance):
+        usual_encoder: ClassVar = encoder
+        better: ClassVar = dict.fromkeys((name, f"*/{name}"), Better.LOW)
+
+        def between(self, made: "Tensor", real: "Tensor") -> dict[str, float]:
+            return {name: resolve(function)(made, real)}
+
+    return OneDistance

@@ -14,12 +14,12 @@ from pipeline.data.place import DEFAULT_CACHE_DIR, ShardPlace
 from pipeline.errors import UserError
 from pipeline.secrecy import find_secret
 from pipeline.workflow.artifacts import Artifact
-from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
+from pipeline.workflow.runs import RunRecord, finished_artifacts, read_run
 from stages.decoder.settings import DecoderSettings
 from stages.evaluate.metric import JUDGE_CLIP, FeatureMetric
-from stages.evaluate.settings import EvaluateSettings, classes_in, metric_of
+from stages.evaluate.settings import METRICS, EvaluateSettings, classes_in, metric_of
 from stages.evaluate.sweep import Sweep, check_sweep, parse_sweep
-from stages.generation.text_to_image import KINDS
+from stages.generation.options import KINDS
 from stages.prepare.settings import PrepareSettings, place
 from stages.prepare.sources.webdataset import WebDatasetSettings, place_of, summary
 from stages.prior.settings import PriorSettings
@@ -90,10 +90,7 @@ def given_shards(options: argparse.Namespace) -> WebDatasetSettings | None:
 def read_request(options: argparse.Namespace, name: str, shards: WebDatasetSettings | None) -> Request:
     """What the command line asks of the run of that name. Raises `UserError` for what it cannot have."""
     record = read_run(options.outputs, name)
-    artifacts = run_artifacts(options.outputs, record)
-    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
-    if unfinished:
-        raise UserError(f"run {name} lacks {', '.join(unfinished)}; finish it with unclip run, then evaluate")
+    artifacts = finished_artifacts(options.outputs, record, KINDS, "evaluate")
     kinds = {each.manifest.kind: each for each in artifacts.values()}
     if "clip" not in kinds:
         raise UserError(f"run {name} has no CLIP, which all is measured with; give one that has")
@@ -152,7 +149,8 @@ def _lack(text: str, kinds: Mapping[str, Artifact], settings: EvaluateSettings) 
         try:
             metric = metric_of(text)
         except ValueError as error:
-            return f"{error}, {', '.join(SECTIONS)}"
+            others = "" if text.partition("@")[0] in METRICS else f", {', '.join(SECTIONS)}"
+            return f"{error}{others}"
         needed += [JUDGE_CLIP] if isinstance(metric, FeatureMetric) and metric.encoder == JUDGE_CLIP else []
     if text not in OF_NO_SAMPLING:
         needed.append("decoder")

@@ -61,7 +61,8 @@ class EncoderSettings(Settings):
         if name == OPEN_CLIP and given.is_dir() and not (given / OPEN_CLIP_CONFIG).is_file():
             raise UserError(f"{asked} {given} has no {OPEN_CLIP_CONFIG}; give a directory of open_clip's, or a file")
         if name == OPEN_CLIP and given.is_file() and self.open_clip_model is None:
-            raise UserError(f"{asked} {given} is a file, which does not say of which model; set {asked}_model too")
+            model = f"{asked}-model" if option.startswith("-") else f"{asked}_model"
+            raise UserError(f"{asked} {given} is a file, which does not say of which model; set {model} too")
         return given
 
 

@@ -7,25 +7,23 @@ from pathlib import Path
 from pipeline.cli import command_parser
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import Artifact
-from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
+from pipeline.workflow.runs import RunRecord, finished_artifacts, read_run
 from stages.clip.settings import ClipNetwork, OpenClipNetworkSettings, clip_network
 from stages.decoder.settings import DecoderSettings
 from stages.export.destination import written_whole
 from stages.export.obstacle import obstacle
-from stages.export.settings import EXPORT, Dtype, ExportFormat
+from stages.export.settings import Dtype, ExportFormat
+from stages.generation.options import KINDS
 from stages.prior.settings import PriorSettings
 from stages.upsampler.settings import UpsamplerSettings
-
-_NETWORKS = tuple(each.name for each in EXPORT.inputs)
-"""The kinds of the stages whose networks make pictures."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, refuse what cannot be exported before anything is loaded, write."""
     options = _parser().parse_args(arguments)
     record = read_run(options.outputs, options.run)
-    artifacts = run_artifacts(options.outputs, record)
     kind = ExportFormat(options.format)
+    artifacts = finished_artifacts(options.outputs, record, _taken_by(kind), "export")
     sources = _sources(record, artifacts, kind)
     with written_whole(options.directory, overwrite=options.overwrite) as directory:
         sources = [each.opened() for each in sources]
@@ -51,14 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _taken_by(kind: ExportFormat) -> Sequence[str]:
+    return KINDS if kind is ExportFormat.DIFFUSERS else ("clip",)
+
+
 def _sources(record: RunRecord, artifacts: Mapping[str, Artifact], kind: ExportFormat) -> list[Artifact]:
-    """The artifacts that the format takes. Raises `UserError` where one is missing, or does not fit the format."""
-    kinds = _NETWORKS if kind is ExportFormat.DIFFUSERS else ("clip",)
-    wanted = [stage for stage in record.stages if stage.kind in kinds]
-    unfinished = [stage.name for stage in wanted if stage.name not in artifacts]
-    if unfinished:
-        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then export")
-    found = [artifacts[stage.name] for stage in wanted]
+    """The artifacts that the format takes. Raises `UserError` where one is missing, or one does not fit the format."""
+    kinds = _taken_by(kind)
+    found = [each for each in artifacts.values() if each.manifest.kind in kinds]
     missing = {"clip", "decoder"} & set(kinds) - {each.manifest.kind for each in found}
     if missing:
         others = "export a run that has one" if "clip" in missing else "--format open_clip and transformers need none"
@@ -80,7 +78,7 @@ def _towers(clip: Artifact) -> ClipNetwork:
 
 
 def _require_stock(record: RunRecord, found: Sequence[Artifact]) -> None:
-    by_kind = {name: [each for each in found if each.manifest.kind == name] for name in _NETWORKS}
+    by_kind = {name: [each for each in found if each.manifest.kind == name] for name in KINDS}
     in_the_way = obstacle(
         next((each.settings(PriorSettings) for each in by_kind["prior"]), None),
         by_kind["decoder"][0].settings(DecoderSettings),

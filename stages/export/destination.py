@@ -31,7 +31,10 @@ def written_whole(target: Path, *, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"{target} cannot be written ({error.strerror}); give a directory that can") from error
     try:
         yield building
-        building.chmod(0o777 & ~_umask())  # temporary directories are their owner's alone
+        # Temporary directories are their owner's alone, and libraries write their files so.
+        mask = _umask()
+        for path in (building, *building.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         _replace(building, target)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)

@@ -16,7 +16,16 @@ from pipeline.config import validate
 from pipeline.errors import UserError
 from pipeline.picture_grid import save_grid
 from pipeline.workflow.runs import read_run, run_directory
-from stages.generation.options import GenerationOptions, Judge, Preset, require_count, require_seed, require_share
+from stages.generation.load import load, load_for, require_sampled
+from stages.generation.options import (
+    BATCH_SIZE,
+    GenerationOptions,
+    Judge,
+    Preset,
+    require_count,
+    require_seed,
+    require_share,
+)
 from stages.generation.picture import Noise, Picture, as_image, read_recipe, require_mask
 
 if TYPE_CHECKING:
@@ -46,8 +55,12 @@ def main(arguments: Sequence[str]) -> int:
         return _make_again(given)
     if given.run is None or not given.captions:
         raise UserError("no caption is given; write: unclip sample RUN 'a caption', or: unclip sample --from PNG")
+    if given.picture:
+        raise UserError("--picture is what a picture of --from was made from; for pictures of one see: unclip edit")
     require_count(given.best_of, "--best-of ")
-    options, output = _options(given), _output(given, SAMPLES)
+    options = _options(given)
+    require_sampled(given.run, given.outputs, options)
+    output = _output(given, SAMPLES)
     pictures = _load(given)(
         given.captions,
         count=given.count,
@@ -76,6 +89,7 @@ def edit(arguments: Sequence[str]) -> int:
     }
     if "mask" in inputs:
         require_mask(inputs["mask"], inputs["picture"])
+    require_sampled(given.run, given.outputs, options)
     output = _output(given, f"{EDITS_DIRECTORY}/{given.operation}")
     numbers: dict[str, Any] = {share: getattr(given, share) for share in chosen.shares}
     if chosen.noise is not None:
@@ -192,7 +206,7 @@ def _add_options(parser: argparse.ArgumentParser, count: int) -> None:
         metavar="KEY=VALUE",
         help="any option, such as prior.candidates=2 upsampler.eta=1",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="pictures at a time")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], help="instead of the one it was trained on")
     parser.add_argument("--output", type=Path, help="directory for the PNGs (default: one below runs/RUN)")
 
@@ -201,6 +215,7 @@ def _options(given: Given) -> GenerationOptions:
     """What was asked for. Raises `UserError` for what no network could use."""
     require_count(given.count, "--count ")
     require_seed(given.seed, "--seed ")
+    require_count(given.batch_size, "--batch-size ")
     if given.steps is not None and given.steps < 1:
         raise UserError(f"--steps {given.steps} is no number of sampling steps; give 1 or more")
     for name in ("guidance", "prior_guidance", "clip_guidance"):
@@ -244,30 +259,28 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _make_again(given: Given) -> int:
-    unused = [f"--{name.replace('_', '-')}" for name in (*_KEYS, "preset", "set") if getattr(given, name)]
+    default, names = _sample_parser().get_default, (*_KEYS, "preset", "set", "count", "seed", "best_of", "judge")
+    unused = [f"--{name.replace('_', '-')}" for name in names if getattr(given, name) != default(name)]
     if given.run is not None or unused:
         said = ", ".join([*([given.run] if given.run else []), *unused])
         raise UserError(f"--from {given.source} says all of how its picture was made; leave out {said}")
+    require_count(given.batch_size, "--batch-size ")
     recipe = read_recipe(given.source)
     given.run = recipe.run
+    read_run(given.outputs, given.run)  # or a directory would be made for a run that is none
     output = _output(given, SAMPLES)
     sources = [as_image(each) for each in given.picture]
-    from stages.generation.load import load_for
-
     model = load_for(recipe, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
     _write([model.again(recipe, sources)], [f"again-{given.source.stem}.png"], output)
     return 0
 
 
 def _load(given: Given) -> "Model":
-    from stages.generation.load import load
-
     return load(given.run, outputs=given.outputs, accelerator=given.accelerator, batch_size=given.batch_size)
 
 
 def _output(given: Given, name: str) -> Path:
     """The directory for the pictures, which can be written to. Raises `UserError` if it is none."""
-    read_run(given.outputs, given.run)  # or a directory would be made for a run that is none
     output: Path = given.output or run_directory(given.outputs, given.run) / name
     try:
         output.mkdir(parents=True, exist_ok=True)

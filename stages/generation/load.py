@@ -1,18 +1,22 @@
-"""The door for Python: `stages.load`."""
+"""The door for Python: `stages.load`. Imports torch when a run has what it takes, and not before."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import TrainerSettings, validate
 from pipeline.errors import UserError
-from pipeline.training.inference import inference_fabric
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.code import code_version
-from pipeline.workflow.runs import RunRecord, read_run, run_artifacts
-from stages.generation.model import BATCH_SIZE, Model, Origin
-from stages.generation.options import Judge
+from pipeline.workflow.runs import RunRecord, finished_artifacts, read_run
+from stages.decoder.settings import DecoderSettings
+from stages.generation.options import BATCH_SIZE, KINDS, GenerationOptions, Judge
 from stages.generation.picture import Recipe
-from stages.generation.text_to_image import KINDS, chain_of_inputs, inputs_by_kind
+from stages.prior.settings import PriorSettings
+from stages.upsampler.settings import UpsamplerSettings
+
+if TYPE_CHECKING:
+    from stages.generation.model import Model
 
 
 def load(
@@ -22,7 +26,7 @@ def load(
     accelerator: str | None = None,
     batch_size: int = BATCH_SIZE,
     shows_progress: bool = True,
-) -> Model:
+) -> "Model":
     """The model that a finished run trained.
 
     `outputs` is the `paths.outputs` of the run, `accelerator` "cpu", "gpu" or "auto" instead of the run's own,
@@ -31,14 +35,20 @@ def load(
     Raises:
         UserError: there is no such run, or it is not finished, or was made by a newer version.
     """
-    record = read_run(Path(outputs).absolute(), run)
-    artifacts = run_artifacts(Path(outputs).absolute(), record)
-    unfinished = [stage.name for stage in record.stages if stage.name not in artifacts and stage.kind in KINDS]
-    if unfinished:
-        raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then sample")
-    if not any(artifact.manifest.kind == "decoder" for artifact in artifacts.values()):
-        raise UserError(f"run {record.name} trains no decoder, and makes no pictures; sample from a run that does")
+    record, artifacts = _found(run, outputs)
     return _model_of(record, artifacts, accelerator, batch_size, shows_progress)
+
+
+def require_sampled(run: str, outputs: str | Path, options: GenerationOptions) -> None:
+    """Raise `UserError` where a run makes no pictures with such options. No network is loaded."""
+    _, artifacts = _found(run, outputs)
+    by_kind = {kind: [each for each in artifacts.values() if each.manifest.kind == kind] for kind in KINDS}
+    upsamplers = [each.settings(UpsamplerSettings) for each in by_kind["upsampler"]]
+    options.check(
+        next((each.settings(PriorSettings) for each in by_kind["prior"]), None),
+        by_kind["decoder"][0].settings(DecoderSettings),
+        sorted(upsamplers, key=lambda each: each.low_size),
+    )
 
 
 def load_for(
@@ -47,7 +57,7 @@ def load_for(
     outputs: str | Path = "outputs",
     accelerator: str | None = None,
     batch_size: int = BATCH_SIZE,
-) -> Model:
+) -> "Model":
     """The model that made a picture: the very networks that its recipe names, though its run has others by now.
 
     Raises:
@@ -66,13 +76,26 @@ def load_for(
     return _model_of(record, artifacts, accelerator, batch_size, shows_progress=True)
 
 
+def _found(run: str, outputs: str | Path) -> tuple[RunRecord, dict[str, Artifact]]:
+    outputs = Path(outputs).absolute()
+    record = read_run(outputs, run)
+    artifacts = finished_artifacts(outputs, record, KINDS, "sample")
+    if not any(artifact.manifest.kind == "decoder" for artifact in artifacts.values()):
+        raise UserError(f"run {record.name} trains no decoder, and makes no pictures; sample from a run that does")
+    return record, artifacts
+
+
 def _model_of(
     record: RunRecord,
     artifacts: Mapping[str, Artifact],
     accelerator: str | None,
     batch_size: int,
     shows_progress: bool,
-) -> Model:
+) -> "Model":
+    from pipeline.training.inference import inference_fabric
+    from stages.generation.model import Model, Origin
+    from stages.generation.text_to_image import chain_of_inputs, inputs_by_kind
+
     kinds = (*KINDS, Judge.JUDGE_CLIP)
     artifacts = {name: each.opened() for name, each in artifacts.items() if each.manifest.kind in kinds}
     changes = {} if accelerator is None else {"accelerator": accelerator}

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.errors import UserError
 from stages.generation import editing
 from stages.generation.grid import to_pil
 from stages.generation.picture import Operation, Recipe
@@ -19,11 +20,16 @@ def make(chain: TextToImage, recipes: Sequence[Recipe], sources: Tensor, batch_s
     """The pictures of recipes that differ in captions, seed and share alone, `batch_size` at a time.
 
     `sources` are the pictures that they are made from, float32 [N, 3, S, S] in [-1, 1], on the chain's device.
+
+    Raises:
+        UserError: guidance was so strong that no numbers are left.
     """
     make_batch = _maker(chain, recipes[0], sources)
     for first in range(0, len(recipes), batch_size):
-        for picture in make_batch(recipes[first : first + batch_size]).final:
-            yield to_pil(picture)
+        pictures = make_batch(recipes[first : first + batch_size]).final
+        if not pictures.isfinite().all():
+            raise UserError("what the networks drew is not finite; give smaller scales of guidance")
+        yield from map(to_pil, pictures)
 
 
 def evaluations(chain: TextToImage, recipe: Recipe) -> tuple[int, int]:

@@ -22,15 +22,20 @@ from pipeline.workflow.artifacts import Artifact
 from stages.clip.network import load_clip
 from stages.generation.captions import require_captions
 from stages.generation.making import evaluations, make
-from stages.generation.options import GenerationOptions, Judge, require_count, require_seed, require_share
+from stages.generation.options import (
+    BATCH_SIZE,
+    OWN_SAMPLERS,
+    GenerationOptions,
+    Judge,
+    require_count,
+    require_seed,
+    require_share,
+)
 from stages.generation.picture import Noise, Operation, Picture, Recipe, as_image, pixels_sha256, require_mask
 from stages.generation.text_to_image import TextToImage
 
 GivenPicture = str | Path | Image.Image | Picture
 """A picture of the user's: a file of any usual format, Pillow's, or one that was made here."""
-
-BATCH_SIZE = 16
-OWN_SAMPLERS = GenerationOptions()
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ class Model:
         shows_progress: bool = True,
     ) -> None:
         """`stages.load` makes one of a run. `judge_clip` is a CLIP that nothing was fitted to, for picking the best."""
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} makes no picture; give 1 or more")
+        require_count(batch_size, "batch_size=")
         self.chain = chain
         self.origin = origin
         self.batch_size = batch_size
@@ -90,6 +94,7 @@ class Model:
         """
         said = require_captions([captions] if isinstance(captions, str) else captions, self.chain.clip)
         require_count(best_of, "best_of=")
+        judge = Judge(judge)
         recipes = [
             recipe
             for caption in said
@@ -248,6 +253,11 @@ class Model:
 
     def _make(self, recipes: Sequence[Recipe], given: Sequence[GivenPicture] = ()) -> list[Picture]:
         """The pictures of recipes that differ in captions, seed and share alone."""
+        recipes[0].options.check(
+            self.chain.prior.settings if self.chain.prior else None,
+            self.chain.decoder.settings,
+            [each.settings for each in self.chain.upsamplers],
+        )
         sources = [self._square(as_image(each)) for each in given]
         recipes = [each.model_copy(update={"sources": tuple(map(pixels_sha256, sources))}) for each in recipes]
         images = torch.stack([_signed(each) for each in sources]) if sources else torch.empty(0)

@@ -1,6 +1,7 @@
 """What may be asked of a run's networks when pictures are made. Imports no torch."""
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -8,9 +9,16 @@ from pydantic import field_validator
 
 from pipeline.config import SEED_LIMIT, Settings, validate
 from pipeline.errors import UserError
-from stages.decoder.settings import DecoderOptions
-from stages.diffusion.settings import SamplerOptions, Solver
-from stages.prior.settings import PriorOptions
+from stages.decoder.settings import DecoderOptions, DecoderSettings
+from stages.diffusion.settings import DiffusionStageSettings, SamplerOptions, SamplerSettings, Solver, check_steps
+from stages.prior.settings import PriorOptions, PriorSettings
+from stages.upsampler.settings import UpsamplerSettings
+
+KINDS = ("clip", "prior", "decoder", "upsampler")
+"""The kinds of stages whose networks make the chain."""
+
+BATCH_SIZE = 16
+MAX_COUNT = 100_000
 
 
 class GenerationOptions(Settings):
@@ -34,10 +42,26 @@ class GenerationOptions(Settings):
         """Those of the upsampler at that place of the chain."""
         return self.upsampler[min(place, len(self.upsampler) - 1)] if self.upsampler else SamplerOptions()
 
+    def check(
+        self, prior: PriorSettings | None, decoder: DecoderSettings, upsamplers: Sequence[UpsamplerSettings]
+    ) -> None:
+        """Raise `UserError` where networks with these settings, the upsamplers in their order, are not sampled so."""
+        sampled: list[tuple[str, DiffusionStageSettings, SamplerSettings]] = [
+            ("decoder", decoder, self.decoder.over(decoder.sampler)),
+            *(("upsampler", each, self.of_upsampler(at).over(each.sampler)) for at, each in enumerate(upsamplers)),
+        ]
+        if prior is not None:
+            sampled.append(("prior", prior, self.prior.over(prior.sampler)))
+        for name, settings, sampler in sampled:
+            check_steps(f"{name}.steps", settings.schedule, sampler.steps)
+
     def with_decoder_eta(self, eta: float) -> "GenerationOptions":
         """The same with DDIM's steps of that eta in the decoder: what its inversion is of."""
         decoder = validate(DecoderOptions, {**self.decoder.model_dump(), "solver": Solver.DDIM, "eta": eta}, "decoder")
         return self.model_copy(update={"decoder": decoder})
+
+
+OWN_SAMPLERS = GenerationOptions()
 
 
 class Judge(StrEnum):
@@ -62,9 +86,6 @@ class Preset(StrEnum):
             decoder=DecoderOptions(steps=decoder_steps),
             upsampler=(SamplerOptions(steps=27), SamplerOptions(steps=15)),
         )
-
-
-MAX_COUNT = 100_000
 
 
 def require_count(count: int, named: str = "count=") -> None:

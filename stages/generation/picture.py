@@ -8,11 +8,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import Field, ValidationError
 
 from pipeline.config import Fraction, Settings
-from pipeline.data.decode import DecodeError, decode_rgb
+from pipeline.data.decode import DecodeError, decode_rgb, rgb_of
 from pipeline.errors import UserError
 from stages.generation.options import GenerationOptions
 
@@ -127,9 +127,7 @@ def as_image(given: "str | Path | Image.Image | Picture") -> Image.Image:
         return given.image
     try:
         if isinstance(given, Image.Image):
-            content = io.BytesIO()
-            ImageOps.exif_transpose(given).save(content, "PNG")
-            return decode_rgb(content.getvalue())
+            return rgb_of(given)
         return decode_rgb(Path(given).read_bytes())
     except OSError as error:
         raise UserError(f"{given} cannot be read ({error.strerror or error}); give the path of a picture") from error

@@ -18,16 +18,13 @@ from stages.decoder.network import Condition, build_decoder, load_decoder
 from stages.decoder.sample import FROM_NOISE, Beginning, DecoderSampler
 from stages.decoder.settings import DecoderCondition, DecoderSettings
 from stages.diffusion.sampler import Constrain, NetworkSampler
-from stages.generation.options import GenerationOptions
+from stages.generation.options import KINDS, GenerationOptions
 from stages.prior.network import build_prior, load_prior
 from stages.prior.sample import PriorSampler
 from stages.prior.settings import PriorSettings
 from stages.upsampler.network import build_upsampler, load_upsampler
 from stages.upsampler.sample import UpsamplerSampler
 from stages.upsampler.settings import UpsamplerNumbers, UpsamplerSettings
-
-KINDS = ("clip", "prior", "decoder", "upsampler")
-"""The kinds of stages whose networks make the chain."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,13 @@ def in_folder(folder: Path, key: str) -> ForeignWeights:
     }
     dictated = {"network": network, **of_scheduler(folder, "prior_scheduler")}
     sizes = {"embed_dim": config.get("embedding_dim", 768), "context_length": config.get("num_embeddings", 77)}
-    return ForeignWeights(labelled({"prior": found}), dictated, sizes)
+    width, embed_dim, context_length = network["heads"] * network["head_dim"], *sizes.values()
+    shapes = {
+        "proj_in.weight": (width, embed_dim),
+        "positional_embedding": (1, context_length + config.get("additional_embeddings", 4), width),
+        f"transformer_blocks.{network['layers'] - 1}.attn1.to_q.weight": (width, width),
+    }
+    return ForeignWeights(labelled({"prior": found}), dictated, sizes, shapes)
 
 
 def check(path: str, settings: PriorSettings, workflow: Workflow) -> None:

@@ -34,6 +34,8 @@ def degrade(kind: Degradation, low: Tensor, draws: SampleDraws) -> Tensor:
     # Autocast is for networks: it would have the blur of the pictures round them to 8 bits.
     with torch.autocast(low.device.type, enabled=False):
         match kind:
+            case Degradation.NONE:
+                return low
             case Degradation.BLUR:
                 return blur(low)
             case Degradation.BSR:

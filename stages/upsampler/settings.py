@@ -19,14 +19,16 @@ from stages.diffusers_folder import (
     origin,
     read_config,
     unet_settings,
+    unet_shapes,
 )
 from stages.diffusion.settings import DiffusionStageSettings, SamplerSettings, check_diffusion
 from stages.unet import UNetSettings, check_unet
 
 
 class Degradation(StrEnum):
-    """How the condition is degraded in training: Gaussian blur (unCLIP's first upsampler) or BSR-style (its second)."""
+    """How the condition is degraded in training: not at all, blurred (unCLIP's first upsampler), or like BSR (its second)."""
 
+    NONE = "none"
     BLUR = "blur"
     BSR = "bsr"
 
@@ -105,7 +107,7 @@ def in_folder(folder: Path, key: str) -> ForeignWeights:
     }
     if (folder / "decoder" / CONFIG_FILE).is_file():
         dictated["low_size"] = read_config(folder / "decoder")["sample_size"]
-    return ForeignWeights(labelled({"upsampler": found}), dictated)
+    return ForeignWeights(labelled({"upsampler": found}), dictated, shapes=unet_shapes(unet))
 
 
 UPSAMPLER = StageDeclaration(

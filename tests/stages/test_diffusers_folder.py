@@ -1,6 +1,8 @@
 """A pipeline that was exported comes back as the networks that it was, and a folder says what settings go with it."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.declaration import StageDeclaration
+from pipeline.workflow.initial import find_initial
 from stages.decoder import settings as decoder_settings
 from stages.decoder.network import UNetDecoder, read_decoder_folder
 from stages.diffusers_folder import of_scheduler
@@ -78,6 +83,34 @@ def test_a_folder_dictates_sizes_schedule_and_what_is_predicted(folder: Path):
     assert (upsampler["low_size"], upsampler["high_size"]) == (8, 16)
     assert prior_settings.in_folder(folder, "here").numbers == {"embed_dim": 24, "context_length": 12}
     assert decoder_settings.in_folder(folder, "here").numbers == {"embed_dim": 24}
+
+
+@pytest.mark.parametrize(
+    ("stage", "network", "changes", "said"),
+    [
+        (prior_settings.PRIOR, "prior", {}, None),
+        (decoder_settings.DECODER, "decoder", {}, None),
+        (upsampler_settings.UPSAMPLER, "super_res_first", {}, None),
+        (prior_settings.PRIOR, "prior", {"num_layers": 2}, r"lacks transformer_blocks\.1\.attn1\.to_q\.weight"),
+        (
+            prior_settings.PRIOR,
+            "prior",
+            {"embedding_dim": 32},
+            r"proj_in\.weight has shape \[16, 24\] there and \[16, 32\]",
+        ),
+        (decoder_settings.DECODER, "decoder", {"block_out_channels": [16, 64]}, r"down_blocks\.1\.resnets\.0\.conv2"),
+        (upsampler_settings.UPSAMPLER, "super_res_first", {"layers_per_block": 2}, r"lacks down_blocks\.0\.resnets\.1"),
+    ],
+)
+def test_weights_of_other_sizes_than_their_configs_say_are_refused_when_a_run_is_planned(
+    folder: Path, tmp_path: Path, stage: StageDeclaration, network: str, changes: dict[str, object], said: str | None
+):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = copy / network / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        find_initial(f"diffusers:{copy}", "it", "it", stage, "new", ArtifactStore(tmp_path))
 
 
 def test_the_networks_of_a_folder_are_read_bit_for_bit(folder: Path):

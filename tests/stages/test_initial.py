@@ -74,6 +74,10 @@ def test_the_network_of_the_weights_takes_the_place_of_the_configured_one(output
         (["stage.decoder.initial=run:base/decodr"], r"run base has no stage 'decodr'; write run:base/decoder"),
         (["stage.decoder.initial=run:base/clip"], r"stage clip of run base is of kind clip, not decoder"),
         (["stage.decoder.initial=run:other"], r"is this run itself; give this one another name by run\.name"),
+        (
+            ["stage.prior.optimizer.layer_decay=0.5"],
+            r"stage\.prior\.optimizer\.layer_decay=0\.5 counts the layers of CLIP's",
+        ),
         (["stage.decoder.initial=karlo"], r"names no weights; write run:NAME or diffusers:PATH"),
         (["stage.decoder.initial=diffusers:/no/such"], r"has no decoder/config\.json; give a folder of diffusers"),
         (["stage.prior.max_samples=0"], r"stage\.prior\.max_samples=0 trains nothing; set stage\.prior\.initial"),

@@ -161,13 +161,16 @@ def actions(stages: dict[str, PlannedStage]) -> dict[str, str]:
 
 
 def publish(
-    stage: PlannedStage, content: bytes = b"weights", finished_at: str = "2026-01-02T03:04:05+0000"
+    stage: PlannedStage,
+    content: bytes = b"weights",
+    finished_at: str = "2026-01-02T03:04:05+0000",
+    file: str = "weights.bin",
 ) -> Artifact:
     """Publish what a stage of a plan would make, without running it."""
     assert stage.frozen is not None
     frozen = stage.frozen
     building = frozen.store.start_building(frozen.stage, frozen.fingerprint, 1)
-    (building / "weights.bin").write_bytes(content)
+    (building / file).write_bytes(content)
     return frozen.store.publish(building, manifest_of(frozen.stage, frozen.fingerprint, building, stage, finished_at))
 
 

@@ -17,11 +17,15 @@ SECONDS_TO_MEET = 120.0
 
 
 class HalfSettings(Settings):
-    """`meets` are the stages that have to run at the same time; one that `fails` does so once they do."""
+    """`meets` are the stages that have to run at the same time; one that `fails` does so once they do.
+
+    What it makes is its name, or what it `says`, as a GPU may make something else of the same settings.
+    """
 
     name: str
     meets: Annotated[tuple[str, ...], RUNTIME] = ()
     fails: Annotated[bool, RUNTIME] = False
+    says: Annotated[str | None, RUNTIME] = None
 
 
 def run_half(context: StageContext) -> StageResult:
@@ -37,7 +41,7 @@ def run_half(context: StageContext) -> StageResult:
         time.sleep(0.02)
     if settings.fails:
         raise UserError(f"{settings.name} was to fail")
-    (context.output / "said.txt").write_text(settings.name)
+    (context.output / "said.txt").write_text(settings.says or settings.name)
     return StageResult()
 
 

@@ -1,10 +1,26 @@
-"""The processes that a test's own work starts."""
+"""The processes that a test's own work starts, and those of jobs."""
 
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
+"""Version 1 alone has it."""
+
+_TAKES_MEMORY_UNTIL_ANOTHER_PROCESS_IS_KILLED = """
+import os, sys
+cgroup, victim = sys.argv[1:]
+open("/proc/self/oom_score_adj", "w").write("-1000")
+open(f"{cgroup}/cgroup.procs", "w").write(str(os.getpid()))
+taken = []
+while os.path.exists(f"/proc/{victim}"):
+    taken.append(b"1" * (16 << 20))
+"""
 
 
 @contextmanager
@@ -21,3 +37,16 @@ def no_process_left(within_s: float = 30.0) -> Iterator[None]:
 def started_since(before: list[BaseProcess]) -> list[BaseProcess]:
     """The children of this process that were not there before."""
     return [each for each in multiprocessing.active_children() if each not in before]
+
+
+def exhaust_memory_limit(pid: int) -> bool:
+    """Fill the memory that Slurm allows a job's step, until the kernel has killed that process of it.
+
+    False where Slurm sets no limit.
+    """
+    groups = (line.split(":") for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines())
+    own = next((path for _, controllers, path in groups if controllers == "memory"), "")
+    if not own.startswith("/slurm_"):
+        return False
+    program = [sys.executable, "-c", _TAKES_MEMORY_UNTIL_ANOTHER_PROCESS_IS_KILLED]
+    return subprocess.run([*program, f"{MEMORY_CGROUP}{own}", str(pid)], check=False).returncode == 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.compose import CONFIG_DIRECTORY
 from pipeline.config import (
     RUNTIME,
+    NotifySettings,
     OnDamage,
     PathSettings,
     RunConfig,
@@ -132,6 +133,7 @@ def plan(
     gate: Path | None = None,
     suffers: int | str | None = None,
     launch: dict[str, Any] | None = None,
+    notify: NotifySettings | None = None,
     is_local: bool = False,
     **trainer: Any,
 ) -> Plan:
@@ -154,6 +156,7 @@ def plan(
         store=StoreSettings(on_damage=OnDamage.STOP),
         catalog=f"{__name__}:CATALOG",
         data={},
+        notify=notify,
         stage=stages,
         trainer=tiny.TRAINER.model_copy(update={"checkpoint_every_samples": 8, "lease_s": 20.0, **trainer}),
         launch={"kind": "local", "max_parallel": None, **(launch or {})}

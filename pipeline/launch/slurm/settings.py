@@ -42,6 +42,11 @@ class Policy(Retries):
     mem_mib: Positive | None
     time_limit_min: Positive
 
+    def memory_mib(self, failures: int, most_mib: int) -> int:
+        """What a node is asked for after so many failures for want of it, if nodes have that; 0 where nothing is."""
+        asked_mib = round((self.mem_mib or 0) * self.memory_factor**failures)
+        return min(asked_mib, most_mib) if most_mib > 0 else asked_mib
+
 
 class SlurmResources(Settings):
     """What one stage's job asks Slurm for. Nodes, tasks and GPUs follow from the stage's `trainer`.

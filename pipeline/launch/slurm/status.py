@@ -17,7 +17,7 @@ from pipeline.launch.slurm.jobs import (
     write_record,
 )
 from pipeline.launch.slurm.submit import one_submission_at_a_time
-from pipeline.terminal.tables import stage_state
+from pipeline.terminal.tables import DAMAGED, stage_state
 from pipeline.terminal.words import progress_line
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.causes import Cause, last_words
@@ -150,10 +150,11 @@ def _status(
     reason = until_limit = ""
     record = None if known is None else known.record
     queued = None if known is None else known.queued
-    if state != "finished" and known is not None and known.is_left_out:
+    is_settled = state == "finished" or (state == DAMAGED and (queued is None or not queued.is_active))
+    if not is_settled and known is not None and known.is_left_out:
         state = state if known.record.wanted_by else "cancelled"
         reason, detail = _cause(work), _failure(work)
-    elif state != "finished" and queued is not None:
+    elif not is_settled and queued is not None:
         state, reason = queued.state, queued.reason
         if queued.is_active:
             detail = _progress(work) if queued.state == _RUNNING else _kept(work)
@@ -161,7 +162,7 @@ def _status(
             until_limit = queued.time_left if queued.state == _RUNNING else ""
         else:
             reason, detail = _cause(work) or reason, _failure(work)
-    elif state != "finished" and record is not None and record.job_id is not None and record.job_id in accounted:
+    elif not is_settled and record is not None and record.job_id is not None and record.job_id in accounted:
         state, reason, detail = accounted[record.job_id], _cause(work), _failure(work)
     return JobStatus(
         stage.name,

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from PIL import Image
 from pydantic import Field
 
-from pipeline.config import Fraction, NotNegative, Positive, Seed
+from pipeline.config import ADDED_LATER, Fraction, NotNegative, Positive, Seed
 from pipeline.data.splits import Split, SplitCounts, check_split_sizes, split_position
 from pipeline.data.write import SourceSample
 from stages.prepare.scene_drawing import Background, Colour, Position, Scene, SceneObject, Shape, Size, draw
@@ -29,13 +29,17 @@ LICENCE_ID = "other"
 
 
 class ScenesSettings(MadeSourceSettings):
-    """Pictures drawn at run time: one or two coloured shapes on a background, captioned in several phrasings."""
+    """Pictures drawn at run time: one or two coloured shapes on a background, captioned in several phrasings.
+
+    `full_caption_share` of the captions say everything; of the others each attribute is left out with probability 0.3.
+    """
 
     source: Literal["scenes"]
     samples: Positive
     unseen_samples: NotNegative
     image_size: Annotated[Positive, Field(ge=64)]
     two_objects_share: Fraction
+    full_caption_share: Annotated[Fraction, ADDED_LATER] = 0.9
     seed: Seed
 
 
@@ -56,7 +60,6 @@ UNSEEN_PAIRS: frozenset[Pair] = frozenset(
 ALL_PAIRS: frozenset[Pair] = frozenset(product(Colour, Shape))
 SEEN_PAIRS: frozenset[Pair] = ALL_PAIRS - UNSEEN_PAIRS
 
-_FULL_CAPTION_SHARE = 0.9
 _OMISSION_PROBABILITY = 0.3
 _OPPOSITE = (
     (Position.LEFT, Position.RIGHT),
@@ -117,7 +120,7 @@ def make(settings: ScenesSettings, piece: tuple[int, bool]) -> Iterator[tuple[So
     rng = random.Random(f"scenes/{settings.seed}/{number}")
     objects = 2 if rng.random() < settings.two_objects_share else 1
     scene = random_scene(rng, objects, SEEN_PAIRS)
-    wording = _random_wording(rng, objects)
+    wording = _random_wording(rng, objects, settings.full_caption_share)
     sample = draw_sample(_key(number), scene, settings.image_size, rng, *wording)
     yield sample, split_of_sample(sample, settings)
 
@@ -197,12 +200,14 @@ def draw_sample(
     return SourceSample(key, image.getvalue(), "png", caption(scene, phrasing, named), attributes)
 
 
-def _random_wording(rng: random.Random, objects: int) -> tuple[Phrasing, frozenset[Attribute]]:
+def _random_wording(
+    rng: random.Random, objects: int, full_caption_share: float
+) -> tuple[Phrasing, frozenset[Attribute]]:
     others = [phrasing for phrasing in Phrasing if phrasing is not Phrasing.PLAIN]
     if objects == 1:
         others.remove(Phrasing.RELATION)
     phrasing = Phrasing.PLAIN if rng.random() < 0.5 else rng.choice(others)
-    if rng.random() < _FULL_CAPTION_SHARE:
+    if rng.random() < full_caption_share:
         return phrasing, frozenset(Attribute)
     named = {attribute for attribute in Attribute if rng.random() >= _OMISSION_PROBABILITY}
     if not named & {Attribute.COLOUR, Attribute.SHAPE}:

@@ -1,5 +1,7 @@
 """A training job that Slurm disturbs in every way it has goes on, and learns what an undisturbed one learns."""
 
+import json
+import os
 import random
 import subprocess
 import time
@@ -10,8 +12,10 @@ import psutil
 import pytest
 from torch import Tensor
 
+from pipeline.config import NotifySettings
 from pipeline.workflow.frozen import FrozenStage
 from tests.support import tiny, world
+from tests.support.processes import MEMORY_CGROUP, exhaust_memory_limit
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -47,7 +51,16 @@ def set_the_node_down(_stage: FrozenStage, job_id: str) -> None:
     bring_back(node)
 
 
+def exhaust_the_memory(stage: FrozenStage, _job_id: str) -> None:
+    (worker,) = workers(stage.outputs)
+    assert exhaust_memory_limit(worker)
+
+
+WITH_LIMITS = pytest.mark.skipif(
+    not os.access(MEMORY_CGROUP, os.W_OK), reason="the memory cgroup, version 1, is needed"
+)
 DISTURBANCES = (
+    pytest.param(exhaust_the_memory, marks=[pytest.mark.slow, WITH_LIMITS]),
     pytest.param(requeue, marks=pytest.mark.slow),
     pytest.param(signal_the_steps, marks=pytest.mark.slow),
     pytest.param(signal_the_script, marks=pytest.mark.slow),
@@ -102,13 +115,16 @@ def test_a_job_that_its_user_cancels_stays_cancelled(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_job_that_starts_more_often_than_allowed_fails_and_says_so(tmp_path: Path):
-    learner, job_id = world.submitted_learner(tmp_path, step_s=0.5, launch={"max_requeues": 0})
+    told = tmp_path / "told"
+    notify = NotifySettings(command=["tee", str(told)], webhook=None)
+    learner, job_id = world.submitted_learner(tmp_path, step_s=0.5, launch={"max_requeues": 0}, notify=notify)
     world.wait("a checkpoint", lambda: world.is_training(learner, 1))
     requeue(learner, job_id)
     world.wait("the end", lambda: world.state_of(job_id) == "FAILED")
     again = world.plan(tmp_path, step_s=0.5).stages[1]
     assert again.action.value == "resume"
     assert "2 times, more than launch.max_requeues=0 allows" in again.reason
+    assert "2 times, more than launch.max_requeues=0 allows" in json.loads(told.read_text())["text"]
 
 
 @pytest.mark.slow

@@ -148,6 +148,19 @@ def test_resubmitting_finds_a_job_whose_submission_was_killed_before_it_knew_the
     world.wait_for_end(learner, job_id)
 
 
+def test_a_job_that_finds_an_input_damaged_fails_with_the_command_that_mends_it(tmp_path: Path):
+    made = world.plan(tmp_path, steps=4, note="a")
+    world.run_stages_here(made, "data", "learner")
+    (weights,) = tmp_path.glob("artifacts/learner/*/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    reader = world.submit(world.plan(tmp_path, steps=4, note="a"))["reader"]
+    assert reader.job_id is not None
+    wait_for(reader.job_id, state="FAILED")
+    (status,) = (each for each in job_statuses(tmp_path, read_runs(tmp_path, "trial")) if each.stage == "reader")
+    assert "unclip submit run.name=trial" in status.detail
+    assert "stage learner is set aside; this makes it anew" in status.detail
+
+
 def test_a_job_whose_inputs_are_gone_fails_with_the_reason(tmp_path: Path):
     learner, _ = world.submitted_learner(tmp_path / "a", steps=4, launch={"sbatch_arguments": ["--hold"]})
     for artifact in (tmp_path / "a" / "artifacts" / "data").iterdir():

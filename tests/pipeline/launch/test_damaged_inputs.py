@@ -72,6 +72,23 @@ def test_damage_that_a_stage_finds_when_it_starts_is_mended_too(source: FrozenSt
     assert len(starts(source.outputs)["source"]) == 2
 
 
+@pytest.mark.parametrize("says", ["source", "source, on another GPU"])
+def test_what_was_made_of_earlier_bytes_is_pointed_out_where_those_made_anew_are_others(
+    source: FrozenStage, says: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(UserError):
+        source.store.open(*source.key)
+    again = source.model_copy(update={"settings": {**source.settings, "says": says}})
+    assert run_stage(again, threading.Event()) is Outcome.FINISHED
+    line = "source made anew since, with other bytes than this was made from"
+    reasons = {stage.name: stage.reason for stage in plan_halves(source.outputs, "a", {"left": {}}).stages}
+    told = [name for name, reason in reasons.items() if line in reason]
+    assert told == ([] if says == "source" else ["left"])
+    for command in ("verify", "status"):
+        assert main([command, "a", "--outputs", str(source.outputs)]) == 0
+        assert capsys.readouterr().out.replace("\n", " ").count("made anew since") == len(told)
+
+
 def test_verify_names_what_is_damaged_and_takes_it_back_when_it_is_whole_again(source: FrozenStage, capsys):
     arguments = ["verify", "a", "--outputs", str(source.outputs)]
     assert main(arguments) == 2

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.report.sweep import SweepView, effects
 from pipeline.report.table import columns, table_csv, table_json
 from pipeline.workflow.progress import read_failure, read_progress
 from pipeline.workflow.runs import RECORD
-from pipeline.workflow.sealed import read_json
+from pipeline.workflow.sealed import read_json, warn
 from tests.support import small_world
 from tests.support.small_world import compared
 
@@ -43,6 +44,29 @@ def test_the_best_is_among_the_finite_and_what_is_none_is_shown_by_name(diverged
     assert [cell.is_best for cell in cells["painter.error"]] == [False, False, True, False]
     assert [cell.is_best for cell in cells["painter.accuracy"]] == [False, False, False, True]
     assert [cell.text for cell in cells["painter.error"]][:2] == ["nan", "inf"]
+
+
+def test_a_damaged_picture_is_said_wherever_it_would_be_shown(
+    diverged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    outputs, report, card = tmp_path / "outputs", tmp_path / "r.html", tmp_path / "card.md"
+    shutil.copytree(diverged, outputs)
+    painter = compared(outputs, "d.2").runs[0].stage("painter")
+    assert painter is not None
+    picture = painter.directory / "samples.png"
+    content = picture.read_bytes()
+    picture.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    line = f"{picture} does not have the digest in its manifest"
+    for command, written in (("status", None), ("compare", report), ("card", card)):
+        warn.cache_clear()
+        to = ["--output", str(written)] if written else []
+        assert main([command, "d.2", *to, "--outputs", str(outputs)]) == 0
+        shown = capsys.readouterr()
+        assert f"{line}; it is not shown" in shown.err
+        assert command == "card" or "damaged" in shown.out
+    assert line in report.read_text()
+    assert "data:image/webp" not in report.read_text()
+    assert ".png" not in card.read_text()
 
 
 def test_json_has_null_for_what_is_no_number(diverged: Path):

@@ -24,18 +24,21 @@ def evaluated(outputs: Path, tmp_path: Path) -> Path:
     copy = Path(shutil.copytree(outputs, tmp_path / "outputs"))
     write(copy, "trial.0", "1", {"": {"fid": 30.0, "recall": 0.5}})
     write(copy, "trial.0", "2", {"": {"fid": 20.0, "fid_low": 19.0, "fid_high": 21.0}})
-    write(copy, "trial.1", "3", {"": {"fid": 25.0}, "guidance=2": {"fid": None}})
+    write(copy, "trial.1", "3", {"": {"fid": 25.0}, "guidance=2": {"fid": None}}, plot="3.png")
+    (copy / "runs" / "trial.1" / "evaluations" / "3.png").write_bytes(b"plot")
     write(copy, "trial.1", "4", {"": {"fid": 1.0}}, inception="another")
     (copy / "runs" / "trial.1" / "evaluations" / "5.json").write_bytes(b'{"data": \xff')
     return copy
 
 
-def write(outputs: Path, run: str, name: str, points: dict[str, Any], inception: str = "0123456789") -> None:
+def write(
+    outputs: Path, run: str, name: str, points: dict[str, Any], inception: str = "0123456789", plot: str | None = None
+) -> None:
     directory = outputs / "runs" / run / "evaluations"
     directory.mkdir(exist_ok=True)
     record = {
         "made_at": f"2026-01-0{name}", "data": [HARM], "settings": {"samples": 1000},
-        "encoders": {"inception": inception}, "points": points,
+        "encoders": {"inception": inception}, "points": points, "plot": plot,
     }  # fmt: skip
     (directory / f"{name}.json").write_text(json.dumps(record))
 
@@ -60,6 +63,7 @@ def test_terminal_page_and_json_show_them(evaluated: Path):
     html = page(comparison)
     assert "20 (19 to 21)" in html
     assert HARM not in html
+    assert html.count("data:image/png;base64,cGxvdA==") == 1
     assert json.loads(table_json(comparison))["evaluations"][0]["rows"][0]["values"]["fid"] == 20.0
 
 

@@ -1,11 +1,17 @@
 """The record of starts and ends, and what it allows."""
 
+import os
 import random
+import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from pipeline.workflow.causes import ENDS, Cause, End, last_words, read_ends, starts_again, write_end
 from pipeline.workflow.frozen import halve_micro_batch, read_frozen, write_frozen
-from tests.support import tiny
+from pipeline.workflow.sealed import warn
+from tests.support import ROOT, tiny
 
 
 def test_a_start_that_was_followed_by_another_without_a_word_lost_its_node(tmp_path: Path):
@@ -18,14 +24,34 @@ def test_a_start_that_was_followed_by_another_without_a_word_lost_its_node(tmp_p
     assert last_words(tmp_path) == "out of memory: starts again (1 of 3)"
 
 
-def test_whatever_bytes_are_in_the_record_the_whole_lines_of_it_are_read(tmp_path: Path):
+def test_whatever_bytes_are_in_the_record_the_whole_lines_of_it_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     draws = random.Random(0)
     write_end(tmp_path, End("7", 0, "a", Cause.DATA, "m"))
     whole = (tmp_path / ENDS).read_bytes()
     for _ in range(300):
         noise = draws.randbytes(draws.randrange(40)).replace(b"\n", b"") + b"\n"
         (tmp_path / ENDS).write_bytes(noise + whole + noise)
-        assert End("7", 0, "a", Cause.DATA, "m") in read_ends(tmp_path)
+        warn.cache_clear()
+        assert read_ends(tmp_path) == [End("7", 0, "a", Cause.DATA, "m")]
+        assert "damaged and left out" in capsys.readouterr().err
+
+
+def test_no_bit_of_a_line_changes_unnoticed_whether_python_or_the_batch_script_wrote_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    script = (ROOT / "slurm" / "stage.sbatch").read_text()
+    (note,) = re.findall(r"^note\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)
+    job = {"SLURM_JOB_ID": "7", "restarts": "0", "nodes": "a,b", "work": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run(["bash", "-c", f"{note}note '\"stopped\"'"], env=job, check=True)
+    write_end(tmp_path, End("8", 0, "a", Cause.DATA, "m"))
+    ends, whole = read_ends(tmp_path), (tmp_path / ENDS).read_bytes()
+    assert ends == [End("7", 0, "a,b", Cause.STOPPED), End("8", 0, "a", Cause.DATA, "m")]
+    for at in range(len(whole)):
+        (tmp_path / ENDS).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        warn.cache_clear()
+        assert read_ends(tmp_path) == ends or "damaged and left out" in capsys.readouterr().err
 
 
 def test_a_cause_is_followed_by_as_many_starts_as_it_is_given():

@@ -18,6 +18,7 @@ from pipeline.tracking import wandb_record
 from pipeline.tracking.sync import _lacks
 from pipeline.tracking.tensorboard import TensorBoard
 from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.causes import Cause, End, read_ends, write_end
 from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.frozen import read_frozen, write_frozen
@@ -54,6 +55,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = {"token": "t", "name": "n", "group": "g", "wanted_by": [PAUSED], "submitted_at": "now"}
         write_record(work, JobRecord(number=number, job_id=str(number), **names))
     wandb_record.write_record(work, wandb_record.WandbRecord("id", "project", None, PAUSED, "name", 1.0, sent=3))
+    for start, cause in enumerate((None, Cause.DATA)):
+        write_end(work, End("7", start, "node", cause))
     write_failure(work, Failure("it failed", is_user_error=True))
     write_frozen(next(stage.frozen for stage in plan.stages if stage.name == "painter" and stage.frozen))
     points = {"": {"clip_score": 0.5, "fid": None}}
@@ -90,6 +93,7 @@ def readers(outputs: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "config_with", lambda: config_with(outputs, PAUSED, "painter", painting.name)
     yield "checkpoint", lambda: latest_checkpoint(painting)
     yield "job", lambda: latest_record(painting)
+    yield "ends", lambda: read_ends(painting)
     yield "wandb", lambda: wandb_record.read_record(painting)
     yield "lacks", lambda: _lacks(painting)
     yield "frozen", lambda: [read_frozen(path) for path in sorted(painting.glob("frozen/*.json"))]

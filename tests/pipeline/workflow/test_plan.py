@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import PathSettings, Precision, TrackedArtifacts, TrackingMode, TrackingSettings
 from pipeline.errors import UserError
+from pipeline.workflow.inputs_read import begin_with
 from pipeline.workflow.plan import PlannedStage, plan_run
 from pipeline.workflow.progress import Failure, write_failure
 from tests.support import fakes
@@ -43,6 +45,21 @@ def test_a_stage_with_a_checkpoint_resumes_from_the_newest(tmp_path: Path):
     touch_checkpoint(first["clip"], 12_800)
     clip = plan(tmp_path)["clip"]
     assert (clip.action, clip.reason) == ("resume", "from the checkpoint at 12,800 samples")
+
+
+@pytest.mark.parametrize("content", [b"weights", b"others"])
+def test_a_checkpoint_that_was_fitted_to_other_bytes_of_its_input_than_are_there_now_is_pointed_out(
+    tmp_path: Path, content: bytes
+):
+    first = plan(tmp_path)
+    data, frozen = publish(first["prepare"]), first["clip"].frozen
+    assert frozen is not None
+    touch_checkpoint(first["clip"], 9_000)
+    begin_with(frozen.work, [data], goes_on=False)
+    shutil.rmtree(data.path)
+    begin_with(frozen.work, [publish(first["prepare"], content)], goes_on=True)
+    told = "prepare made anew since, with other bytes than this was made from" in plan(tmp_path)["clip"].reason
+    assert told is (content == b"others")
 
 
 def test_changing_one_decoder_setting_reruns_the_decoder_and_its_dependents_alone(tmp_path: Path):

@@ -79,8 +79,7 @@ def test_only_finished_stages_have_artifacts(tmp_path: Path):
 
 def test_pictures_are_gathered_by_stage(tmp_path: Path):
     record(tmp_path, "first")
-    artifact = publish(plan(tmp_path)["decoder"])
-    (artifact.path / "samples.png").write_bytes(b"picture")
+    publish(plan(tmp_path)["decoder"], b"picture", file="samples.png")
     copies = gather_pictures(tmp_path, read_run(tmp_path, "first"))
     assert copies == [tmp_path / "runs" / "first" / "pictures" / "decoder-samples.png"]
     assert copies[0].read_bytes() == b"picture"

@@ -1,5 +1,6 @@
 import pytest
 
+from pipeline.config import OptimizerSettings
 from pipeline.errors import UserError
 from stages.diffusion.settings import (
     DiffusionStageSettings,
@@ -32,7 +33,9 @@ V_PREDICTION = ObjectiveSettings(prediction_type=PredictionType.V_PREDICTION, mi
 )
 def test_a_diffusion_that_cannot_work_is_refused(schedule, objective, steps, message):
     def check(schedule, objective, steps):
-        settings = DiffusionStageSettings.model_construct(schedule=schedule, objective=objective)
+        settings = DiffusionStageSettings.model_construct(
+            schedule=schedule, objective=objective, optimizer=OptimizerSettings.model_construct()
+        )
         check_diffusion("stage.decoder", settings, SamplerSettings(steps=steps, eta=0.0, guidance_scale=1.0))
 
     check(COSINE, V_PREDICTION, 64)

@@ -11,11 +11,15 @@ from PIL import Image
 
 from pipeline.cli import EXIT_USER_ERROR, main
 from pipeline.compose import compose_members
+from pipeline.config import validate
 from pipeline.data.indexing import index_place
 from pipeline.data.place import ShardPlace
 from pipeline.data.write import SourceSample, write_shards
+from pipeline.errors import UserError
 from pipeline.workflow.plan import plan_run
 from pipeline.workflow.runs import record_run
+from stages.generation.load import require_sampled
+from stages.generation.options import GenerationOptions
 from tests.support.command import said
 from tests.support.tiny_runs import TINY, run_until, the_last_of_each_key
 
@@ -155,6 +159,8 @@ def test_several_runs_are_shown_side_by_side(finished: Path):
     [
         (["nobody"], "no run 'nobody'"),
         (["whole", "--metrics", "fod"], "--metrics fod: 'fod' is no metric; there are .*, retrieval"),
+        (["whole", "--metrics", "fid@dino"], "there are clip, judge_clip, inception, dinov2, open_clip$"),
+        (["whole", "--metrics", "cmmd", "--open-clip", __file__], "does not say of which model; set --open-clip-model"),
         (["whole", "--metrics", "fid"], "FID's Inception is neither given by --inception nor in .*hub/checkpoints as"),
         (["whole", "--metrics", "cmmd"], "a metric needs the encoder open_clip; give where it is by --open-clip"),
         (["whole", "--metrics", "fd_dinov2", "--dinov2", "/nowhere"], "--dinov2 /nowhere does not exist"),
@@ -196,3 +202,11 @@ def test_an_evaluation_that_cannot_be_written_is_refused_before_it_is_made(
     place.unlink()
     if moved is not None:
         moved.rename(place)
+
+
+def test_samplers_that_the_networks_of_a_run_cannot_have_are_refused_before_these_are_loaded(finished: Path):
+    require_sampled("whole", finished, GenerationOptions())
+    with pytest.raises(UserError, match=r"upsampler\.steps 5000 is more than"):
+        require_sampled("whole", finished, validate(GenerationOptions, {"upsampler": {"steps": 5000}}))
+    with pytest.raises(UserError, match="trains no decoder"):
+        require_sampled("clip", finished, GenerationOptions())

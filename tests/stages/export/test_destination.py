@@ -15,6 +15,7 @@ from stages.export.destination import RECORD, written_whole
 def export(target: Path, content: str = "new", *, overwrite: bool = False) -> None:
     with written_whole(target, overwrite=overwrite) as directory:
         (directory / "weights").write_text(content)
+        (directory / "weights").chmod(0o600)  # as safetensors writes them
         (directory / RECORD).write_text("{}")
 
 
@@ -27,6 +28,7 @@ def test_what_is_written_takes_the_place_of_nothing_or_of_an_empty_directory(tmp
     plain = tmp_path / "plain"
     plain.mkdir()
     assert (tmp_path / "empty").stat().st_mode == plain.stat().st_mode
+    assert (tmp_path / "empty" / "weights").stat().st_mode == (tmp_path / "empty" / RECORD).stat().st_mode
 
 
 def test_an_earlier_export_gives_way_only_where_it_is_asked_to(tmp_path: Path):

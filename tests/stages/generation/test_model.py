@@ -33,6 +33,9 @@ from tests.support.fakes import TRAINER
 from tests.support.tiny_runs import plan_stages
 
 ORIGIN = Origin("tiny", {"decoder": "0" * 64}, "test")
+NO_NUMBERS = DecoderOptions(guidance_scale=1e39, guidance_rescale=0.5)
+"""More than a float32 holds."""
+
 CAPTIONS = ["a big blue ring", "a small red square"]
 
 
@@ -251,7 +254,13 @@ def test_what_cannot_be_made_again_says_why(model: Model, tmp_path):
         ({"captions": "x", "count": 0}, "count=0"),
         ({"captions": "x", "seed": -1}, "seed=-1"),
         ({"captions": "x", "seed": 2**64}, "seed="),
-        ({"captions": "x", "options": GenerationOptions(decoder=DecoderOptions(steps=10**6))}, "at most"),
+        (
+            {"captions": "x", "options": GenerationOptions(decoder=DecoderOptions(steps=10**6))},
+            "decoder.steps .* at most",
+        ),
+        ({"captions": "x", "options": GenerationOptions(upsampler=(SamplerOptions(steps=10**6),))}, "upsampler.steps"),
+        ({"captions": "x", "options": GenerationOptions(decoder=NO_NUMBERS)}, "give smaller scales of guidance"),
+        ({"captions": "x", "best_of": 2, "judge": "judge_clip"}, "has no stage judge_clip"),
     ],
 )
 def test_what_no_picture_can_be_made_of_is_refused_in_a_line(model: Model, arguments, said: str):
@@ -274,6 +283,18 @@ def test_a_caption_that_is_cut_is_said_in_a_line(model: Model, caplog: pytest.Lo
         model("ring " * 10_000)
     (line,) = caplog.messages
     assert line.endswith("has 10000 tokens, and the first 14 count")
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "I", "F", "CMYK", "HSV", "YCbCr", "RGBA"])
+def test_pictures_of_every_mode_of_pillow_are_pictures(model: Model, mode: str):
+    grey = Image.new("L", (20, 30), 255).convert(mode) if mode != "HSV" else Image.new("HSV", (20, 30), (0, 0, 255))
+    made, of_white = (model.variations(each, count=1)[0] for each in (grey, Image.new("RGB", (20, 30), "white")))
+    assert are_about_equal(made, of_white)
+
+
+def test_a_picture_without_pixels_is_refused(model: Model):
+    with pytest.raises(UserError, match="is no picture"):
+        model.variations(Image.new("RGB", (0, 3)))
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])

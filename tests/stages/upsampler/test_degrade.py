@@ -29,7 +29,13 @@ def test_blur_is_the_papers_gaussian():
     assert blurred[0, 0].sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(Degradation))
+def test_without_degradation_the_condition_is_the_reduced_picture():
+    low = pictures()
+
+    assert torch.equal(degrade(Degradation.NONE, low, draws()), low)
+
+
+@pytest.mark.parametrize("kind", [Degradation.BLUR, Degradation.BSR])
 def test_degraded_pictures_keep_shape_and_range_and_differ(kind):
     low = pictures()
 

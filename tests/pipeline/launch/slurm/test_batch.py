@@ -32,7 +32,7 @@ def frozen(outputs: Path, **trainer: object) -> FrozenStage:
 
 def run_lines_of_environment(script: str, directory: Path) -> dict[str, str]:
     """What the batch script would export, as a shell understands it."""
-    exports = script.split("    exit 1\nfi\n")[1].split("export OMP_NUM")[0]
+    exports = script.split("\nfinish_if_there\n")[1].split("export OMP_NUM")[0]
     done = subprocess.run(["bash", "-c", f"{exports}\nenv -0"], cwd=directory, capture_output=True, check=True)
     return dict(entry.split("=", 1) for entry in done.stdout.decode().split("\0") if "=" in entry)
 
