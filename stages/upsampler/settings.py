@@ -26,7 +26,7 @@ from stages.unet import UNetSettings, check_unet
 
 
 class Degradation(StrEnum):
-    """How the condition is degraded in training: not at all, blurred (unCLIP's first upsampler), or like BSR (its second)."""
+    """How training degrades the condition: blur as for unCLIP's first upsampler, BSR-style for its second."""
 
     NONE = "none"
     BLUR = "blur"
