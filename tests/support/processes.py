@@ -15,7 +15,7 @@ MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 _TAKES_MEMORY_UNTIL_ANOTHER_PROCESS_IS_KILLED = """
 import os, sys
 cgroup, victim = sys.argv[1:]
-open("/proc/self/oom_score_adj", "w").write("-1000")
+open(f"/proc/{victim}/oom_score_adj", "w").write("1000")
 open(f"{cgroup}/cgroup.procs", "w").write(str(os.getpid()))
 taken = []
 while os.path.exists(f"/proc/{victim}"):
