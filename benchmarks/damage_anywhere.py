@@ -28,6 +28,7 @@ from stage_runs import TINY
 from pipeline.cli import main as unclip
 from pipeline.compose import compose_members
 from pipeline.errors import UserError
+from pipeline.terminal.tables import DAMAGED
 from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.frozen import read_frozen, write_frozen
 from pipeline.workflow.plan import plan_run
@@ -137,6 +138,7 @@ def _use(outputs: Path) -> tuple[dict[str, Any], str]:
             notices.append(str(error))
         found[f"{name} says"] = out.getvalue() if name in MEASURED else ""
         notices += [line for line in err.getvalue().splitlines() if line.startswith(_TOLD)]
+        notices += [line for line in out.getvalue().splitlines() if DAMAGED in line]
     return found, "\n".join(notices)
 
 

@@ -14,12 +14,19 @@ MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 
 _TAKES_MEMORY_UNTIL_ANOTHER_PROCESS_IS_KILLED = """
 import os, sys
-cgroup, victim = sys.argv[1:]
-open("/proc/self/oom_score_adj", "w").write("-1000")
-open(f"{cgroup}/cgroup.procs", "w").write(str(os.getpid()))
+root, cgroup, victim = sys.argv[1:]
+def has_memory():
+    try:
+        return not open(f"/proc/{victim}/statm").read().startswith("0 ")
+    except OSError:
+        return False
+open(f"/proc/{victim}/oom_score_adj", "w").write("1000")
+open(f"{root}{cgroup}/cgroup.procs", "w").write(str(os.getpid()))
 taken = []
-while os.path.exists(f"/proc/{victim}"):
-    taken.append(b"1" * (16 << 20))
+while has_memory():
+    taken.append(b"1" * (4 << 20))
+open(f"{root}/cgroup.procs", "w").write(str(os.getpid()))  # or Slurm could not remove it, nor start there again
+os._exit(0)
 """
 
 
@@ -49,4 +56,4 @@ def exhaust_memory_limit(pid: int) -> bool:
     if not own.startswith("/slurm_"):
         return False
     program = [sys.executable, "-c", _TAKES_MEMORY_UNTIL_ANOTHER_PROCESS_IS_KILLED]
-    return subprocess.run([*program, f"{MEMORY_CGROUP}{own}", str(pid)], check=False).returncode == 0
+    return subprocess.run([*program, str(MEMORY_CGROUP), own, str(pid)], check=False).returncode == 0
