@@ -68,6 +68,16 @@ class Recipe(Settings):
         return said if self.operation is Operation.TEXT_TO_IMAGE else f"{name}{share}{': ' if said else ''}{said}"
 
 
+_MADE_FROM = {
+    Operation.TEXT_TO_IMAGE: (1, 0),
+    Operation.VARIATION: (0, 1),
+    Operation.INTERPOLATION: (0, 2),
+    Operation.CAPTION_INTERPOLATION: (2, 0),
+    Operation.TEXT_DIFF: (2, 1),
+    Operation.INPAINTING: (1, 2),
+    Operation.IMAGE_TO_IMAGE: (1, 1),
+}
+"""Captions and pictures that an operation is of."""
 _BETWEEN = (Operation.INTERPOLATION, Operation.CAPTION_INTERPOLATION, Operation.TEXT_DIFF)
 
 
@@ -108,13 +118,20 @@ def read_recipe(path: Path) -> Recipe:
     if content is None:
         raise UserError(f"{path} does not say how it was made; give a PNG as unclip wrote it, not one that was edited")
     try:
-        return Recipe.model_validate_json(content)
+        recipe = Recipe.model_validate_json(content)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         raise UserError(
             f"{path} was made by another version of unclip ({key}: {fault['msg']}); use that version"
         ) from error
+    captions, sources = _MADE_FROM[recipe.operation]
+    if (len(recipe.captions), len(recipe.sources)) != (captions, sources):
+        raise UserError(
+            f"{path} contradicts itself: {recipe.operation.value} is of {captions} captions and {sources} pictures, not "
+            f"of {len(recipe.captions)} and {len(recipe.sources)}; give a PNG as unclip wrote it"
+        )
+    return recipe
 
 
 def _texts(picture: Image.Image) -> Mapping[str, Any]:

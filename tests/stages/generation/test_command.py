@@ -27,9 +27,13 @@ def outputs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def png(tmp_path: Path) -> Path:
-    """A picture that says to be of that run, made by another decoder."""
-    recipe = Recipe(operation=Operation.TEXT_TO_IMAGE, run="begun", artifacts={"decoder": "0" * 64}, version="", seed=0)
-    Picture(Image.new("RGB", (8, 8)), recipe).save(tmp_path / "made.png")
+    """A picture that says to be of that run, made by another decoder; beside it one that names no caption."""
+    for name, captions in (("made.png", ("a red ring",)), ("mute.png", ())):
+        recipe = Recipe(
+            operation=Operation.TEXT_TO_IMAGE, run="begun", artifacts={"decoder": "0" * 64}, version="", seed=0,
+            captions=captions,
+        )  # fmt: skip
+        Picture(Image.new("RGB", (8, 8)), recipe).save(tmp_path / name)
     return tmp_path / "made.png"
 
 
@@ -38,6 +42,7 @@ def png(tmp_path: Path) -> Path:
     [
         (["sample", "begun", "a red ring"], "run begun lacks clip, .*decoder, upsampler; finish it"),
         (["sample", "--from", "made.png"], "made by decoder 000000000000 of run begun, which .* does not hold"),
+        (["sample", "--from", "mute.png"], "is of 1 captions and 0 pictures, not of 0 and 0"),
         (["sample", "begun", "a red ring", "--batch-size", "0"], "--batch-size 0"),
         (["sample", "begun", "a red ring", "--picture", "made.png"], "--picture"),
         (["sample", "--from", "made.png", "--count", "3"], "leave out --count"),
