@@ -128,8 +128,8 @@ def read_recipe(path: Path) -> Recipe:
     captions, sources = _MADE_FROM[recipe.operation]
     if (len(recipe.captions), len(recipe.sources)) != (captions, sources):
         raise UserError(
-            f"{path} contradicts itself: {recipe.operation.value} is of {captions} captions and {sources} pictures, not "
-            f"of {len(recipe.captions)} and {len(recipe.sources)}; give a PNG as unclip wrote it"
+            f"{path} contradicts itself: {recipe.operation.value} is of {captions} captions and {sources} pictures, "
+            f"not of {len(recipe.captions)} and {len(recipe.sources)}; give a PNG as unclip wrote it"
         )
     return recipe
 
