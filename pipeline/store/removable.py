@@ -19,6 +19,8 @@ from pipeline.workflow.progress import CHECKPOINTS, COMPILER_CACHE
 
 _LEFT_OVER = {".building-": "its process has ended", ".damaged-": "another was made in its place"}
 """Names beside artifacts, before `<fingerprint>-<something>`."""
+_TABLES = "submitting/*.stages"
+"""What jobs of several stages were told at their start."""
 _SNAPSHOT = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}-\d+")
 """One that is whole, or one that was being written by a process of that number."""
 _BLOCK_BYTES = 512
@@ -107,8 +109,9 @@ def removables(
         for path in sorted(outputs.glob(f"artifacts/*/{beginning}*")):
             key = path.parent.name, path.name.removeprefix(beginning).rpartition("-")[0]
             yield Removable(Kind.LEFT_OVER, path, key, why)
-    for path in sorted(outputs.glob(f"{PULLING}*")):
-        yield Removable(Kind.LEFT_OVER, path, None, "its pull was stopped")
+    for pattern, why in ((f"{PULLING}*", "its pull was stopped"), (_TABLES, "its jobs have ended")):
+        for path in sorted(outputs.glob(pattern)):
+            yield Removable(Kind.LEFT_OVER, path, None, why)
     store = ArtifactStore(outputs)
     for key in references.users if not keeps_checkpoints else ():
         path = store.work(*key) / CHECKPOINTS

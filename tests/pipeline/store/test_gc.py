@@ -81,6 +81,17 @@ def test_checkpoints_of_finished_stages_go_and_those_that_a_run_goes_on_from_sta
     assert there(tmp_path, "work", "log.txt") == keys(stages, "prepare", "clip", "decoder")
 
 
+def test_what_jobs_of_several_stages_were_told_goes_once_nothing_runs_or_waits(tmp_path: Path):
+    work = ArtifactStore(tmp_path).work(*key_of(record(tmp_path, "first")["clip"]))
+    work.mkdir(parents=True)
+    table = tmp_path / "submitting" / "unclip-0.stages"
+    table.parent.mkdir()
+    table.touch()
+    assert find(tmp_path, {work: "job 7 waits"}, **ALL_AGES).going == []
+    collect(tmp_path)
+    assert not table.exists()
+
+
 def test_what_is_young_stays_and_counts_from_when_a_run_ceased_to_need_it(tmp_path: Path):
     before = record(tmp_path, "first")
     finish(before.values())
