@@ -49,12 +49,28 @@ def test_a_sweep_over_config_groups_composes_each_member_from_its_files():
     assert [each.config.run.name for each in members] == ["s.0", "s.1", "s.2", "s.3"]
 
 
-def test_a_swept_value_gives_the_config_that_it_gives_alone():
-    value = "stage.decoder.objective.prediction_type=epsilon"
-    (alone,) = compose(value, "stage.clip.trainer.devices=2")
-    first, second = compose("-m", f"{value},v_prediction", "stage.clip.trainer.devices=2")
-    assert first.config.stage == alone.config.stage
-    assert second.config.stage["decoder"]["objective"]["prediction_type"] == "v_prediction"
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("stage.decoder.objective.prediction_type", ["epsilon", "v_prediction"]),
+        ("stage.decoder.image_size", ["16", "32"]),  # the upsampler's low_size is interpolated from it
+        ("stage.upsampler.low_size", ["16", "8"]),  # an interpolation itself
+        ("data.seed", ["1", "2"]),  # a part of what is interpolated as a whole
+        ("stage.clip.global_batch_size", ["${stage.embed.batch_size}", "64"]),
+        ("stage.decoder.network.channels", ["[16,32,64]", "[32,32,64]"]),
+        ("stage.prior.optimizer.freeze", ["[]", "['a*']"]),
+        ("stage.clip.optimizer.layer_decay", ["null", "0.5"]),
+        ("run.name", ["'1'", "two"]),
+        ("stage.clip.trainer.devices", ["1", "2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_swept_values_give_the_configs_that_they_give_alone(key: str, values: list[str]):
+    swept = compose("-m", f"{key}={','.join(values)}", "stage.prior.trainer.devices=2")
+    for value, member in zip(values, swept, strict=True):
+        (alone,) = compose(f"{key}={value}", "stage.prior.trainer.devices=2")
+        assert member.config.model_copy(update={"run": alone.config.run}) == alone.config
+        assert member.config.run.group == alone.config.run.name
 
 
 def test_members_from_a_file_are_paired_quoted_and_commented(tmp_path: Path):

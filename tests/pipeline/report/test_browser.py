@@ -32,7 +32,7 @@ def opened(browser: Browser, report: Path, **options: Any) -> Iterator[Page]:
     """A page of its own; whatever it says on the console or asks of the network fails the test that opened it."""
     context = browser.new_context(**options)
     page = context.new_page()
-    page.set_default_timeout(30_000)  # a machine that is busy takes long over a page
+    page.set_default_timeout(5000)
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
