@@ -166,9 +166,11 @@ class Owner(Ownership):
                 return
 
     def _look(self) -> None:
+        # Read before the look: whoever is stopped in its middle for a while must not take its answer for fresh.
+        now = time.monotonic()
         if latest_attempt(self._directory) > self.attempt:
             self._lost.set()
-        self._looked_at = time.monotonic()
+        self._looked_at = now
 
     def _file(self, kind: str) -> Path:
         return self._directory / f"{self.attempt:06}.{kind}"
