@@ -122,6 +122,7 @@ def _plan(arguments: list[str]) -> int:
     from rich.console import Console
 
     from pipeline.compose import compose_members
+    from pipeline.forecast.parameters import require_parameters
     from pipeline.launch.launcher import launcher_of
     from pipeline.terminal.tables import plan_table
     from pipeline.workflow.plan import plan_run
@@ -135,6 +136,7 @@ def _plan(arguments: list[str]) -> int:
         for stage in plan.stages:
             if stage.notice is not None:
                 console.print(f"{stage.name}: {stage.notice}", soft_wrap=True, markup=False)
+    require_parameters(plans)
     if plans and not any(plan.blocked for plan in plans):
         launcher = launcher_of(plans[0].config)
         launcher.check(plans)
@@ -169,6 +171,7 @@ def _submit(arguments: list[str]) -> int:
 
 def _start(program: str, arguments: list[str], *, waits: bool, default: str | None = None) -> int:
     from pipeline.compose import compose_members
+    from pipeline.forecast.parameters import require_parameters
     from pipeline.launch.run import start
     from pipeline.terminal.display import Display
     from pipeline.workflow.plan import plan_run
@@ -178,6 +181,7 @@ def _start(program: str, arguments: list[str], *, waits: bool, default: str | No
     arguments = [each for each in arguments if each != _ACCEPT_CODE]
     members = compose_members(program, arguments, default=default)
     plans = [plan_run(member.config, member.overrides) for member in members]
+    require_parameters(plans)
     outcomes = start(plans, Display(), waits=waits, accepts_code=accepts_code)
     failures = [each for each in outcomes if each.outcome is Outcome.FAILED]
     if any(each.outcome is Outcome.INTERRUPTED for each in outcomes):

@@ -1,9 +1,7 @@
 """From counts and rates to hours, memory and disk. What is not known is None, and a note says why."""
 
-import logging
 import math
 import shutil
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config import ActivationCheckpointing, ForecastSettings, StrategyName
-from pipeline.data.place import ShardPlace
 from pipeline.errors import UserError
 from pipeline.forecast.count import Count, count_pass, count_training
 from pipeline.forecast.rates import Target, reckoned_rate, target_of, tried_rate
-from pipeline.forecast.rehearsal import ExpectedData, Pass, Passes, Rehearsal, Training
+from pipeline.forecast.rehearsal import ExpectedData, Pass, Passes, Rehearsal, Training, rehearsals_of, rehearsing
 from pipeline.forecast.trial import try_pass
 from pipeline.training.compiling import checkpoint_activations
 from pipeline.training.disk import artifact_bytes, checkpoint_bytes, training_bytes
@@ -108,10 +105,7 @@ def forecast(plan: Plan, only: Collection[str] | None = None) -> Forecast:
 
     Raises `UserError` where the config has no settings for it.
     """
-    # Lightning tells of each Trainer, and torch of each tensor without weights.
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with rehearsing():
         return _forecast(plan, only)
 
 
@@ -121,27 +115,14 @@ def _forecast(plan: Plan, only: Collection[str] | None) -> Forecast:
         raise UserError("this config has no key forecast; add forecast: devices to its defaults")
     catalog: Catalog = resolve(plan.config.catalog)
     target = target_of(settings, plan.config.trainer)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    rehearsals: dict[str, Rehearsal] = {}
+    rehearsals = rehearsals_of(plan, FakeTensorMode(allow_non_fake_inputs=True))
     found: list[StageForecast] = []
     for stage in plan.stages:
-        is_asked = only is None or stage.name in only
-        if stage.frozen is None:
+        rehearsal = rehearsals.get(stage.name)
+        if rehearsal is None:
             found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(f"blocked: {stage.reason}",)))
             continue
-        frozen = stage.frozen
-        rehearsal = Rehearsal(
-            stage.name,
-            catalog.stages[stage.kind],
-            frozen.read_settings(),
-            frozen.trainer,
-            {name: tuple(rehearsals[each.stage] for each in found) for name, found in frozen.inputs.items()},
-            plan.store.find(stage.name, frozen.fingerprint),
-            None if stage.place is None else ShardPlace.model_validate(stage.place),
-            mode,
-        )
-        rehearsals[stage.name] = rehearsal
-        if not is_asked:
+        if only is not None and stage.name not in only:
             continue
         if stage.action is Action.REUSE:
             found.append(StageForecast(stage.name, stage.kind, stage.action, notes=(stage.reason,)))

@@ -1,7 +1,9 @@
 """What a stage's hook, the `rehearse` of its declaration, is given, and what it gives back."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -15,7 +17,8 @@ from pipeline.data.dataset import Tokenizer
 from pipeline.data.place import ShardPlace
 from pipeline.training.module import StageModule
 from pipeline.workflow.artifacts import Artifact
-from pipeline.workflow.declaration import StageDeclaration, resolve
+from pipeline.workflow.declaration import Catalog, StageDeclaration, resolve
+from pipeline.workflow.plan import Plan
 
 S = TypeVar("S", bound=Settings)
 
@@ -142,6 +145,36 @@ class Rehearsal:
             image = torch.randint(256, shape, dtype=torch.uint8) if self.mode is None else torch.empty(shape).byte()
         shown = tuple(captions[row % len(captions)] for row in range(samples))
         return ImageBatch(image, shown, rows % ROWS, rows, tokens=None if tokenizer is None else tokenizer(shown))
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Without what Lightning tells of each Trainer, and torch of each tensor without weights."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def rehearsals_of(plan: Plan, mode: FakeTensorMode) -> dict[str, Rehearsal]:
+    """By name, those of a plan's stages that are not blocked. Networks are built when they are looked at."""
+    catalog: Catalog = resolve(plan.config.catalog)
+    found: dict[str, Rehearsal] = {}
+    for stage in plan.stages:
+        frozen = stage.frozen
+        if frozen is None:
+            continue
+        found[stage.name] = Rehearsal(
+            stage.name,
+            catalog.stages[stage.kind],
+            frozen.read_settings(),
+            frozen.trainer,
+            {name: tuple(found[each.stage] for each in given) for name, given in frozen.inputs.items()},
+            plan.store.find(stage.name, frozen.fingerprint),
+            None if stage.place is None else ShardPlace.model_validate(stage.place),
+            mode,
+        )
+    return found
 
 
 LONG_CAPTION = " ".join(["word"] * 300)

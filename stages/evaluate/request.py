@@ -108,7 +108,7 @@ def read_request(options: argparse.Namespace, name: str, shards: WebDatasetSetti
                 raise UserError(f"--metrics {each}: {lack}")
     settings = settings.model_copy(update={"metrics": tuple(each for each in chosen if each not in SECTIONS)})
     for encoder in settings.encoders_of_files:
-        settings.encoders.find(encoder, "--")
+        settings.encoders.require_contents(encoder, "--")
     if sweep is not None:
         _check_sweep(sweep, chosen, name, artifacts.values())
     artifacts = {name: each.opened() if each.manifest.kind in _USED else each for name, each in artifacts.items()}

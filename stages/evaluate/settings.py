@@ -1,5 +1,6 @@
 """The stage `evaluate`: settings, what it needs and gives. Imports no torch."""
 
+import json
 import os
 from collections.abc import Iterable
 from hashlib import sha256
@@ -14,7 +15,8 @@ from pipeline.workflow.artifacts import Numbers
 from pipeline.workflow.declaration import Arity, Better, Input, StageDeclaration, Workflow, modules_in
 from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.fingerprint import counted_settings
-from stages.evaluate.metric import ENCODERS, INCEPTION, JUDGE_CLIP, OF_FILES, OPEN_CLIP, FeatureMetric, Metric
+from pipeline.workflow.weights import weight_shapes
+from stages.evaluate.metric import DINOV2, ENCODERS, INCEPTION, JUDGE_CLIP, OF_FILES, OPEN_CLIP, FeatureMetric, Metric
 
 METRICS: dict[str, type[Metric]] = {
     name: module.METRIC for name, module in modules_in("stages.evaluate.metrics").items()
@@ -22,6 +24,10 @@ METRICS: dict[str, type[Metric]] = {
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 """One and the same: FID's Inception by torch-fidelity's name, and by pytorch-fid's."""
+
+_INCEPTION_HEAD = ("fc.weight", (1008, 2048))
+"""TensorFlow's classes, of which torchvision's own Inception has 1,000."""
+_DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _WEIGHTS = (".bin", ".json", ".pt", ".pth", ".safetensors")
@@ -64,6 +70,31 @@ class EncoderSettings(Settings):
             model = f"{asked}-model" if option.startswith("-") else f"{asked}_model"
             raise UserError(f"{asked} {given} is a file, which does not say of which model; set {model} too")
         return given
+
+    def require_contents(self, name: str, option: str = "encoders.") -> None:
+        """Raise `UserError` as `find` does, or where what is there can be seen, without torch, to be something else."""
+        path = self.find(name, option)
+        if name == INCEPTION and weight_shapes(path).get(_INCEPTION_HEAD[0]) != _INCEPTION_HEAD[1]:
+            raise UserError(f"{path} does not hold FID's Inception; give torch-fidelity's file {INCEPTION_FILES[0]}")
+        if name == DINOV2 and _value_in(path / "config.json", "model_type") not in _DINOV2_TYPES:
+            raise UserError(
+                f"{path} holds no DINOv2: its config.json is not of one; give a directory as transformers saves it"
+            )
+        if (
+            name == OPEN_CLIP
+            and path.is_dir()
+            and not isinstance(_value_in(path / OPEN_CLIP_CONFIG, "model_cfg"), dict)
+        ):
+            raise UserError(f"{path}: its {OPEN_CLIP_CONFIG} has no model_cfg; give a directory as open_clip saves it")
+
+
+def _value_in(file: Path, key: str) -> Any:
+    """The value of a key in a file of JSON; None where there is no such file or key."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content.get(key) if isinstance(content, dict) else None
 
 
 def _hub_cache() -> Path:
@@ -145,7 +176,7 @@ def pictures_in(directory: Path) -> list[Path]:
 def check(path: str, settings: EvaluateSettings, workflow: Workflow) -> None:
     """The encoders and the classes are there."""
     for name in settings.encoders_of_files:
-        settings.encoders.find(name, f"{path}.encoders.")
+        settings.encoders.require_contents(name, f"{path}.encoders.")
     named = next((each for each in settings.metrics if each.endswith(f"@{JUDGE_CLIP}")), None)
     if named is not None and JUDGE_CLIP not in workflow.kinds:
         raise UserError(f"{path}.metrics has {named} and the workflow no stage judge_clip; use another encoder")

@@ -16,6 +16,7 @@ from pipeline.config import validate
 from pipeline.errors import UserError
 from pipeline.picture_grid import save_grid
 from pipeline.workflow.runs import read_run, run_directory
+from stages.generation.captions import require_text
 from stages.generation.load import load, load_for, require_sampled
 from stages.generation.options import (
     BATCH_SIZE,
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("no caption is given; write: unclip sample RUN 'a caption', or: unclip sample --from PNG")
     if given.picture:
         raise UserError("--picture is what a picture of --from was made from; for pictures of one see: unclip edit")
+    require_text(given.captions)
     require_count(given.best_of, "--best-of ")
     options = _options(given)
     require_sampled(given.run, given.outputs, options)
@@ -84,6 +86,9 @@ def edit(arguments: Sequence[str]) -> int:
     chosen, options = EDITS[given.operation], _options(given)
     for share in chosen.shares:
         require_share(getattr(given, share), f"--{share} ")
+    for name in chosen.inputs:
+        if name not in PICTURES:
+            require_text([getattr(given, name)])
     inputs = {
         name: as_image(getattr(given, name)) if name in PICTURES else getattr(given, name) for name in chosen.inputs
     }
@@ -233,7 +238,9 @@ def _options(given: Given) -> GenerationOptions:
         by_name[key] = _value(key, value)
     for key, value in by_name.items():
         _put(asked, key, value)
-    return validate(GenerationOptions, asked)
+    options = validate(GenerationOptions, asked)
+    require_text([options.negative_caption])
+    return options
 
 
 def _value(key: str, text: str) -> Any:

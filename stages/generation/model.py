@@ -258,6 +258,7 @@ class Model:
             self.chain.decoder.settings,
             [each.settings for each in self.chain.upsamplers],
         )
+        require_captions([recipes[0].options.negative_caption], self.chain.clip)
         sources = [self._square(as_image(each)) for each in given]
         recipes = [each.model_copy(update={"sources": tuple(map(pixels_sha256, sources))}) for each in recipes]
         images = torch.stack([_signed(each) for each in sources]) if sources else torch.empty(0)

@@ -217,6 +217,30 @@ def test_numbers_that_sampling_could_not_use_are_refused_before_anything_is_load
     assert remedy in message
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "submit"])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("stage.decoder.optimizer.freeze=[visual.*]", "stage.decoder.optimizer.freeze: 'visual.*' fits no parameter"),
+        ("stage.clip.optimizer.freeze=['*']", "stage.clip.optimizer.freeze leaves no parameter to train"),
+        (
+            "stage.prior.optimizer.learning_rate_factors={nothing: 0.1}",
+            "stage.prior.optimizer.learning_rate_factors: 'nothing' fits no parameter",
+        ),
+    ],
+)
+def test_parameters_that_a_network_lacks_are_refused_before_anything_is_started(
+    capsys, command: str, setting: str, said: str, tmp_path: Path
+):
+    assert said in refusal(capsys, command, "experiment=smoke", setting)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_with_parameters_that_its_networks_have_says_nothing_of_them(capsys):
+    assert main(["plan", "experiment=smoke", "stage.clip.optimizer.freeze=[visual.*]"]) == 0
+    assert "visual" not in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_every_command(capsys, arguments: list[str]):
     assert main(arguments) == 0

@@ -81,6 +81,7 @@ def test_dinov2_gives_the_class_token_of_transformers(tmp_path: Path):
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     network = Dinov2Model(config).eval()
     network.save_pretrained(tmp_path)
+    EncoderSettings(dinov2=tmp_path).require_contents("dinov2")
     features = load_encoder("dinov2", EncoderSettings(dinov2=tmp_path), CPU).image(pictures(size=224))
     mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = network((pictures(size=224) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
@@ -142,6 +143,33 @@ def test_a_file_of_something_else_is_refused_in_one_line(name: str, message: str
     settings = EncoderSettings.model_validate({name: path, "open_clip_model": "ViT-B-32"})
     with pytest.raises(UserError, match=message):
         load_encoder(name, settings, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("inception", "does not hold FID's Inception; give"),
+        ("open_clip", "its open_clip_config.json has no model_cfg"),
+        ("dinov2", "holds no DINOv2: its config.json is not of one"),
+    ],
+)
+def test_another_network_is_told_from_the_encoder_before_either_is_loaded(name: str, message: str, tmp_path: Path):
+    if name == INCEPTION:
+        given = tmp_path / "inception.pth"
+        torch.save({"fc.weight": torch.empty(1000, 2048), "fc.bias": torch.empty(1000)}, given)
+    else:
+        given = tmp_path
+        (given / "config.json").write_text(json.dumps({"model_type": "clip"}))
+        (given / "open_clip_config.json").write_text("[]")
+    with pytest.raises(UserError, match=message) as refused:
+        EncoderSettings.model_validate({name: given}).require_contents(name)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_encoder_that_is_whole_passes_what_looks_at_it_before(inception_file: Path, open_clip_directory: Path):
+    settings = EncoderSettings(inception=inception_file, open_clip=open_clip_directory)
+    for name in ("inception", "open_clip"):
+        settings.require_contents(name)
 
 
 def test_an_encoder_counts_by_what_it_holds_and_not_by_where_it_is(open_clip_directory: Path, tmp_path: Path):

@@ -250,6 +250,7 @@ def test_what_cannot_be_made_again_says_why(model: Model, tmp_path):
     [
         ({"captions": []}, "no caption is given"),
         ({"captions": "a <end_of_text> b"}, "CLIP takes for its own mark"),
+        ({"captions": "x", "options": GenerationOptions(negative_caption="<end_of_text>")}, "its own mark"),
         ({"captions": "broken \udcff"}, "no valid text"),
         ({"captions": "x", "count": 0}, "count=0"),
         ({"captions": "x", "seed": -1}, "seed=-1"),
