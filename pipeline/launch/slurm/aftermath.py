@@ -111,7 +111,7 @@ def decide(
     elif end.cause in (Cause.OUT_OF_MEMORY, Cause.OUT_OF_DEVICE_MEMORY):
         half = halve_micro_batch(path)
         if half is None:
-            no_node = f"no node has more than {mem_mib} MiB and " if 0 < mem_mib == most_mib else ""
+            no_node = f"no node here gives more than {mem_mib} MiB and " if 0 < mem_mib == most_mib else ""
             return None, f"{_ENDS}, as {no_node}there is no micro-batch to halve"
         return [], f"starts again ({count}) with trainer.micro_batch_size={half}"
     if end.cause is Cause.TIME_LIMIT:

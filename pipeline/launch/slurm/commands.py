@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.launcher import LauncherUnavailableError
+from pipeline.workflow.sealed import warn
 
 SUBMIT = "sbatch"
 JobId = str
@@ -29,6 +30,7 @@ _OVER = {
     "TIMEOUT",
 }
 _HELD_BY_SLURM = ("launch failed requeued held", "JobHoldMaxRequeue")
+_NO_ACCOUNTING = "accounting storage is disabled"
 _NEVER = "DependencyNeverSatisfied"
 _FIELDS = {
     "JobID": 20,
@@ -100,13 +102,15 @@ def queued(job_ids: Iterable[JobId]) -> dict[JobId, QueuedJob]:
 
 
 def accounted(job_ids: Iterable[JobId]) -> dict[JobId, str]:
-    """The state of these jobs in the accounting, in Slurm's words; empty where Slurm keeps none."""
+    """The state of these jobs in the accounting, in Slurm's words; empty where Slurm keeps none, or does not tell."""
     wanted = _listed(job_ids)
     if not wanted:
         return {}
     try:
-        lines = _output("sacct", "-X", "-P", "-n", "--array", f"--jobs={wanted}", "--format=JobID,State").splitlines()
-    except UserError:
+        lines = _output("sacct", "-X", "-P", "-n", f"--jobs={wanted}", "--format=JobID,State").splitlines()
+    except UserError as error:
+        if _NO_ACCOUNTING not in str(error):
+            warn(f"sacct tells nothing of jobs that have left the queue ({error}); their stages' own records do")
         return {}
     rows = [line.split("|") for line in lines]
     # A requeued job has a row for each of its starts; the last one counts.

@@ -1,5 +1,7 @@
 """What follows a failure in a real job: its cause is named, and it starts again with what its cause asks for."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,30 @@ def test_a_stage_that_slurm_ends_for_its_memory_starts_again_with_more_until_it_
     world.wait_for_end(stage, job_id)
     assert {end.cause for end in read_ends(stage.work)[:-1]} == {Cause.OUT_OF_MEMORY}
     assert shown(job_id, "MinMemoryNode") != "819M"
+
+
+@pytest.fixture
+def _partition_of_1000_mib(cluster: None) -> Iterator[None]:
+    conf = Path(os.environ["SLURM_CONF"])
+    before = conf.read_text()
+    try:
+        conf.write_text(before.replace("PartitionName=main ", "PartitionName=main MaxMemPerNode=1000 "))
+        world.slurm("scontrol", "reconfigure")
+        yield
+    finally:
+        conf.write_text(before)
+        world.slurm("scontrol", "reconfigure")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_partition_of_1000_mib")
+@pytest.mark.skipif(not MEMORY_CGROUP.exists(), reason="Slurm's own memory limit needs the memory cgroup, version 1")
+def test_memory_is_raised_to_what_the_partition_allows_and_no_further(tmp_path: Path):
+    stage, job_id = submitted(tmp_path, 1200, mem_gib=0.8)
+    world.wait("the end", lambda: world.state_of(job_id) == "FAILED")
+    assert (shown(job_id, "MinMemoryNode"), world.restarts_of(job_id)) == ("1000M", 1)
+    assert "no node here gives more than 1000 MiB and there is no micro-batch to halve" in world.log_of(stage)
+    assert not world.is_finished(stage)
 
 
 @pytest.mark.slow

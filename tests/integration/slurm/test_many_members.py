@@ -110,6 +110,35 @@ def test_a_stage_that_fails_costs_neither_those_beside_it_nor_what_waits_for_the
     cancel_runs(tmp_path, read_runs(tmp_path, "s"))
 
 
+def test_behind_a_shared_job_a_member_whose_input_is_missing_says_so_and_the_other_one_goes_on(tmp_path: Path):
+    outputs, gates = tmp_path / "outputs", [tmp_path / "open", tmp_path / "closed"]
+    gates[0].touch()
+
+    def member(number: int) -> Plan:
+        launch = {"members_per_job": 2, "mem_gib": 1.0}
+        return world.plan(
+            outputs, f"s.{number}", group="s", seed=number, steps=4, gate=gates[number], note="a", launch=launch
+        )
+
+    members = [member(0), member(1)]
+    for each in members:
+        world.run_stages_here(each, "data", "learner")
+    ids = submitted([member(0), member(1)])
+    assert len(set(ids.values())) == 2
+    world.wait("the sweep", lambda: ended(*ids.values()), timeout_s=900)
+    found = states(outputs)
+    assert (found["gate", "s.0"], found["reader", "s.0"]) == ("finished", "finished")
+    assert (found["gate", "s.1"], found["reader", "s.1"]) == ("failed", "failed")
+    log = world.log_of(frozen(members[1], "reader"))
+    assert "gate" in log, log
+    gates[1].touch()
+    again = submitted([member(0), member(1)])
+    assert set(again) == {("gate", "s.1"), ("reader", "s.1")}
+    world.wait("the rest", lambda: ended(*again.values()), timeout_s=900)
+    found = states(outputs)
+    assert (found["gate", "s.1"], found["reader", "s.1"]) == ("finished", "finished")
+
+
 def test_stages_side_by_side_go_on_from_their_checkpoints_when_their_job_starts_again_and_one_can_be_cancelled(
     tmp_path: Path,
 ):

@@ -30,7 +30,8 @@ def test_memory_is_raised_to_what_nodes_have_and_then_the_micro_batch_is_halved_
     assert changes == (["MinMemoryNode=1200"], ["MinMemoryNode=1500"], [], [], [], None)
     assert words[2] == "starts again (3 of 9) with trainer.micro_batch_size=4"
     assert (
-        words[-1] == "it does not start again, as no node has more than 1500 MiB and there is no micro-batch to halve"
+        words[-1]
+        == "it does not start again, as no node here gives more than 1500 MiB and there is no micro-batch to halve"
     )
     assert decide(path, POLICY, ends[1], ends, 0)[0] == ["MinMemoryNode=1800"]
 
