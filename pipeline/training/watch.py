@@ -22,6 +22,7 @@ from pipeline.training.context import StageContext
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.progress import Failure, write_failure
 
+HANG_WATCH = "hang watch"
 RANKS = "ranks"
 SECONDS_BETWEEN_LOOKS = 5.0
 MOST_MICRO_BATCHES = 10.0
@@ -68,11 +69,13 @@ class HangWatch(pl.Callback):
         self._longest_s = float("inf")
         self._since = time.monotonic()
         self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to write, and to look."""
-        threading.Thread(target=self._beat, args=(trainer.world_size,), daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, args=(trainer.world_size,), name=HANG_WATCH, daemon=True)
+        self._thread.start()
 
     @override
     def on_train_batch_start(
@@ -96,7 +99,17 @@ class HangWatch(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A training that raises is not torn down by Lightning, and this process may go on to another stage."""
+        self._stop()
+
+    def _stop(self) -> None:
         self._is_over.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def _go_to(self, micro_batch: int, part: int) -> None:
         if part < 2:
