@@ -12,6 +12,7 @@ from pydantic import field_validator
 from pipeline.config import (
     ADDED_LATER,
     RUNTIME,
+    Fraction,
     Positive,
     PositiveFloat,
     Settings,
@@ -98,10 +99,13 @@ class ClipSettings(TrainingStageSettings):
     """CLIP, trained here, started from a local checkpoint, or (`max_samples: 0`) replaced by it.
 
     `model` is open_clip's name of a model, whose sizes take the place of those of `network`, as those of a folder do.
+    `gray_scale_share` of the pictures are shown to the training without their colours (open_clip's `gray_scale_prob`):
+    what a caption says beside colours has to be told by them, and what a shape is does not depend on its colour.
     """
 
     network: _Network
     loss: ContrastiveLoss
+    gray_scale_share: Annotated[Fraction, ADDED_LATER] = 0.0
     model: Annotated[str | None, RUNTIME] = None  # counted as `network`
     checkpoint: Annotated[Path | None, RUNTIME]  # counted by its contents
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from pipeline.data.batch import ImageBatch, signed
 from pipeline.data.dataset import CaptionedImages, MadeAhead
@@ -112,21 +113,28 @@ class ClipModule(StageModule[ClipModel]):
     def __init__(self, clip: ClipModel, settings: ClipSettings) -> None:
         super().__init__(clip, settings)
         self._kind = settings.loss
+        self._gray_scale_share = settings.gray_scale_share
 
     def losses(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The contrastive loss of a batch, and the scale on the similarities."""
         ranks = self.trainer.world_size if self.training else 1
         objective = contrastive_loss(self._kind, self.global_rank if self.training else 0, ranks)
-        image_embed, text_embed = self._embed(batch)
+        image_embed, text_embed = self._embed(self._in_gray(batch) if self.training else batch.image, batch.token_ids())
         loss = objective(image_embed, text_embed, self.network.logit_scale, self.network.logit_bias)
         return {LOSS: loss, "logit_scale": self.network.logit_scale.squeeze()}
 
-    def _embed(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+    def _in_gray(self, batch: ImageBatch) -> Tensor:
+        """The pictures, uint8 [B, 3, S, S], some of them without their colours (luma as of ITU-R BT.601)."""
+        if self._gray_scale_share == 0:
+            return batch.image
+        is_gray = batch.draws().uniform("gray_scale") < self._gray_scale_share
+        return torch.where(is_gray[:, None, None, None], rgb_to_grayscale(batch.image, 3), batch.image)
+
+    def _embed(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Image and text embeddings, float [B, E] each."""
-        tokens = batch.token_ids()
-        if not torch.is_grad_enabled() or len(batch) <= self.micro_batch_size:
-            return self._embed_piece(batch.image, tokens)
-        pieces = zip(batch.image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)
+        if not torch.is_grad_enabled() or len(image) <= self.micro_batch_size:
+            return self._embed_piece(image, tokens)
+        pieces = zip(image.split(self.micro_batch_size), tokens.split(self.micro_batch_size), strict=True)
         embeds = [checkpoint(self._embed_piece_of_many, *piece, use_reentrant=False) for piece in pieces]
         image_embed, text_embed = zip(*embeds, strict=True)
         return torch.cat(image_embed), torch.cat(text_embed)
@@ -152,7 +160,7 @@ class ClipModule(StageModule[ClipModel]):
 
     def validation_metrics(self, batches: Iterable[ImageBatch]) -> dict[str, float]:
         """Recall of text-to-image and image-to-text retrieval among 64, and over all that are given."""
-        pairs = [self._embed(batch) for batch in batches]
+        pairs = [self._embed(batch.image, batch.token_ids()) for batch in batches]
         image_embed = F.normalize(torch.cat([image for image, _ in pairs]).float(), dim=-1)
         text_embed = F.normalize(torch.cat([text for _, text in pairs]).float(), dim=-1)
         return retrieval_recall(image_embed, text_embed, RETRIEVAL_POOL)

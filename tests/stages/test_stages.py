@@ -95,13 +95,37 @@ def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_whole_batch(tmp_path: 
     for micro_batch_size in (8, 3):
         module.micro_batch_size = micro_batch_size
         module.zero_grad()
-        objective(*module._embed(batch), module.network.logit_scale, module.network.logit_bias).backward()
+        objective(*module._embed(batch.image, tokens), module.network.logit_scale, module.network.logit_bias).backward()
         gradients.append({name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None})
     whole, pieces = gradients
     assert whole.keys() == pieces.keys()
     assert any(gradient.abs().max() > 1e-3 for gradient in whole.values())
     for name, gradient in whole.items():
         torch.testing.assert_close(pieces[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_clip_sees_the_asked_share_of_pictures_without_colours_in_training_alone(tmp_path: Path):
+    settings = plan_stages(tmp_path, "stage.clip.gray_scale_share=0.25")["clip"].read_settings()
+    assert isinstance(settings, ClipSettings)
+    module = ClipModule(ClipModel(settings.network, settings.loss), settings)
+    image = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
+    rows, tokens = torch.arange(400), torch.zeros(400, 16, dtype=torch.int64)
+    batch = ImageBatch(image, ("a",) * 400, rows, rows * 7919, tokens=tokens)
+    shown = module._in_gray(batch)
+    is_gray = (shown != image).flatten(1).any(1)
+    assert 0.2 < is_gray.float().mean() < 0.3
+    luma = torch.from_numpy(np.stack([np.asarray(Image.fromarray(each.permute(1, 2, 0).numpy()).convert("L"))
+                                      for each in image]))  # fmt: skip
+    difference = (shown[is_gray].int() - luma[is_gray][:, None].int()).abs()
+    assert difference.max() <= 1  # Pillow's and torchvision's weights differ in the fourth digit
+    # Which ones depends on each sample alone.
+    part = ImageBatch(image[100:200], ("a",) * 100, torch.arange(100), torch.arange(100, 200) * 7919)
+    assert torch.equal(module._in_gray(part), shown[100:200])
+    seen: list[torch.Tensor] = []
+    module._embed = lambda image, tokens: seen.append(image) or (torch.rand(400, 16), torch.rand(400, 16))
+    module.eval()
+    module.losses(batch)
+    assert torch.equal(seen[0], image)
 
 
 def test_a_local_open_clip_checkpoint_replaces_the_training(outputs: Path, clip: Artifact, tmp_path: Path):
