@@ -1,5 +1,6 @@
 """The judge and the evaluation that leans on it."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -130,12 +131,14 @@ def test_what_evaluate_will_lack_is_said_when_planning(
 
 
 def test_an_encoder_s_file_counts_by_its_contents(tmp_path: Path):
-    def fingerprint(name: str, content: str) -> str:
-        (tmp_path / name).write_text(content)
+    def fingerprint(name: str, bias: float) -> str:
+        weights = {"fc.weight": torch.zeros(1).expand(1008, 2048), "fc.bias": torch.tensor([bias])}
+        torch.save(weights, content := io.BytesIO())
+        (tmp_path / name).write_bytes(content.getvalue())
         chosen = ["stage.evaluate.metrics=[fid]", f"stage.evaluate.encoders.inception={tmp_path / name}"]
         return plan_stages(tmp_path, *chosen)["evaluate"].fingerprint
 
-    assert fingerprint("one", "weights") == fingerprint("moved", "weights") != fingerprint("other", "others")
+    assert fingerprint("one", 0.5) == fingerprint("moved", 0.5) != fingerprint("other", 0.25)
 
 
 def test_without_judges_evaluate_says_less(outputs: Path):
