@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.store.collect import find, take_away
 from pipeline.store.removable import Found
 from pipeline.store.trash import TRASH, empty_trash
 from pipeline.workflow.frozen import StageKey, write_frozen
-from pipeline.workflow.ownership import Owner, acquire
+from pipeline.workflow.ownership import ATTEMPTS, Owner, acquire
 from pipeline.workflow.plan import Plan, PlannedStage, plan_run
 from pipeline.workflow.progress import CHECKPOINTS, LOG
 from pipeline.workflow.runs import record_run
@@ -63,9 +64,12 @@ def begin(stages: Iterable[PlannedStage]) -> None:
 
 
 def own(stage: PlannedStage) -> Owner:
-    """Work on it in this process, until `release`."""
+    """Work on it in this process, until `release`: its first sign of life is there, the next one in many minutes."""
     assert stage.frozen is not None
-    return acquire(stage.frozen.work, 60.0, threading.Event())
+    owner = acquire(stage.frozen.work, 3600.0, threading.Event())
+    while not (stage.frozen.work / ATTEMPTS / f"{owner.attempt:06}.alive").read_bytes():
+        time.sleep(0.001)
+    return owner
 
 
 def key_of(stage: PlannedStage) -> StageKey:
