@@ -31,9 +31,11 @@ class RemoteStore:
     """A store at a URL: `s3://bucket/prefix`, a path, or whatever else fsspec has a file system for."""
 
     def __init__(self, url: str) -> None:
-        """Raises `UserError` where fsspec has none."""
+        """Raises `UserError` where fsspec has none, or the URL is empty."""
         import fsspec
 
+        if not url.strip():
+            raise UserError(f"{url!r} is no address of a store; give one such as s3://BUCKET/PREFIX, or a directory")
         self.url = url.rstrip("/")
         is_local = "://" not in url or url.startswith(("file://", "local://"))
         options = {"auto_mkdir": True} if is_local else {"use_listings_cache": False}
@@ -119,6 +121,8 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
     remote = RemoteStore(url)
     if PurePosixPath(name).name != name:
         raise UserError(f"{name!r} is no name of a run")
+    if outputs.exists() and not outputs.is_dir():
+        raise UserError(f"--outputs {outputs} is a file; give a directory")
     outputs.mkdir(parents=True, exist_ok=True)
     staging = outputs / f"{PULLING}{name}"
     staging.mkdir(exist_ok=True)

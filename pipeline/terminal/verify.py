@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, ArtifactStore, DamagedArtifactError
 from pipeline.workflow.checkpoint import checkpoints
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.runs import RECORD, read_runs, run_directory
@@ -20,6 +20,8 @@ def verify(outputs: Path, run: str | None) -> int:
     What is damaged is set aside, and what was set aside and is whole again is taken back. Other records are named where
     they are damaged. Raises `UserError` at the end where something is.
     """
+    if not outputs.is_dir():
+        raise UserError(f"there is nothing at {outputs}; give the --outputs of your runs")
     store = ArtifactStore(outputs)
     if run is None:
         keys = _keys(outputs)
@@ -67,6 +69,9 @@ def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]
             yield f"{name}: whole again, and taken back", True
         elif (store.path(*key) / SET_ASIDE).exists():
             yield f"{name}: {DamagedArtifactError(f'{store.path(*key)} is damaged, and set aside')}", False
+        elif store.path(*key).is_dir():  # what is not finished lies elsewhere
+            manifest = store.path(*key) / MANIFEST
+            yield f"{name}: {manifest} is gone; put it back, or run again, which makes the stage anew", False
     except DamagedArtifactError as error:
         yield f"{name}: {error}", False
     for path, checkpoint in checkpoints(store.work(*key)):

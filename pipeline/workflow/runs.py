@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, field_validator
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, ArtifactStore
+from pipeline.workflow.artifacts import Artifact, ArtifactStore, DamagedArtifactError
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG
@@ -180,10 +180,18 @@ def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
 
 
 def finished_artifacts(outputs: Path, record: RunRecord, kinds: Collection[str], then: str) -> dict[str, Artifact]:
-    """As `run_artifacts`. Raises `UserError`, which says what `then` can be done, where a stage of `kinds` is not."""
+    """As `run_artifacts`. Raises `UserError`, which says what `then` can be done, where a stage of `kinds` is not.
+
+    Of one that was finished and is set aside it is a `DamagedArtifactError`.
+    """
     found = run_artifacts(outputs, record)
-    unfinished = [stage.name for stage in record.stages if stage.name not in found and stage.kind in kinds]
-    if unfinished:
+    missing = [stage for stage in record.stages if stage.name not in found and stage.kind in kinds]
+    for stage in missing:
+        damage = ArtifactStore(outputs).known_damage(stage.name, stage.fingerprint)
+        if damage is not None:
+            raise DamagedArtifactError(damage)
+    if missing:
+        unfinished = [stage.name for stage in missing]
         raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then {then}")
     return found
 

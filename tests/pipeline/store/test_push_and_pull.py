@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.store.remote import PULLING, RemoteStore, pull, push
-from pipeline.workflow.artifacts import MANIFEST
-from pipeline.workflow.runs import read_run, run_artifacts
+from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, DamagedArtifactError
+from pipeline.workflow.runs import finished_artifacts, read_run, run_artifacts
 from tests.support.command import said
 from tests.support.s3_server import bucket, s3_server
 from tests.support.stores import contents, finish, record, there
@@ -118,3 +118,38 @@ def test_what_cannot_be_is_said_in_a_line(mine: Path, tmp_path: Path, capsys: py
     assert "another run first is at s3://bucket/team" in refused(capsys, "push", "first", URL, *at)
     assert "another run first is here" in refused(capsys, "pull", "first", URL, *at)
     assert RemoteStore(URL).names_in("runs") == ["first"]
+
+
+def test_neither_an_empty_address_nor_a_file_for_a_store_is_written_to(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert "'' is no address of a store; give one such as" in refused(
+        capsys, "push", "first", "", "--outputs", str(mine)
+    )
+    assert sorted(tmp_path.iterdir()) == before
+    file = tmp_path / "file"
+    file.touch()
+    assert f"--outputs {file} is a file; give a directory" in refused(
+        capsys, "pull", "first", str(tmp_path / "remote"), "--outputs", str(file)
+    )
+
+
+def test_verify_names_a_lost_manifest_and_refuses_a_place_where_nothing_is(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    place = f"there is nothing at {tmp_path / 'none'}; give the --outputs of your runs"
+    assert place in refused(capsys, "verify", "--all", "--outputs", str(tmp_path / "none"))
+    artifact = next(iter(run_artifacts(mine, read_run(mine, "first")).values()))
+    (artifact.path / MANIFEST).unlink()
+    assert main(["verify", "first", "--outputs", str(mine)]) == 2
+    assert f"{artifact.path / MANIFEST} is gone; put it back, or run again" in capsys.readouterr().out
+
+
+def test_of_a_stage_that_is_set_aside_a_later_command_says_how_it_is_mended(mine: Path):
+    run = read_run(mine, "first")
+    artifact = next(iter(run_artifacts(mine, run).values()))
+    (artifact.path / MANIFEST).rename(artifact.path / SET_ASIDE)
+    with pytest.raises(DamagedArtifactError, match=r"found damaged and set aside; .*store\.on_damage=rebuild"):
+        finished_artifacts(mine, run, [artifact.manifest.kind], "sample")
