@@ -112,6 +112,11 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     Raises `UserError` for whatever can be known to be wrong before anything runs.
     """
     catalog: Catalog = resolve(config.catalog)
+    for place in config.paths.also_read:
+        if not place.is_dir():
+            raise UserError(f"paths.also_read has {place}, which is no directory; give stores that are there, or []")
+    if config.paths.outputs.exists() and not config.paths.outputs.is_dir():
+        raise UserError(f"paths.outputs={config.paths.outputs} is a file; give a directory")
     store = ArtifactStore(config.paths.outputs.absolute(), tuple(each.absolute() for each in config.paths.also_read))
     valid = {
         name: _validate_stage(name, values, config, catalog, store, overrides) for name, values in config.stage.items()

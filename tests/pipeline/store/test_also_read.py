@@ -60,6 +60,16 @@ def test_what_is_not_there_is_to_run_here(theirs: Path, tmp_path: Path):
     assert (actions["clip"], actions["decoder"]) == (Action.REUSE, Action.RUN)
 
 
+def test_stores_that_are_none_are_refused_when_planned(theirs: Path, tmp_path: Path):
+    file = tmp_path / "file"
+    file.touch()
+    for place in (file, tmp_path / "none"):
+        with pytest.raises(UserError, match=rf"paths\.also_read has {place}, which is no directory; give stores"):
+            planned(tmp_path / "mine", place)
+    with pytest.raises(UserError, match=rf"paths\.outputs={file} is a file; give a directory"):
+        planned(file, theirs)
+
+
 def test_damage_there_is_said_and_left_to_its_owner(theirs: Path, tmp_path: Path):
     plan = planned(tmp_path / "mine", theirs)
     artifact = ArtifactStore(theirs).find("clip", plan.stages[1].fingerprint or "")
