@@ -27,6 +27,7 @@ from pipeline.workflow.graph import Node, build_graph, declaration_of
 from pipeline.workflow.initial import Initial, find_initial, require_as_typed, with_dictated
 from pipeline.workflow.inputs_read import inputs_read
 from pipeline.workflow.progress import CHECKPOINTS, latest_checkpoint_samples, read_failure
+from pipeline.workflow.sealed import warn
 
 MAX_DIFFERENCES_SHOWN = 3
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -114,7 +115,7 @@ def plan_run(config: RunConfig, overrides: tuple[str, ...] = ()) -> Plan:
     catalog: Catalog = resolve(config.catalog)
     for place in config.paths.also_read:
         if not place.is_dir():
-            raise UserError(f"paths.also_read has {place}, which is no directory; give stores that are there, or []")
+            warn(f"paths.also_read has {place}, which is no directory: nothing is taken from there")
     if config.paths.outputs.exists() and not config.paths.outputs.is_dir():
         raise UserError(f"paths.outputs={config.paths.outputs} is a file; give a directory")
     store = ArtifactStore(config.paths.outputs.absolute(), tuple(each.absolute() for each in config.paths.also_read))
