@@ -35,9 +35,9 @@ def _build(plan: Plan, names: Sequence[str]) -> None:
     from pipeline.forecast.rehearsal import rehearsals_of, rehearsing
 
     rehearsals = rehearsals_of(plan, FakeTensorMode(allow_non_fake_inputs=True))
-    for name in names:
-        try:
-            with rehearsing():
+    with rehearsing():
+        for name in names:
+            try:
                 _ = rehearsals[name].rehearsed
-        except UserError as error:
-            raise UserError(f"stage.{name}.{error}") from error
+            except UserError as error:
+                raise UserError(f"stage.{name}.{error}") from error

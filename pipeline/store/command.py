@@ -20,7 +20,7 @@ from pipeline.store.usage import Holding, usage_of
 from pipeline.terminal.display import shown_path
 from pipeline.terminal.tables import new_table
 from pipeline.terminal.words import format_bytes
-from pipeline.workflow.runs import run_directory
+from pipeline.workflow.runs import require_outputs, run_directory
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SHOWN = 40
@@ -34,7 +34,7 @@ def add_du_options(parser: argparse.ArgumentParser) -> None:
 
 def du(options: argparse.Namespace) -> int:
     """Print what is held, shared and not needed."""
-    _require_store(options.outputs)
+    require_outputs(options.outputs)
     usage = usage_of(options.outputs)
     if options.json:
         print(json.dumps(asdict(usage), indent=2))
@@ -79,7 +79,7 @@ def gc(options: argparse.Namespace) -> int:
             print(f"{'pinned' if is_pinned else 'unpinned'}: {_few(pin(outputs, name, is_pinned=is_pinned))}")
     if options.pin is not None or options.unpin is not None:
         return 0
-    _require_store(outputs)
+    require_outputs(outputs)
     older_than_s = _seconds(options.older_than)
     jobs = jobs_at_work(outputs)
     found = find(
@@ -171,11 +171,6 @@ def pull(options: argparse.Namespace) -> int:
     """Fetch it."""
     remote.pull(options.outputs, options.run, options.url, print)
     return 0
-
-
-def _require_store(outputs: Path) -> None:
-    if not outputs.is_dir():
-        raise UserError(f"there is nothing at {outputs}; give the --outputs of your runs")
 
 
 def _few(names: Sequence[str]) -> str:

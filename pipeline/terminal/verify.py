@@ -7,7 +7,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, ArtifactStore, DamagedArtifactError
 from pipeline.workflow.checkpoint import checkpoints
 from pipeline.workflow.frozen import StageKey
-from pipeline.workflow.runs import RECORD, read_runs, run_directory
+from pipeline.workflow.runs import RECORD, read_runs, require_outputs, run_directory
 from pipeline.workflow.sealed import DamagedRecordError, read_json
 
 _RECORDS = ("*.json", "frozen/*.json", "jobs/*.json", "attempts/*.json")
@@ -20,8 +20,7 @@ def verify(outputs: Path, run: str | None) -> int:
     What is damaged is set aside, and what was set aside and is whole again is taken back. Other records are named where
     they are damaged. Raises `UserError` at the end where something is.
     """
-    if not outputs.is_dir():
-        raise UserError(f"there is nothing at {outputs}; give the --outputs of your runs")
+    require_outputs(outputs)
     store = ArtifactStore(outputs)
     if run is None:
         keys = _keys(outputs)

@@ -166,6 +166,12 @@ def read_runs(outputs: Path, name: str) -> list[RunRecord]:
     return sorted(found, key=lambda record: int(record.name.rpartition(".")[2])) or [read_run(outputs, name)]
 
 
+def require_outputs(outputs: Path) -> None:
+    """Raise `UserError` where no directory is: what looks at a whole store would find nothing wrong with it."""
+    if not outputs.is_dir():
+        raise UserError(f"there is nothing at {outputs}; give the --outputs of your runs")
+
+
 def run_names(outputs: Path) -> list[str]:
     """Names of all runs under `outputs`, the latest first."""
     records = sorted(outputs.glob(f"runs/*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -27,7 +27,6 @@ from pipeline.training.non_finite import MAX_SKIPPED_IN_A_ROW, RECORD, NonFinite
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.stage import run_stage
 from pipeline.training.strategies.portable import PlainStrategy
-from pipeline.training.watch import HANG_WATCH
 from pipeline.workflow.checkpoint import latest_checkpoint
 from pipeline.workflow.frozen import FrozenStage, write_frozen
 from pipeline.workflow.ownership import StageLost
@@ -302,24 +301,6 @@ def test_an_error_of_the_operating_system_that_is_not_about_space_is_no_full_dis
     failure = failure_of(frozen(tmp_path))
     assert not failure.is_user_error
     assert "Input/output error" in failure.message
-
-
-@pytest.mark.parametrize("ends", ["failed", "interrupted", "finished"])
-def test_whatever_ends_a_training_ends_the_watch_for_its_hanging(tmp_path: Path, ends: str):
-    """A watch that lived on would end the process minutes later, in the midst of whatever it does by then."""
-
-    def end(context: tiny.StageContext) -> None:
-        seen.append(HANG_WATCH in [thread.name for thread in threading.enumerate()])
-        if ends == "failed":
-            raise UserError("enough")
-        if ends == "interrupted":
-            context.interruption.set()
-
-    seen: list[bool] = []
-    SCRIPT.at_samples, SCRIPT.happens = 16, end
-    assert run(frozen(tmp_path, hang_after_s=300.0)).value == ends
-    assert seen == [True]
-    assert HANG_WATCH not in [thread.name for thread in threading.enumerate()]
 
 
 def noticed_at_the_checkpoint(_context: tiny.StageContext) -> None:
