@@ -1,14 +1,13 @@
 """The `unclip` command. Imports no torch: plans and finished runs answer at once."""
 
-import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from pipeline.errors import UserError, is_disk_full
+from pipeline.options import command_parser
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.progress import EXIT_INTERRUPTED
 
@@ -200,11 +199,11 @@ def _status(arguments: list[str]) -> int:
     from pipeline.launch.launcher import state_tables
     from pipeline.terminal.display import shown_path
     from pipeline.terminal.tables import unfinished_logs
-    from pipeline.workflow.runs import gather_pictures, is_finished, read_runs, run_names
+    from pipeline.workflow.runs import gather_pictures, is_finished, latest_run, read_runs, run_names
 
     outputs = options.outputs
     names = run_names(outputs)
-    title = options.run or (names[0] if names else "demo")
+    title = latest_run(outputs) if options.run is None else options.run
     records = read_runs(outputs, title)
     console = Console(highlight=False)
     tables, notes = state_tables(outputs, records, f"run {title}")
@@ -259,11 +258,11 @@ def _verify(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", dest="every", help="all that there is, of whichever run")
     options = parser.parse_args(arguments)
     from pipeline.terminal.verify import verify
-    from pipeline.workflow.runs import run_names
+    from pipeline.workflow.runs import latest_run
 
     if options.every and options.run is not None:
         raise UserError(f"--all does not go with {options.run}; give one of the two")
-    run = options.run or next(iter(run_names(options.outputs)), "demo")
+    run = latest_run(options.outputs) if options.run is None else options.run
     return verify(options.outputs, None if options.every else run)
 
 
@@ -278,7 +277,7 @@ def _compare(arguments: list[str]) -> int:
 
     parser = command_parser("compare", "Runs side by side, from their own records.")
     add_compare_options(parser)
-    return compare(parser.parse_args(arguments))
+    return compare(parser.parse_intermixed_args(arguments))
 
 
 def _card(arguments: list[str]) -> int:
@@ -294,7 +293,7 @@ def _board(arguments: list[str]) -> int:
 
     parser = command_parser("board", "The report of all runs in a browser, live.")
     add_board_options(parser)
-    return board(parser.parse_args(arguments))
+    return board(parser.parse_intermixed_args(arguments))
 
 
 def _shards(arguments: list[str]) -> int:
@@ -312,16 +311,7 @@ def _store(command: str, arguments: list[str]) -> int:
 
     parser = command_parser(command, _STORE[command])
     getattr(store, f"add_{command}_options")(parser)
-    return getattr(store, command)(parser.parse_args(arguments))
-
-
-def command_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """For a command that composes no config: it has `--outputs`, an absolute path, which says where runs are."""
-    parser = argparse.ArgumentParser(f"unclip {command}", description=description)
-    parser.add_argument(
-        "--outputs", type=lambda text: Path(text).absolute(), default="outputs", help="paths.outputs of the run"
-    )
-    return parser
+    return getattr(store, command)(parser.parse_intermixed_args(arguments))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.config_fault import first_fault
 from pipeline.errors import UserError
@@ -308,6 +308,13 @@ class PathSettings(Settings):
 
     outputs: Path
     also_read: tuple[Path, ...] = ()
+
+    @field_validator("also_read", mode="before")
+    @classmethod
+    def _is_a_list(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(f"{value!r} is one path and no list; write [{value}]")
+        return value
 
 
 class OnDamage(StrEnum):

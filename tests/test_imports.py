@@ -94,8 +94,8 @@ def test_the_workflow_imports_only_settings_and_errors_of_the_pipeline():
     assert offenders(sources("pipeline/workflow/**/*.py"), "pipeline", but=own) == []
 
 
-def test_the_data_layer_imports_only_settings_and_errors_of_the_pipeline():
-    own = ("pipeline.data", "pipeline.config", "pipeline.errors")
+def test_the_data_layer_imports_only_settings_options_and_errors_of_the_pipeline():
+    own = ("pipeline.data", "pipeline.config", "pipeline.options", "pipeline.errors")
     assert offenders(sources("pipeline/data/**/*.py"), "pipeline", but=own) == []
 
 
@@ -144,7 +144,7 @@ def test_the_terminal_imports_the_workflow_alone():
 
 
 def test_what_is_made_of_the_record_imports_the_workflow_and_no_training():
-    own = ("pipeline.tracking", "pipeline.workflow", "pipeline.config", "pipeline.errors")
+    own = ("pipeline.tracking", "pipeline.workflow", "pipeline.config", "pipeline.options", "pipeline.errors")
     paths = sources("pipeline/tracking/**/*.py")
     assert offenders(paths, "pipeline", but=own) == []
     heavy = [module for path in paths for module in imports_when_loaded(path) if is_within(module, *HEAVY, "wandb")]

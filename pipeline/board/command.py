@@ -13,7 +13,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from pipeline.board.content import Content, page_without_runs
 from pipeline.errors import UserError
+from pipeline.report.select import select_runs
 from pipeline.workflow.progress import EXIT_INTERRUPTED
+from pipeline.workflow.sealed import warn
 
 _COOKIE = "unclip-board"
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -32,6 +34,10 @@ def add_board_options(parser: argparse.ArgumentParser) -> None:
 def board(options: argparse.Namespace) -> int:
     """Serve until Ctrl-C. Raises `UserError` where that address cannot be had."""
     with make_server(options) as server:
+        try:
+            select_runs(options.outputs, options.runs or ["*"])
+        except UserError as error:
+            warn(f"{error}; the board shows what comes as soon as it is there")
         print(f"board: {server.url}  (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()

@@ -18,6 +18,7 @@ from pipeline.data.reasons import EXPLANATIONS
 from pipeline.data.shards import passed_over
 from pipeline.data.summary import IndexSummary, ShardEntry
 from pipeline.errors import UserError
+from pipeline.options import OptionParser
 
 EXIT_FAULTY = 1
 
@@ -27,7 +28,7 @@ _SHOWN_SHARDS = 3
 
 def shards_command(arguments: Sequence[str]) -> int:
     """Index or check the shards that are named."""
-    parser = argparse.ArgumentParser("unclip shards", description="Indices of WebDataset shards, and what is in them.")
+    parser = OptionParser("unclip shards", description="Indices of WebDataset shards, and what is in them.")
     actions = parser.add_subparsers(dest="action", required=True)
     index = actions.add_parser("index", help="walk shards and write an index beside them")
     check = actions.add_parser("check", help="read and decode every sample of indexed shards; exit status 1 for faults")

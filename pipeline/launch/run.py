@@ -24,7 +24,7 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
     `waits` says whether it is to return only when all is over, `accepts_code` whether checkpoints of other code are
     gone on from. Raises `UserError` before anything is written or started, where a run cannot work.
     """
-    plans = _on_whole_inputs(plans, display)
+    plans = _on_whole_inputs(plans, None if waits else display)
     if not plans:
         return []
     require_unblocked(plans)
@@ -59,24 +59,32 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
     return outcomes
 
 
-def _on_whole_inputs(plans: Sequence[Plan], display: Display) -> Sequence[Plan]:
+def _on_whole_inputs(plans: Sequence[Plan], display: Display | None) -> Sequence[Plan]:
     """These plans, or others where finished stages that they build on are damaged: those are set aside, and run anew.
 
-    Raises `DamagedArtifactError` where they are not to be.
+    The display is told of that, if there is one: a stage that starts here says it itself. Raises
+    `DamagedArtifactError` where they are not to be.
     """
     found: set[tuple[ArtifactStore, StageKey]] = set()
     while True:
         stages = [stage for plan in plans for stage in plan.stages]
         to_run = [each.frozen for each in stages if each.frozen is not None and each.action is not Action.REUSE]
+        checks = {
+            (plan.store, stage.frozen.key): plan.store.verify_elsewhere
+            for plan in plans
+            for stage in plan.stages
+            if stage.frozen is not None and stage.action is Action.REUSE and plan.store.also_read
+        } | {(each.store, key): each.store.open for each in to_run for key in (*each.reads, each.key)}
         before = len(found)
-        for store, key in {(each.store, key) for each in to_run for key in (*each.reads, each.key)}:
+        for (store, key), check in checks.items():
             try:
-                store.open(*key)
+                check(*key)
             except DamagedArtifactError as damage:
                 # What is found again could not be set aside.
                 if (store, key) in found or any(plan.config.store.on_damage is OnDamage.STOP for plan in plans):
                     raise
-                display.note(str(damage))
+                if display is not None:
+                    display.note(f"{damage.fault}; it is made anew")
                 found.add((store, key))
         if len(found) == before:
             return plans

@@ -16,7 +16,7 @@ from pipeline.picture_grid import read_layout
 from pipeline.report.evaluations import EvaluationRecord, read_evaluations
 from pipeline.report.metrics import format_interval, is_bound
 from pipeline.report.pictures import latest_grid
-from pipeline.report.records import Comparison, RunReport, StageReport
+from pipeline.report.records import Comparison, RunReport, StageReport, State
 from pipeline.report.table import format_hours, totals
 from pipeline.terminal.words import format_duration
 from pipeline.workflow.artifacts import Artifact
@@ -78,7 +78,7 @@ def _front_matter(run: RunReport) -> str:
 
 
 def _summary(comparison: Comparison, run: RunReport) -> str:
-    finished = sum(stage.is_finished for stage in run.stages)
+    finished = sum(stage.state is State.FINISHED for stage in run.stages)
     cost = totals(run.stages, comparison)
     state = (
         "finished" if finished == len(run.stages) else f"{run.state.value}, {finished} of {len(run.stages)} stages done"

@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.errors import UserError
-from pipeline.report.records import read_comparison
+from pipeline.report.records import State, read_comparison
 from pipeline.report.select import select_runs
 from pipeline.report.sweep import SweepView, chosen_metric
 from pipeline.report.table import columns, named_columns, table_csv, table_json
 from pipeline.report.terminal import print_comparison, print_effects
 from pipeline.workflow.runs import read_run
+from pipeline.workflow.sealed import warn
 
 
 def add_compare_options(parser: argparse.ArgumentParser) -> None:
@@ -90,5 +91,8 @@ def card(options: argparse.Namespace) -> int:
         raise UserError(
             f"the card of {options.run} cannot be written ({error.strerror}: {error.filename}); {remedy}"
         ) from error
+    for stage in comparison.runs[0].stages:
+        if stage.state is State.DAMAGED:
+            warn(f"stage {stage.name} is damaged: {stage.detail}")
     print(f"card: {written}")
     return 0

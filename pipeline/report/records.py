@@ -13,7 +13,7 @@ from pipeline.terminal.tables import DAMAGED, stage_state
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.progress import latest_checkpoint_samples, read_hardware, read_progress
 from pipeline.workflow.record import METRICS
-from pipeline.workflow.runs import RunRecord, RunStage, read_run
+from pipeline.workflow.runs import RunRecord, RunStage, read_run, store_of
 
 ROWS_SO_FAR = 100
 _SECONDS_PER_HOUR = 3600
@@ -147,7 +147,7 @@ class Comparison:
 
 def read_comparison(outputs: Path, records: Sequence[RunRecord]) -> Comparison:
     """Read all that a report of these runs needs; a stage that several share is read once."""
-    store = ArtifactStore(outputs)
+    store = store_of(outputs, records)
     known: dict[str, StageReport] = {}
     users: dict[str, list[str]] = {}
     runs = []
@@ -162,7 +162,7 @@ def read_comparison(outputs: Path, records: Sequence[RunRecord]) -> Comparison:
 
 def _read_stage(store: ArtifactStore, record: RunRecord, stage: RunStage) -> StageReport:
     work = store.work(stage.name, stage.fingerprint)
-    artifact = store.find(stage.name, stage.fingerprint)
+    artifact = store.readable(stage.name, stage.fingerprint)
     state, detail = stage_state(store, stage)
     if artifact is not None:
         manifest = artifact.manifest

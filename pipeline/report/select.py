@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.workflow.runs import RunRecord, read_run, read_runs, run_names
+from pipeline.workflow.runs import DamagedRunError, RunRecord, read_readable, read_runs, run_names
 
 SWEEP = "sweep:"
 _WILD = re.compile(r"[*?\[]")
@@ -34,13 +34,13 @@ def select_runs(outputs: Path, names: Sequence[str]) -> Selection:
     for name in names:
         records, left_out = _selected(outputs, name)
         found |= {record.name: record for record in records if record.name not in found}
-        unreadable |= dict.fromkeys(left_out)
+        unreadable |= dict.fromkeys(map(str, left_out))
         if name.startswith(SWEEP):
             members += [record.name for record in records]
     return Selection(tuple(found.values()), tuple(members), tuple(unreadable))
 
 
-def _selected(outputs: Path, name: str) -> tuple[list[RunRecord], list[str]]:
+def _selected(outputs: Path, name: str) -> tuple[list[RunRecord], list[DamagedRunError]]:
     if name.startswith(SWEEP):
         return _sweep(outputs, name.removeprefix(SWEEP))
     if not _WILD.search(name):
@@ -50,31 +50,20 @@ def _selected(outputs: Path, name: str) -> tuple[list[RunRecord], list[str]]:
     if not matching:
         known = f"runs there: {', '.join(there)}" if there else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run matches {name!r} under {outputs}; {known}")
-    records, unreadable = _readable(outputs, matching)
+    records, unreadable = read_readable(outputs, matching)
     if not records:
-        raise UserError(unreadable[0])
+        raise unreadable[0]
     return records, unreadable
 
 
-def _sweep(outputs: Path, name: str) -> tuple[list[RunRecord], list[str]]:
-    records, unreadable = _readable(outputs, sorted(run_names(outputs), key=_natural))
+def _sweep(outputs: Path, name: str) -> tuple[list[RunRecord], list[DamagedRunError]]:
+    records, unreadable = read_readable(outputs, sorted(run_names(outputs), key=_natural))
     members = [record for record in records if record.group == name]
     if not members:
         sweeps = list(dict.fromkeys(record.group for record in records if record.group != record.name))
         known = f"sweeps there: {', '.join(sweeps)}" if sweeps else "start one with `unclip run -m`"
         raise UserError(f"no sweep {name!r} under {outputs}; {known}")
     return members, unreadable
-
-
-def _readable(outputs: Path, names: Sequence[str]) -> tuple[list[RunRecord], list[str]]:
-    """Records, and why others cannot be read: one broken run must not stand in the way of all."""
-    records, unreadable = [], []
-    for name in names:
-        try:
-            records.append(read_run(outputs, name))
-        except UserError as error:
-            unreadable.append(str(error))
-    return records, unreadable
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

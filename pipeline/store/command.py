@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,8 @@ def du(options: argparse.Namespace) -> int:
     """Print what is held, shared and not needed."""
     require_outputs(options.outputs)
     usage = usage_of(options.outputs)
+    for line in usage.unreadable:
+        print(f"left out: {line}", file=sys.stderr)
     if options.json:
         print(json.dumps(asdict(usage), indent=2))
         return 0
@@ -153,11 +156,12 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
     """What `unclip push` takes beside `--outputs`."""
     parser.add_argument("run", help="name of a run")
     parser.add_argument("url", help="where to: s3://BUCKET/PREFIX, a directory, or any other URL of fsspec's")
+    parser.add_argument("--anew", action="store_true", help="what is there too, as where a file there is damaged")
 
 
 def push(options: argparse.Namespace) -> int:
     """Copy it there."""
-    remote.push(options.outputs, options.run, options.url, print)
+    remote.push(options.outputs, options.run, options.url, print, is_anew=options.anew)
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.launch.launcher import launchers
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
-from pipeline.workflow.frozen import FrozenStage, StageKey, read_frozen
+from pipeline.workflow.frozen import FROZEN, FrozenStage, StageKey, read_frozen
 from pipeline.workflow.in_use import commands_at_work
 from pipeline.workflow.ownership import at_work
 from pipeline.workflow.runs import RunRecord, earlier_records, keys_of, read_run, run_directory, run_names
@@ -59,11 +59,11 @@ class References:
 def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection[str] = ()) -> References:
     """Read all records of the store, but for those of the runs `without`; `jobs` is what `jobs_at_work` gave.
 
-    Raises `UserError` where a run's record cannot be read: what that run needs is not known.
+    Raises `DamagedRunError` where a run's record cannot be read: what that run needs is not known.
     """
     inputs, commands = _Inputs(outputs), commands_at_work(outputs)
     records = {name: read_run(outputs, name) for name in run_names(outputs) if name not in without}
-    pinned = {name for name in records if (run_directory(outputs, name) / PIN).exists()}
+    pinned = {name for name in run_names(outputs) if (run_directory(outputs, name) / PIN).exists()}
     users: dict[StageKey, dict[str, None]] = {}
     earlier: dict[StageKey, Earlier] = {}
     code = {digest for needs in commands for digest in needs.code}
@@ -84,7 +84,7 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
     planned = {key: "a command at work has planned with it" for needs in commands for key in needs.stages}
     at_hand = planned | directly
     needed_by = {each: f"{key[0]} needs it: {why}" for key, why in at_hand.items() for each in inputs.with_all([key])}
-    busy_runs = {name: "a command is at work on it" for needs in commands for name in needs.runs if name in records}
+    busy_runs = {name: "a command is at work on it" for needs in commands for name in needs.runs}
     for name, record in records.items():
         for key in keys_of(record):
             if key in directly:
@@ -147,7 +147,7 @@ class _Inputs:
 
     def frozen_of(self, key: StageKey) -> Iterator[FrozenStage]:
         """What a stage was or will be started by."""
-        yield from map(read_frozen, (self._store.work(*key) / "frozen").glob("*.json"))
+        yield from map(read_frozen, (self._store.work(*key) / FROZEN).glob("*.json"))
 
     def is_finished(self, key: StageKey) -> bool:
         """Whether its artifact is there."""

@@ -5,8 +5,8 @@ what has one is whole; the record of the run comes last.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -15,9 +15,21 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError, is_disk_full
 from pipeline.terminal.words import format_bytes
-from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, read_artifact, write_json_atomically
+from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, DamagedArtifactError, read_artifact
+from pipeline.workflow.digests import fault
 from pipeline.workflow.in_use import store_lock
-from pipeline.workflow.runs import RECORD, RunRecord, read_run, run_artifacts, run_directory
+from pipeline.workflow.publish import publish
+from pipeline.workflow.runs import (
+    RECORD,
+    DamagedRunError,
+    RunRecord,
+    RunStage,
+    read_run,
+    run_artifacts,
+    run_directory,
+    store_of,
+)
+from pipeline.workflow.sealed import write_json_atomically
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -47,10 +59,21 @@ class RemoteStore:
         self._filesystem: AbstractFileSystem = found[0]
         self._root: str = found[1]
 
-    def has(self, name: str) -> bool:
-        """Whether there is a file of that name, now."""
-        with self._said(name):
-            return bool(self._filesystem.isfile(self._at(name)))
+    def sizes_in(self, directory: str) -> dict[str, int]:
+        """The files below a directory, now, and their bytes; nothing where there is none."""
+        at = self._at(directory)
+        try:
+            with self._said(directory):
+                found = self._filesystem.find(at, detail=True)
+        except FileNotFoundError:
+            return {}
+        sizes = dict(found)
+        return {path.removeprefix(f"{at}/"): entry["size"] for path, entry in sizes.items()}
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        with self._said(name, is_read=False):
+            self._filesystem.rm_file(self._at(name))
 
     def put(self, file: Path, name: str) -> None:
         """Write a file there."""
@@ -90,8 +113,11 @@ class RemoteStore:
             ) from error
 
 
-def push(outputs: Path, name: str, url: str, say: Say) -> None:
-    """Copy a run and its finished stages there. Raises `UserError` where nothing is finished, or it is not possible."""
+def push(outputs: Path, name: str, url: str, say: Say, *, is_anew: bool = False) -> None:
+    """Copy a run and its finished stages there: what is there is left, unless a file is cut or missing, or `is_anew`.
+
+    Raises `UserError` where nothing is finished, where a finished stage is damaged, or it is not possible.
+    """
     record = read_run(outputs, name)
     artifacts = run_artifacts(outputs, record)
     if not artifacts:
@@ -100,17 +126,26 @@ def push(outputs: Path, name: str, url: str, say: Say) -> None:
     _require_same_run(remote, record)
     for artifact in artifacts.values():
         title, place = _title(artifact), f"artifacts/{artifact.name}"
-        if remote.has(f"{place}/{MANIFEST}"):
+        sizes = remote.sizes_in(place)
+        if not is_anew and _is_whole(remote, place, sizes):
             say(f"{title}  is there")
             continue
         artifact = artifact.opened()
+        if MANIFEST in sizes:  # none is there for as long as its files are not
+            remote.remove(f"{place}/{MANIFEST}")
         for each in artifact.manifest.files:
             remote.put(artifact.path / each.path, f"{place}/{each.path}")
         remote.put(artifact.path / MANIFEST, f"{place}/{MANIFEST}")
         say(f"{title}  pushed, {_size(artifact)}")
     remote.put(run_directory(outputs, name) / RECORD, f"runs/{name}/{RECORD}")
-    left = [stage.name for stage in record.stages if stage.name not in artifacts]
-    say(f"run {name} is at {remote.url}" + (f", without {', '.join(left)}, not finished" if left else ""))
+    left = [stage for stage in record.stages if stage.name not in artifacts]
+    store = store_of(outputs, [record])
+    for stage in left:
+        damage = store.known_damage(stage.name, stage.fingerprint)
+        if damage is not None:
+            raise UserError(f"run {name} is at {remote.url}, without {stage.name}: {damage}")
+    names = ", ".join(stage.name for stage in left)
+    say(f"run {name} is at {remote.url}" + (f", without {names}, not finished" if left else ""))
 
 
 def pull(outputs: Path, name: str, url: str, say: Say) -> None:
@@ -135,7 +170,7 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
                     f"another run {name} is here; rename it (unclip mv {name} NEW), or give another --outputs"
                 )
             store = ArtifactStore(outputs)
-            fetched = [_fetch(remote, staging, store, stage.name, stage.fingerprint, say) for stage in record.stages]
+            fetched = [_fetch(remote, staging, store, record, stage, say) for stage in record.stages]
             with store_lock(outputs):
                 mine.parent.mkdir(parents=True, exist_ok=True)
                 write_json_atomically(mine, record.model_dump(mode="json"))
@@ -154,11 +189,22 @@ def _fetched_run(remote: RemoteStore, staging: Path, name: str) -> RunRecord:
         known = f"runs there: {', '.join(names)}" if names else "nothing was pushed there"
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"no run {name!r} at {remote.url}; {known}") from error
-    return read_run(staging, name)
+    try:
+        return read_run(staging, name)
+    except DamagedRunError as error:
+        raise _damaged_there(remote, name, f"runs/{name}/{RECORD}") from error
 
 
-def _fetch(remote: RemoteStore, staging: Path, store: ArtifactStore, stage: str, fingerprint: str, say: Say) -> bool:
+def _damaged_there(remote: RemoteStore, run: str, what: str) -> UserError:
+    remedy = f"where the run is whole, type unclip push {run} {remote.url} --anew, then pull it again"
+    return UserError(f"{remote.url}/{what} is damaged; {remedy}")
+
+
+def _fetch(
+    remote: RemoteStore, staging: Path, store: ArtifactStore, record: RunRecord, run_stage: RunStage, say: Say
+) -> bool:
     """Fetch an artifact, unless it is here; whether there is one."""
+    stage, fingerprint = run_stage.name, run_stage.fingerprint
     if store.find(stage, fingerprint) is not None:
         say(f"{stage}/{fingerprint[:12]}  is here")
         return True
@@ -168,7 +214,10 @@ def _fetch(remote: RemoteStore, staging: Path, store: ArtifactStore, stage: str,
         remote.get(f"{at}/{MANIFEST}", place / MANIFEST)
     except FileNotFoundError:
         return False
-    artifact = read_artifact(place)
+    try:
+        artifact = read_artifact(place)
+    except DamagedArtifactError as error:
+        raise _damaged_there(remote, record.name, f"{at}/{MANIFEST}") from error
     assert artifact is not None, "its manifest was fetched"
     if (artifact.manifest.stage, artifact.manifest.fingerprint) != (stage, fingerprint):
         raise UserError(
@@ -183,9 +232,12 @@ def _fetch(remote: RemoteStore, staging: Path, store: ArtifactStore, stage: str,
                 remote.get(f"{at}/{each.path}", file)
             except FileNotFoundError as error:
                 raise UserError(f"{remote.url}/{at}/{each.path} is missing; push the run again") from error
-    ArtifactStore(staging).open(stage, fingerprint, anew=True)
+    for each in artifact.manifest.files:
+        if fault(place, [each]) is not None:
+            (place / each.path).unlink()  # to be fetched anew
+            raise _damaged_there(remote, record.name, f"{at}/{each.path}")
     store.path(stage, fingerprint).parent.mkdir(parents=True, exist_ok=True)
-    published = store.publish(place, artifact.manifest)
+    published = publish(store, place, artifact.manifest)
     say(f"{_title(published)}  pulled, {_size(published)}")
     return True
 
@@ -199,8 +251,23 @@ def _require_same_run(remote: RemoteStore, record: RunRecord) -> None:
             remote.get(f"runs/{name}/{RECORD}", run_directory(there, name) / RECORD)
         except FileNotFoundError:
             return
-        if not _is_same(read_run(there, name), record):
+        with suppress(DamagedRunError):  # one is written in its place
+            if _is_same(read_run(there, name), record):
+                return
             raise UserError(f"another run {name} is at {remote.url}; rename this one: unclip mv {name} NEW")
+
+
+def _is_whole(remote: RemoteStore, place: str, sizes: Mapping[str, int]) -> bool:
+    """Whether an artifact there is complete, as far as sizes tell."""
+    if MANIFEST not in sizes:
+        return False
+    with TemporaryDirectory() as temporary:
+        remote.get(f"{place}/{MANIFEST}", Path(temporary) / MANIFEST)
+        try:
+            artifact = read_artifact(Path(temporary))
+        except UserError:
+            return False
+    return artifact is not None and all(sizes.get(each.path) == each.size for each in artifact.manifest.files)
 
 
 def _is_same(one: RunRecord, other: RunRecord) -> bool:

@@ -14,6 +14,7 @@ from pipeline.store.trash import set_aside
 from pipeline.workflow.in_use import store_lock
 from pipeline.workflow.runs import (
     RECORD,
+    DamagedRunError,
     earlier_records,
     keys_of,
     read_run,
@@ -35,20 +36,36 @@ class Removal:
 def removal_of(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:
     """What removing these runs and sweeps takes: their folders, and what no other run needs.
 
-    Raises `UserError` where one is not there, is pinned, or is at work.
+    With one whose record is damaged goes its folder; what it needed is left to `unclip gc`. Raises `UserError` where
+    one is not there, is pinned, or is at work.
     """
-    names = list(dict.fromkeys(record.name for name in given for record in read_runs(outputs, name)))
-    references = read_references(outputs, jobs)
+    names, damaged = _names_of(outputs, given)
+    references = read_references(outputs, jobs, without=damaged)
     _require_idle(references, names)
     for name in names:
         if name in references.pinned:
             raise UserError(f"run {name} is pinned; unclip gc --unpin {name} first")
-    theirs = {key for name in names for key in references.of_runs[name]}
+    theirs = {key for name in names for key in references.of_runs.get(name, ())}
     theirs |= {key for name in names for record in earlier_records(outputs, name).values() for key in keys_of(record)}
     after = read_references(outputs, jobs, without=names)
     unneeded = removables(outputs, after, keeps_checkpoints=True, takes_caches=False)
     of_theirs = (each for each in unneeded if each.key in theirs)
     return Removal(names, split(of_theirs, lambda each: obstacle(outputs, each, after)))
+
+
+def _names_of(outputs: Path, given: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The runs behind names of runs and sweeps; and those of them whose record is damaged."""
+    names: dict[str, None] = {}
+    damaged: list[str] = []
+    for name in given:
+        try:
+            names |= dict.fromkeys(record.name for record in read_runs(outputs, name))
+        except DamagedRunError as error:
+            if error.run != name:
+                raise
+            names[name] = None
+            damaged.append(name)
+    return list(names), damaged
 
 
 def remove_runs(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:

@@ -11,7 +11,7 @@ from pipeline.store.references import entries, read_references
 from pipeline.store.removable import measured, removables
 from pipeline.store.trash import in_trash
 from pipeline.workflow.frozen import StageKey
-from pipeline.workflow.runs import run_directory
+from pipeline.workflow.runs import read_readable, run_directory, run_names
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Usage:
     sweeps: Sequence[Holding]
     rest: Mapping[str, int]
     total_bytes: int
+    unreadable: Sequence[str]
 
 
 def usage_of(outputs: Path) -> Usage:
     """Measure it."""
-    references = read_references(outputs, jobs={})
+    _, damaged = read_readable(outputs, run_names(outputs))
+    references = read_references(outputs, jobs={}, without=[each.run for each in damaged])
     sizes: Counter[StageKey] = Counter()
     for key, path in chain(entries(outputs, "artifacts"), entries(outputs, "work")):
         sizes[key] += measured(path).size_bytes
@@ -70,6 +72,7 @@ def usage_of(outputs: Path) -> Usage:
         _largest_first(holding(name, members) for name, members in sweeps.items() if len(members) > 1),
         {what: size for what, size in rest.most_common() if size},
         measured(outputs).size_bytes,
+        tuple(f"{each}; until then, what it alone needs counts as needed by none" for each in damaged),
     )
 
 

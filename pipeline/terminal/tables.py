@@ -5,11 +5,11 @@ from pathlib import Path
 from rich.table import Table
 
 from pipeline.terminal.words import format_duration, progress_line
-from pipeline.workflow.artifacts import REMEDY, Artifact, ArtifactStore
+from pipeline.workflow.artifacts import Artifact, ArtifactStore, DamagedArtifactError
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress
-from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts
+from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts, store_of
 
 DAMAGED = "damaged"
 """The state of what was finished and is not what its manifest says."""
@@ -46,7 +46,7 @@ def metrics_line(artifact: Artifact) -> str:
 
 def status_table(outputs: Path, record: RunRecord) -> Table:
     """Where each stage of a run stands, from its files alone."""
-    store = ArtifactStore(outputs)
+    store = store_of(outputs, [record])
     table = new_table(f"run {record.name}", "stage", "state", "progress", "fingerprint")
     for stage in record.stages:
         table.add_row(stage.name, *stage_state(store, stage), stage.fingerprint[:12])
@@ -59,7 +59,7 @@ def unfinished_logs(outputs: Path, record: RunRecord) -> list[Path]:
     logs = [
         store.work(stage.name, stage.fingerprint) / LOG
         for stage in record.stages
-        if store.find(stage.name, stage.fingerprint) is None
+        if store.readable(stage.name, stage.fingerprint) is None
     ]
     return [log for log in logs if log.exists()]
 
@@ -74,11 +74,14 @@ def new_table(title: str, *columns: str) -> Table:
 
 def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
     """(state, detail) of one stage."""
-    artifact = store.find(stage.name, stage.fingerprint)
+    try:
+        artifact = store.own(stage.name, stage.fingerprint)
+        damage = None if artifact is None else artifact.seen_damage()
+    except DamagedArtifactError as error:
+        artifact, damage = None, error
+    if damage is not None:
+        return DAMAGED, str(damage)
     if artifact is not None:
-        damage = artifact.seen_damage()
-        if damage is not None:
-            return DAMAGED, f"{damage}; {REMEDY}"
         others = store.made_anew_since(artifact.manifest.inputs_sha256)
         parts = format_duration(artifact.manifest.duration_s), metrics_line(artifact), others
         return "finished", " · ".join(filter(None, parts))
@@ -91,7 +94,7 @@ def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
     if progress is None or progress.is_silent:
         damage = store.known_damage(stage.name, stage.fingerprint)
         if damage is not None:
-            return DAMAGED, f"{damage}; {REMEDY}"
+            return DAMAGED, str(damage)
     if progress is None:
         return "waiting", ""
     if progress.phase in (Phase.INTERRUPTED, Phase.FAILED):

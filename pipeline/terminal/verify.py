@@ -1,16 +1,17 @@
 """`unclip verify`: reads everything that has a digest, whatever was verified before."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore, DamagedArtifactError
 from pipeline.workflow.checkpoint import checkpoints
-from pipeline.workflow.frozen import StageKey
-from pipeline.workflow.runs import RECORD, read_runs, require_outputs, run_directory
+from pipeline.workflow.frozen import FROZEN, StageKey
+from pipeline.workflow.runs import keys_of, read_readable, read_runs, require_outputs, run_names, store_of
 from pipeline.workflow.sealed import DamagedRecordError, read_json
 
-_RECORDS = ("*.json", "frozen/*.json", "jobs/*.json", "attempts/*.json")
+_RECORDS = ("*.json", f"{FROZEN}/*.json", "jobs/*.json", "attempts/*.json")
 """In a work directory. Those of checkpoints are read with them."""
 
 
@@ -21,15 +22,18 @@ def verify(outputs: Path, run: str | None) -> int:
     they are damaged. Raises `UserError` at the end where something is.
     """
     require_outputs(outputs)
-    store = ArtifactStore(outputs)
+    damaged = 0
     if run is None:
+        runs, unreadable = read_readable(outputs, run_names(outputs))
+        for error in unreadable:
+            print(error, flush=True)
+            damaged += 1
         keys = _keys(outputs)
-        records = [*outputs.glob(f"runs/*/{RECORD}")]
     else:
         runs = read_runs(outputs, run)
-        keys = list(dict.fromkeys((each.name, each.fingerprint) for record in runs for each in record.stages))
-        records = [run_directory(outputs, record.name) / RECORD for record in runs]
-    damaged = 0
+        keys = list(dict.fromkeys(key for record in runs for key in keys_of(record)))
+    store = store_of(outputs, runs)
+    records: list[Path] = []
     for key in keys:
         for line, is_whole in _findings(store, key):
             print(line, flush=True)
@@ -40,7 +44,9 @@ def verify(outputs: Path, run: str | None) -> int:
         try:
             read_json(path)
         except DamagedRecordError as error:
-            print(error, flush=True)
+            is_needed = path.parent.name == FROZEN
+            remedy = "run it again, which writes it anew" if is_needed else "it is left out, and can be removed"
+            print(f"{error}; {remedy}", flush=True)
             damaged += 1
         except FileNotFoundError:
             continue
@@ -63,14 +69,13 @@ def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]
             files = artifact.manifest.files
             size = sum(file.size for file in files) / 2**20
             others = store.made_anew_since(artifact.manifest.inputs_sha256)
+            with suppress(OSError):  # whoever put its manifest back has left the one that was set aside
+                (artifact.path / SET_ASIDE).unlink()
             yield f"{name}: whole ({len(files)} files, {size:,.1f} MiB){others and '; '}{others}", True
         elif store.take_back(*key):
             yield f"{name}: whole again, and taken back", True
-        elif (store.path(*key) / SET_ASIDE).exists():
-            yield f"{name}: {DamagedArtifactError(f'{store.path(*key)} is damaged, and set aside')}", False
-        elif store.path(*key).is_dir():  # what is not finished lies elsewhere
-            manifest = store.path(*key) / MANIFEST
-            yield f"{name}: {manifest} is gone; put it back, or run again, which makes the stage anew", False
+        elif (damage := store.known_damage(*key)) is not None:
+            yield f"{name}: {damage}", False
     except DamagedArtifactError as error:
         yield f"{name}: {error}", False
     for path, checkpoint in checkpoints(store.work(*key)):

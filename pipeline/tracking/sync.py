@@ -1,6 +1,5 @@
 """`unclip sync`: sends W&B what it lacks of the stages' records, as they were offline, cut off or killed."""
 
-import argparse
 import tempfile
 import threading
 import urllib.error
@@ -10,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import StageInterrupted, UserError
+from pipeline.options import command_parser
 from pipeline.tracking.sending import has_all, start_sender
 from pipeline.tracking.wandb_record import WANDB, WandbRecord, read_record
 from pipeline.tracking.wandb_run import Ending
 from pipeline.workflow.artifacts import ArtifactStore
-from pipeline.workflow.frozen import FrozenStage, read_frozen
+from pipeline.workflow.frozen import FROZEN, FrozenStage, read_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
 from pipeline.workflow.record import Replay
@@ -27,14 +27,12 @@ _ENDINGS = {Phase.INTERRUPTED: Ending.INTERRUPTED, Phase.FAILED: Ending.FAILED}
 
 def main(arguments: Sequence[str]) -> int:
     """Send it; the exit status is 0, also where there was nothing to do."""
-    parser = argparse.ArgumentParser("unclip sync", description="Send W&B what it lacks of the runs here, once.")
+    parser = command_parser("sync", "Send W&B what it lacks of the runs here, once.")
     parser.add_argument("run", nargs="?", help="name of a run or sweep; without it, all stages")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="paths.outputs of the run")
     options = parser.parse_args(arguments)
-    outputs = options.outputs.absolute()
     import wandb
 
-    works = _works(outputs, options.run)
+    works = _works(options.outputs, options.run)
     for log in _kept_by_earlier_versions(works):
         print(f"{log} is of an earlier version: `wandb sync {log}` uploads it")
     result = sync(works, wandb.setup().settings.base_url)
@@ -135,7 +133,7 @@ def _send(work: Path, record: WandbRecord) -> None:
 
 
 def _last_frozen(work: Path) -> FrozenStage:
-    files = sorted((work / "frozen").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    files = sorted((work / FROZEN).glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise UserError(f"{work} has no frozen stage, from which W&B's config could be told; run the stage again")
     # Of another host the outputs may have another path here.

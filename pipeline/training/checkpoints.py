@@ -12,9 +12,9 @@ from pipeline.training.context import StageContext
 from pipeline.training.ranks import gather_objects
 from pipeline.training.strategies.part import CheckpointPart
 from pipeline.training.strategies.portable import PortableStrategy
-from pipeline.workflow.artifacts import sync
 from pipeline.workflow.checkpoint import SUFFIX, latest_checkpoint
 from pipeline.workflow.progress import CHECKPOINTS
+from pipeline.workflow.publish import sync
 from pipeline.workflow.record import size_of_rows
 from pipeline.workflow.sealed import write_json_atomically
 

@@ -35,6 +35,7 @@ from pipeline.workflow.progress import (
     read_hardware,
     write_failure,
 )
+from pipeline.workflow.publish import publish, start_building
 from pipeline.workflow.record import write_rows
 
 
@@ -145,7 +146,7 @@ def _run_and_publish(attempt: Attempt) -> None:
     attempt.ownership.require()
     output = frozen.work
     if attempt.is_first_process:
-        output = frozen.store.start_building(frozen.stage, frozen.fingerprint, attempt.ownership.attempt)
+        output = start_building(frozen.store, frozen.stage, frozen.fingerprint, attempt.ownership.attempt)
         begin_with(frozen.work, chain(*inputs.values()), goes_on=checkpoint is not None)
         if record is not None:
             code.begin(frozen.work, record)
@@ -197,4 +198,4 @@ def _publish(context: StageContext, result: StageResult, spent: Spent, version: 
         tracking=wandb_run.published() if wandb_run else {},
         files=describe_files(context.output),
     )
-    frozen.store.publish(context.output, manifest, before_rename=context.ownership.require)
+    publish(frozen.store, context.output, manifest, before_rename=context.ownership.require)

@@ -1,23 +1,27 @@
 """What stages publish: `artifacts/<stage>/<fingerprint>/`, complete with its manifest or not there at all."""
 
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.config import Settings, validate
 from pipeline.errors import UserError
 from pipeline.workflow.digests import FileRecord, fault, size_fault
 from pipeline.workflow.record import METRICS
-from pipeline.workflow.sealed import DamagedRecordError, digest_of, read_json, warn, write_json_atomically
+from pipeline.workflow.sealed import (
+    DamagedRecordError,
+    digest_of,
+    read_json,
+    read_or_none,
+    warn,
+    write_json_atomically,
+)
 
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -25,20 +29,32 @@ SET_ASIDE = "damaged.json"
 """The manifest's name once a file was found damaged. The files stay where they are, for those who have them open."""
 VERIFIED = "verified"
 """In the work directory: what each host has verified."""
+FOUND_DAMAGED = "damage.json"
+"""In the work directory: which file was found damaged. It counts for as long as the artifact is not there."""
 CODE_RECORD = "code.json"
 SCHEMA_VERSION = 1
 REMEDY = (
     "run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there and "
     "`unclip verify` takes it back"
 )
+REMEDY_OF_OTHERS = (
+    "it is in another store: run it again with store.on_damage=rebuild to make it here, or once its owner has mended it"
+)
 
 
 class DamagedArtifactError(UserError):
     """A file of an artifact is not what its manifest says; `fault` says which, and how it differs."""
 
-    def __init__(self, fault: str, consequence: str = "") -> None:
-        super().__init__(f"{fault}{consequence}; {REMEDY}")
+    def __init__(self, fault: str, consequence: str = "", remedy: str = REMEDY) -> None:
+        super().__init__(f"{fault}{consequence}; {remedy}")
         self.fault = fault
+
+
+class _FoundDamaged(Settings):
+    fault: str
+
+
+_FOUND_DAMAGED = TypeAdapter(_FoundDamaged)
 
 
 class Numbers(Settings):
@@ -113,13 +129,14 @@ class Artifact:
                 warn(f"{damage}; it is not shown")
         return whole
 
-    def seen_damage(self) -> str | None:
+    def seen_damage(self) -> UserError | None:
         """What is wrong with it as far as sizes tell, and what is in its pictures, which this host reads once."""
         try:
             pictures = self._pictures
-            return size_fault(self.path, self.manifest.files) or (self._fault_of(pictures) if pictures else None)
+            found = size_fault(self.path, self.manifest.files) or (self._fault_of(pictures) if pictures else None)
         except UserError as error:
-            return str(error)
+            return error
+        return None if found is None else DamagedArtifactError(found, remedy=_remedy_at(self.path))
 
     def opened(self) -> "Artifact":
         """The same for whoever uses its files. Raises `UserError` where one is damaged: see `ArtifactStore.open`."""
@@ -153,29 +170,47 @@ class ArtifactStore:
         """Where what is in progress is kept: checkpoints, logs, tracking."""
         return self.outputs / "work" / stage / fingerprint
 
+    def own(self, stage: str, fingerprint: str) -> Artifact | None:
+        """The artifact that is published here, or None."""
+        return read_artifact(self.path(stage, fingerprint))
+
+    def readable(self, stage: str, fingerprint: str) -> Artifact | None:
+        """The same; None too where its manifest is damaged, of which `known_damage` tells."""
+        with suppress(DamagedArtifactError):
+            return self.own(stage, fingerprint)
+        return None
+
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """The published artifact, or None."""
-        stores = (self, *map(ArtifactStore, self.also_read))
-        found = (read_artifact(store.path(stage, fingerprint)) for store in stores)
-        return next((artifact for artifact in found if artifact is not None), None)
+        """The published artifact, or None. Of those in other stores it is none that is known to be damaged."""
+        return self.own(stage, fingerprint) or self._elsewhere(stage, fingerprint)[0]
 
     def link(self, stage: str, fingerprint: str) -> None:
         """Where an artifact was found in another store, have it here too, by a link to there.
 
-        Raises `UserError` where it is damaged.
+        Raises `DamagedArtifactError` where it is damaged.
         """
         found, here = self.find(stage, fingerprint), self.path(stage, fingerprint)
         if found is None or found.path == here:
             return
-        damage = fault(found.path, found.manifest.files, self.work(stage, fingerprint) / VERIFIED)
-        if damage is not None:
-            remedy = "its owner can mend that; leave its store out of paths.also_read until then"
-            raise UserError(f"{damage}; {remedy}")
+        self.verify_elsewhere(stage, fingerprint)
         here.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # another command was as fast
             if here.is_symlink():  # to what has gone since
                 here.unlink(missing_ok=True)
             here.symlink_to(found.path.resolve(), target_is_directory=True)
+
+    def verify_elsewhere(self, stage: str, fingerprint: str) -> None:
+        """Read what was found in another store, unless this host has verified it.
+
+        Raises `DamagedArtifactError` where it is damaged, and remembers that: it is not found any more.
+        """
+        found = self.find(stage, fingerprint)
+        if found is None or found.path == self.path(stage, fingerprint):
+            return
+        damage = fault(found.path, found.manifest.files, self.work(stage, fingerprint) / VERIFIED)
+        if damage is not None:
+            self._remember(stage, fingerprint, damage)
+            raise DamagedArtifactError(damage, remedy=REMEDY_OF_OTHERS)
 
     def open(self, stage: str, fingerprint: str, *, anew: bool = False) -> Artifact | None:
         """The published artifact for whoever uses its files, which are what the manifest says; or None.
@@ -198,31 +233,78 @@ class ArtifactStore:
             found = error.fault
         if found is None:
             return artifact
+        self._remember(stage, fingerprint, found)
+        remedy = _remedy_at(directory)
         state = "is set aside" if _set_aside(directory, inode) else "is damaged"
-        raise DamagedArtifactError(found, f": stage {stage} {state}")
+        raise DamagedArtifactError(found, f": stage {stage} {state}", remedy)
 
     def take_back(self, stage: str, fingerprint: str) -> bool:
-        """Publish an artifact again that was set aside, if its files are what the manifest says by now."""
+        """Publish an artifact again that was set aside, if its files are what the manifest says by now.
+
+        Raises `DamagedArtifactError`, which names a file, where they are not.
+        """
         directory = self.path(stage, fingerprint)
-        try:
-            artifact = read_artifact(directory, SET_ASIDE)
-            if artifact is None or (directory / MANIFEST).exists() or self._fault(artifact, anew=True) is not None:
-                return False
-            (directory / SET_ASIDE).rename(directory / MANIFEST)
-        except (DamagedArtifactError, FileNotFoundError):
+        artifact = read_artifact(directory, SET_ASIDE)
+        if artifact is None or (directory / MANIFEST).exists():
             return False
+        found = self._fault(artifact, anew=True)
+        if found is not None:
+            self._remember(stage, fingerprint, found)
+            raise DamagedArtifactError(found, f": stage {stage} is set aside")
+        with suppress(FileNotFoundError):  # another process was as fast
+            (directory / SET_ASIDE).rename(directory / MANIFEST)
         return True
 
-    def known_damage(self, stage: str, fingerprint: str) -> str | None:
-        """What is wrong with an artifact as far as it can be known without reading its files."""
+    def known_damage(self, stage: str, fingerprint: str) -> DamagedArtifactError | None:
+        """What is wrong with an artifact as far as it can be known without reading its files.
+
+        Those in other stores are read where damage was found there before.
+        """
         directory = self.path(stage, fingerprint)
         try:
             artifact = read_artifact(directory)
         except DamagedArtifactError as error:
-            return error.fault
+            return error
         if artifact is not None:
-            return size_fault(directory, artifact.manifest.files)
-        return f"{directory} was found damaged and set aside" if (directory / SET_ASIDE).exists() else None
+            found = size_fault(directory, artifact.manifest.files)
+            return None if found is None else DamagedArtifactError(found, remedy=_remedy_at(directory))
+        if (directory / SET_ASIDE).exists():
+            found = self._remembered(stage, fingerprint) or f"{directory} was found damaged"
+            return DamagedArtifactError(found, f": stage {stage} is set aside")
+        if directory.is_dir():  # what is being made lies beside it, and comes with its manifest
+            return DamagedArtifactError(f"{directory / MANIFEST} is gone")
+        return self._elsewhere(stage, fingerprint)[1]
+
+    def _elsewhere(self, stage: str, fingerprint: str) -> tuple[Artifact | None, DamagedArtifactError | None]:
+        """The first artifact in others' stores that is not known to be damaged; or what is wrong with the first."""
+        damage: str | None = None
+        memory = self.work(stage, fingerprint) / VERIFIED
+        for place in self.also_read:
+            try:
+                artifact = ArtifactStore(place).own(stage, fingerprint)
+                if artifact is None:
+                    continue
+                files = artifact.manifest.files
+                is_suspect = self._remembered(stage, fingerprint) is not None
+                found = fault(artifact.path, files, memory) if is_suspect else size_fault(artifact.path, files)
+            except DamagedArtifactError as error:
+                found = error.fault
+            else:
+                if found is None:
+                    return artifact, None
+            damage = damage or found
+        return None, None if damage is None else DamagedArtifactError(damage, remedy=REMEDY_OF_OTHERS)
+
+    def _remember(self, stage: str, fingerprint: str, damage: str) -> None:
+        work = self.work(stage, fingerprint)
+        with suppress(OSError):  # a full disk, or a store of others': it is found again
+            work.mkdir(parents=True, exist_ok=True)
+            write_json_atomically(work / FOUND_DAMAGED, {"fault": damage})
+
+    def _remembered(self, stage: str, fingerprint: str) -> str | None:
+        path = self.work(stage, fingerprint) / FOUND_DAMAGED
+        found = read_or_none(_FOUND_DAMAGED, path, "it is left out")
+        return None if found is None else found.fault
 
     def made_anew_since(self, inputs_sha256: Mapping[str, str]) -> str:
         """In words, which of these contents are not those of the artifacts there are now; "" where all are."""
@@ -250,46 +332,6 @@ class ArtifactStore:
                 artifact = read_artifact(directory)
                 if artifact is not None:
                     yield artifact
-
-    def start_building(self, stage: str, fingerprint: str, attempt: int) -> Path:
-        """An empty directory beside the artifact's place, on the same file system; earlier attempts' are removed."""
-        place = self.path(stage, fingerprint).parent
-        for left in place.glob(f".building-{fingerprint}-*"):
-            if int(left.name.rpartition("-")[2]) <= attempt:
-                # Out of the way at once, and whole: who stalled over it cannot publish what is left of it.
-                trash = left.rename(left.with_name(f".trash-{uuid4().hex}"))
-                shutil.rmtree(trash, ignore_errors=True)
-        building = place / f".building-{fingerprint}-{attempt}"
-        building.mkdir(parents=True)
-        return building
-
-    def publish(self, building: Path, manifest: Manifest, before_rename: Callable[[], None] = lambda: None) -> Artifact:
-        """Write the manifest, flush all to disk, and rename the directory to its place.
-
-        An artifact that is already there stays, since it never changes, and the new one is dropped. `before_rename` is
-        called when nothing but the rename is left to do.
-        """
-        write_json_atomically(building / MANIFEST, manifest.model_dump(mode="json"))
-        mode = (building / MANIFEST).stat().st_mode
-        for path in (*building.rglob("*"), building):
-            if path.is_file():  # libraries write for their user alone; a store may be a group's
-                path.chmod(mode)
-            sync(path)
-        before_rename()
-        target = self.path(manifest.stage, manifest.fingerprint)
-        try:
-            building.rename(target)
-        except OSError:
-            with suppress(DamagedArtifactError):
-                published = read_artifact(target)
-                if published is not None:
-                    shutil.rmtree(building)
-                    return published
-            # What is no artifact must not be in the way of one. It may be a damaged one that others have open.
-            target.rename(target.with_name(f".damaged-{target.name}-{uuid4().hex}"))
-            building.rename(target)
-        sync(target.parent)
-        return Artifact(target, manifest)
 
 
 def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
@@ -330,6 +372,11 @@ def _content_at(directory: Path, _inode: int, _mtime_ns: int) -> str | None:
     return None if artifact is None else artifact.content_sha256
 
 
+def _remedy_at(directory: Path) -> str:
+    """What can be done about damage there: in others' stores, which are linked to, it is theirs to mend."""
+    return REMEDY_OF_OTHERS if directory.is_symlink() else REMEDY
+
+
 def _set_aside(directory: Path, inode: int) -> bool:
     """Give the manifest that was read another name; whether it has none of its own any more."""
     manifest, aside = directory / MANIFEST, directory / SET_ASIDE
@@ -345,12 +392,3 @@ def _set_aside(directory: Path, inode: int) -> bool:
     except OSError:  # a store of others'
         return False
     return True
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a directory's entries, to disk, so that it outlives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

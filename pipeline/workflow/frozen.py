@@ -23,6 +23,8 @@ from pipeline.workflow.batch_shape import largest_piece, shape_of_batch
 from pipeline.workflow.declaration import StageDeclaration, resolve
 from pipeline.workflow.sealed import DamagedRecordError, digest_of, read_record, write_json_atomically
 
+FROZEN = "frozen"
+"""In a work directory: what its stage was or will be started by."""
 SMALLER = ".smaller.json"
 """Beside a frozen stage's file: the same with a smaller micro-batch."""
 
@@ -159,7 +161,7 @@ def frozen_path(stage: FrozenStage) -> Path:
 
 
 def _path_of(stage: FrozenStage, values: dict[str, Any]) -> Path:
-    return stage.work / "frozen" / f"{digest_of(values)[:12]}.json"
+    return stage.work / FROZEN / f"{digest_of(values)[:12]}.json"
 
 
 def write_frozen(stage: FrozenStage, *, is_flushed: bool = True) -> FrozenFile:

@@ -17,7 +17,7 @@ from pipeline.config import (
     validate,
 )
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import REMEDY, Artifact, ArtifactStore
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.batch_shape import check_batch
 from pipeline.workflow.code import Code, current_code, read_record
 from pipeline.workflow.declaration import Blocked, Catalog, StageDeclaration, StageSettings, Workflow, resolve
@@ -234,8 +234,8 @@ def _plan_stage(
     )
     damage = store.known_damage(node.name, frozen.fingerprint)
     if damage is not None and config.store.on_damage is OnDamage.STOP:
-        return blocked(f"{damage}; {REMEDY}")
-    action, reason = _decide(node, frozen, planned, store, damage)
+        return blocked(str(damage))
+    action, reason = _decide(node, frozen, planned, store, damage and damage.fault)
     if valid.initial is not None and action is Action.RUN:
         others = _other_inputs(valid.initial, input_fingerprints)
         reason = f"{reason}; starts from {valid.initial.source}, {valid.initial.weights} weights{others}"

@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, field_validator
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import Artifact, ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG
@@ -21,6 +21,7 @@ from pipeline.workflow.sealed import (
     digest_of,
     read_or_none,
     read_record,
+    warn,
     write_json_atomically,
 )
 
@@ -28,6 +29,14 @@ RECORD = "run.json"
 EARLIER = "earlier"
 """Beside the record: those that later configs of the same run replaced, for the jobs that were queued with them."""
 PICTURES = "pictures"
+
+
+class DamagedRunError(UserError):
+    """The record of a run is there and cannot be read; `run` is its name."""
+
+    def __init__(self, run: str, fault: Exception) -> None:
+        super().__init__(f"{fault}; run {run} again, or remove it (unclip rm {run} --delete)")
+        self.run = run
 
 
 class RunStage(Settings):
@@ -54,7 +63,7 @@ class RunRecord(Settings):
     @field_validator("config")
     @classmethod
     def _has_groups(cls, config: dict[str, Any]) -> dict[str, Any]:
-        groups = [config.get(name, {}) for name in ("run", "launch", "trainer", "stage")]
+        groups = [config.get(name, {}) for name in ("run", "launch", "trainer", "paths", "stage")]
         stages = groups[-1].values() if isinstance(groups[-1], dict) else ()
         if not all(isinstance(each, dict) for each in (*groups, *stages)):
             raise ValueError("a group of settings is none")
@@ -128,7 +137,7 @@ def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[
 
 
 def read_run(outputs: Path, name: str) -> RunRecord:
-    """A recorded run. Raises `UserError` that lists the runs there are, or says that its record is broken."""
+    """A recorded run. Raises `UserError` that lists the runs there are, and `DamagedRunError`."""
     path = run_directory(outputs, name) / RECORD
     try:
         return renamed(read_record(_RECORD, path), name)
@@ -137,7 +146,18 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
     except (OSError, DamagedRecordError) as error:
-        raise UserError(f"{error}; run {name} again, or remove {path.parent}") from error
+        raise DamagedRunError(name, error) from error
+
+
+def read_readable(outputs: Path, names: Iterable[str]) -> tuple[list[RunRecord], list[DamagedRunError]]:
+    """The records of these runs, and what is wrong with others: one broken run must not stand in the way of all."""
+    records, damaged = [], []
+    for name in names:
+        try:
+            records.append(read_run(outputs, name))
+        except DamagedRunError as error:
+            damaged.append(error)
+    return records, damaged
 
 
 def renamed(record: RunRecord, name: str) -> RunRecord:
@@ -178,10 +198,27 @@ def run_names(outputs: Path) -> list[str]:
     return [path.parent.name for path in records]
 
 
+def store_of(outputs: Path, records: Sequence[RunRecord]) -> ArtifactStore:
+    """The store of some runs, with those that they also read."""
+    places = [each for record in records for each in record.config.get("paths", {}).get("also_read") or ()]
+    return ArtifactStore(outputs, tuple(dict.fromkeys(Path(str(each)).absolute() for each in places)))
+
+
+def latest_run(outputs: Path) -> str:
+    """The name of the latest run whose record can be read; the demo's where there is none."""
+    names = run_names(outputs)
+    for name in names:
+        try:
+            return read_run(outputs, name).name
+        except DamagedRunError as error:
+            warn(str(error))
+    return next(iter(names), "demo")
+
+
 def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
-    """The finished stages of a run, by name, in workflow order."""
+    """The finished stages of a run, by name, in workflow order, but for those whose manifest is damaged."""
     store = ArtifactStore(outputs)
-    found = {stage.name: store.find(stage.name, stage.fingerprint) for stage in record.stages}
+    found = {stage.name: store.readable(stage.name, stage.fingerprint) for stage in record.stages}
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
@@ -193,9 +230,9 @@ def finished_artifacts(outputs: Path, record: RunRecord, kinds: Collection[str],
     found = run_artifacts(outputs, record)
     missing = [stage for stage in record.stages if stage.name not in found and stage.kind in kinds]
     for stage in missing:
-        damage = ArtifactStore(outputs).known_damage(stage.name, stage.fingerprint)
+        damage = store_of(outputs, [record]).known_damage(stage.name, stage.fingerprint)
         if damage is not None:
-            raise DamagedArtifactError(damage)
+            raise damage
     if missing:
         unfinished = [stage.name for stage in missing]
         raise UserError(f"run {record.name} lacks {', '.join(unfinished)}; finish it with unclip run, then {then}")

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cli import command_parser
 from pipeline.errors import UserError
+from pipeline.options import OptionParser, command_parser
 from pipeline.report.evaluations import evaluations_directory, new_evaluation
 from pipeline.report.metrics import finite, format_interval, is_bound
 from pipeline.workflow.sealed import write_json_atomically
@@ -21,7 +21,7 @@ from stages.evaluate.sweep import SWEEPS, plot_sweep
 
 def main(arguments: Sequence[str]) -> int:
     """Check all that is asked for, then measure one run after the other; write and show what is found."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     for name in ("samples", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     parser = command_parser("evaluate", "Metrics of finished runs, on data that they never trained on.")
     parser.add_argument("runs", nargs="+", metavar="run", help="name of a finished run")
     parser.add_argument(

@@ -1,11 +1,10 @@
 """`unclip export RUN DIR --format ...`: a run's networks as a directory that others' loaders read."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.cli import command_parser
 from pipeline.errors import UserError
+from pipeline.options import OptionParser, command_parser
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.runs import RunRecord, finished_artifacts, read_run
 from stages.clip.settings import ClipNetwork, OpenClipNetworkSettings, clip_network
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     parser = command_parser("export", "A run's networks as a directory that others' loaders read.")
     parser.add_argument("run", help="name of a finished run")
     parser.add_argument("directory", type=Path, help="where to write: a new or an empty directory")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.cli import command_parser
 from pipeline.config import validate
 from pipeline.errors import UserError
+from pipeline.options import OptionParser, add_outputs, command_parser
 from pipeline.picture_grid import save_grid
 from pipeline.workflow.runs import read_run, run_directory
 from stages.generation.captions import require_text
@@ -51,7 +51,7 @@ _KEYS = {
 
 def main(arguments: Sequence[str]) -> int:
     """`unclip sample`: parse, load the run's networks, sample, write."""
-    given = _sample_parser().parse_args(arguments)
+    given = _sample_parser().parse_intermixed_args(arguments)
     if given.source is not None:
         return _make_again(given)
     if given.run is None or not given.captions:
@@ -163,7 +163,7 @@ EDITS = {
 }
 
 
-def _sample_parser() -> argparse.ArgumentParser:
+def _sample_parser() -> OptionParser:
     parser = command_parser("sample", "Pictures from captions by the networks of a run.")
     parser.add_argument("run", nargs="?", help="name of a finished run")
     parser.add_argument("captions", nargs="*", metavar="caption")
@@ -177,8 +177,8 @@ def _sample_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _edit_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("unclip edit", description="Pictures from pictures by the networks of a run.")
+def _edit_parser() -> OptionParser:
+    parser = OptionParser("unclip edit", description="Pictures from pictures by the networks of a run.")
     chosen = parser.add_subparsers(dest="operation", required=True)
     for name, each in EDITS.items():
         one = chosen.add_parser(name, help=each.description, description=each.description)
@@ -189,7 +189,7 @@ def _edit_parser() -> argparse.ArgumentParser:
             one.add_argument(f"--{share}", type=float, default=default, help=f"0 to 1 (default: {default:g})")
         if each.noise is not None:
             one.add_argument("--noise", default=each.noise.value, choices=[kind.value for kind in Noise])
-        one.add_argument("--outputs", type=lambda text: Path(text).absolute(), default=Path("outputs").absolute())
+        add_outputs(one)
         _add_options(one, each.count)
     return parser
 

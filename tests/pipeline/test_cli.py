@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.board.command import BoardServer
 from pipeline.cli import EXIT_USER_ERROR, main
+from pipeline.workflow.progress import EXIT_INTERRUPTED
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +116,7 @@ def tar(path: Path, names: list[str]) -> Path:
             "holds out 0 of 16000",
             "set data.validation_fraction=",
         ),
+        ("paths.also_read=/p", "paths.also_read", "'/p' is one path and no list", "write [/p]"),
         ("data.image_size=32", "unclip: data.image_size=32", "greater than or equal to 64", "give a value"),
     ],
 )
@@ -191,6 +194,44 @@ def test_an_unknown_command_lists_the_commands(capsys):
 
 def test_status_without_runs_says_how_to_start_one(capsys):
     assert "there is no run yet: start one with `unclip run`" in refusal(capsys, "status")
+
+
+def test_an_empty_name_is_none(capsys):
+    for command in ("status", "verify"):
+        assert "no run ''" in refusal(capsys, command, "", "--outputs", ".")
+
+
+def test_a_board_of_a_run_that_is_not_there_says_so(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(_server: BoardServer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BoardServer, "serve_forever", interrupted)
+    assert main(["board", "nosuch", "--port", "0", "--outputs", str(tmp_path)]) == EXIT_INTERRUPTED
+    assert "warning: no run 'nosuch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gc", "--older-than", "-1d"), "argument --older-than: expected one argument; see unclip gc --help"),
+        (("board", "--port", "abc"), "argument --port: invalid int value: 'abc'; see unclip board --help"),
+        (("sample", "--count", "few"), "argument --count: invalid int value: 'few'; see unclip sample --help"),
+        (("edit", "variations"), "required: run, picture; see unclip edit variations --help"),
+        (("shards", "walk"), "invalid choice: 'walk' (choose from 'index', 'check'); see unclip shards --help"),
+        (("sync", "--no-such-option"), "unrecognized arguments: --no-such-option; see unclip sync --help"),
+    ],
+)
+def test_options_that_are_none_are_refused_in_one_line(capsys, arguments: tuple[str, ...], said: str):
+    assert said in refusal(capsys, *arguments)
+
+
+def test_options_stand_before_between_and_behind_what_else_is_given(capsys):
+    for arguments in (
+        ("--count", "2", "nothing", "a red circle", "a blue square"),
+        ("nothing", "--count", "2", "a red circle", "a blue square"),
+        ("nothing", "a red circle", "--count", "2", "a blue square"),
+    ):
+        assert "no run 'nothing'" in refusal(capsys, "sample", *arguments)
 
 
 def test_sampling_from_a_run_that_does_not_exist_is_refused(capsys):

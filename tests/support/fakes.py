@@ -22,6 +22,7 @@ from pipeline.config import (
     TrainerSettings,
     validate,
 )
+from pipeline.workflow import publish as publishing
 from pipeline.workflow.artifacts import SCHEMA_VERSION, Artifact, Manifest
 from pipeline.workflow.declaration import Arity, Blocked, Catalog, Input, StageDeclaration
 from pipeline.workflow.digests import describe_files
@@ -169,9 +170,11 @@ def publish(
     """Publish what a stage of a plan would make, without running it."""
     assert stage.frozen is not None
     frozen = stage.frozen
-    building = frozen.store.start_building(frozen.stage, frozen.fingerprint, 1)
+    building = publishing.start_building(frozen.store, frozen.stage, frozen.fingerprint, 1)
     (building / file).write_bytes(content)
-    return frozen.store.publish(building, manifest_of(frozen.stage, frozen.fingerprint, building, stage, finished_at))
+    return publishing.publish(
+        frozen.store, building, manifest_of(frozen.stage, frozen.fingerprint, building, stage, finished_at)
+    )
 
 
 def manifest_of(

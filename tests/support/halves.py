@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline.config import RUNTIME, OnDamage, Settings, StoreSettings
+from pipeline.config import RUNTIME, OnDamage, PathSettings, Settings, StoreSettings
 from pipeline.errors import UserError
 from pipeline.training.context import StageContext, StageResult
 from pipeline.workflow.declaration import Arity, Catalog, Input, StageDeclaration
@@ -67,6 +67,7 @@ def plan_halves(
     halves: dict[str, dict[str, Any]],
     max_parallel: int | None = 2,
     on_damage: OnDamage = OnDamage.STOP,
+    also_read: tuple[Path, ...] = (),
 ) -> Plan:
     """source -> one half of each given name -> end. The halves' names tell runs apart; the source is shared."""
     stages: dict[str, dict[str, Any]] = {"source": {"kind": "source", "name": "source"}}
@@ -75,6 +76,7 @@ def plan_halves(
     config = run_config(
         outputs, stages, catalog="tests.support.halves:CATALOG",
         launch={"kind": "local", "max_parallel": max_parallel}, store=StoreSettings(on_damage=on_damage),
+        paths=PathSettings(outputs=outputs, also_read=also_read),
     )  # fmt: skip
     return plan_run(config.model_copy(update={"run": config.run.model_copy(update={"name": run})}))
 

@@ -24,7 +24,7 @@ from pipeline.workflow.causes import Cause, last_words
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
-from pipeline.workflow.runs import RunRecord, RunStage
+from pipeline.workflow.runs import RunRecord, RunStage, store_of
 
 _RUNNING = "RUNNING"
 
@@ -57,7 +57,7 @@ def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]
 
     Raises `LauncherUnavailableError` where there is no Slurm.
     """
-    store = ArtifactStore(outputs)
+    store = store_of(outputs, records)
     stages = _stages_with_members(records)
     works = [store.work(stage.name, stage.fingerprint) for stage, _ in stages]
     known = look_up(works)

@@ -14,6 +14,7 @@ from pipeline.launch.local import LAUNCHER
 from pipeline.launch.run import start
 from pipeline.terminal.display import Display
 from pipeline.training.stage import run_stage
+from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import Outcome
@@ -70,6 +71,17 @@ def test_damage_that_a_stage_finds_when_it_starts_is_mended_too(source: FrozenSt
         ("source", "right", "end"), Outcome.FINISHED
     )
     assert len(starts(source.outputs)["source"]) == 2
+
+
+def test_what_is_damaged_in_another_store_is_made_here_and_left_as_it_is_there(source: FrozenStage, tmp_path: Path):
+    mine = tmp_path / "mine"
+    plan = plan_halves(mine, "b", {"left": {}}, on_damage=OnDamage.REBUILD, also_read=(source.outputs,))
+    outcomes = start([plan], Display(Console(file=io.StringIO())), waits=True)
+    assert {each.stage: each.outcome for each in outcomes} == {
+        "source": Outcome.FINISHED, "left": Outcome.REUSED, "end": Outcome.FINISHED,
+    }  # fmt: skip
+    assert file_of(source).read_text() == "sourcf"
+    assert (ArtifactStore(mine).path(*source.key) / "said.txt").read_text() == "source"
 
 
 @pytest.mark.parametrize("says", ["source", "source, on another GPU"])

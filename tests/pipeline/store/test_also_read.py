@@ -9,13 +9,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from pipeline.cli import main
 from pipeline.config import PathSettings, RunSettings
 from pipeline.errors import UserError
 from pipeline.launch.run import start
 from pipeline.terminal.display import Display
-from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.artifacts import ArtifactStore, DamagedArtifactError
 from pipeline.workflow.plan import Action, Plan, plan_run
 from pipeline.workflow.progress import Outcome
+from pipeline.workflow.publish import publish, start_building
+from pipeline.workflow.runs import finished_artifacts, read_run, run_artifacts
 from tests.support.fakes import manifest_of, run_config
 from tests.support.stores import collect, contents, finish, record, settings, there
 
@@ -76,9 +79,43 @@ def test_damage_there_is_said_and_left_to_its_owner(theirs: Path, tmp_path: Path
     assert artifact is not None
     file = artifact.path / artifact.manifest.files[0].path
     file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
-    with pytest.raises(UserError, match=r"does not have the digest in its manifest; its owner can mend that"):
-        started(plan)
-    assert artifact.path.exists()
+    before = contents(theirs)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"does not have the digest .* in another store: run it again with .*rebuild"
+        ):
+            started(plan)
+        plan = planned(tmp_path / "mine", theirs)
+        assert next(stage.name for stage in plan.stages if stage.action is Action.BLOCKED) == "clip"
+    assert contents(theirs) == before
+    mend(file)
+    plan = planned(tmp_path / "mine", theirs)
+    assert started(plan) == {Outcome.REUSED}
+
+
+def mend(file: Path) -> None:
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+
+
+def test_damage_that_comes_after_it_was_linked_to_is_said_by_every_command_until_it_is_mended(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    mine = tmp_path / "mine"
+    assert started(planned(mine, theirs)) == {Outcome.REUSED}
+    artifact = run_artifacts(mine, read_run(mine, "mine"))["clip"]
+    file = artifact.path.resolve() / "weights.bin"
+    mend(file)
+    before = contents(theirs)
+    for command in ("verify", "verify", "status"):
+        assert main([command, "mine", "--outputs", str(mine)]) == (2 if command == "verify" else 0)
+        shown = capsys.readouterr().out.replace("\n", "")
+        assert "another store" in shown
+    with pytest.raises(DamagedArtifactError, match=r"in another store: run it again with store\.on_damage=rebuild"):
+        finished_artifacts(mine, read_run(mine, "mine"), [artifact.manifest.kind], "sample")
+    assert contents(theirs) == before
+    mend(file)
+    assert started(planned(mine, theirs)) == {Outcome.REUSED}
+    assert main(["verify", "mine", "--outputs", str(mine)]) == 0
 
 
 def test_a_link_to_what_has_gone_is_in_nobody_s_way(theirs: Path, tmp_path: Path):
@@ -95,10 +132,10 @@ def test_a_group_can_read_what_is_published(tmp_path: Path):
     store, key = ArtifactStore(tmp_path), ("clip", 64 * "0")
     before = os.umask(0o002)
     try:
-        building = store.start_building(*key, 1)
+        building = start_building(store, *key, 1)
         save_file({"weight": torch.zeros(2)}, building / "weights.safetensors")
         assert (building / "weights.safetensors").stat().st_mode & 0o777 == 0o600
-        artifact = store.publish(building, manifest_of(*key, building))
+        artifact = publish(store, building, manifest_of(*key, building))
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {0o664}

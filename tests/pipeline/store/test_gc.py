@@ -20,6 +20,7 @@ from pipeline.workflow.frozen import ArtifactReference, StageKey, write_frozen
 from pipeline.workflow.in_use import recorded
 from pipeline.workflow.plan import Action
 from pipeline.workflow.progress import CHECKPOINTS
+from pipeline.workflow.publish import start_building
 from pipeline.workflow.runs import RECORD, read_run, run_directory
 from tests.support.fakes import publish
 from tests.support.stores import (
@@ -219,7 +220,7 @@ def test_a_run_that_cannot_be_read_stops_it_for_what_it_needs_is_not_known(tmp_p
 def test_what_is_left_over_beside_an_artifact_goes_unless_its_stage_is_at_work(tmp_path: Path):
     stages = record(tmp_path, "first")
     clip, store = stages["clip"], ArtifactStore(tmp_path)
-    building = store.start_building(*key_of(clip), 1)
+    building = start_building(store, *key_of(clip), 1)
     (building / "weights").write_bytes(b"half")
     damaged = building.with_name(f".damaged-{clip.fingerprint}-{'0' * 32}")
     damaged.mkdir()

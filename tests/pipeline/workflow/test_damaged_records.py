@@ -106,8 +106,13 @@ def readers(outputs: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     for path in sorted(outputs.glob("artifacts/*/*/manifest.json")):
         stage, fingerprint = path.parent.parent.name, path.parent.name
         yield f"open {stage}", lambda key=(stage, fingerprint): store.open(*key)
-        yield f"damage {stage}", lambda key=(stage, fingerprint): store.known_damage(*key)
+        yield f"damage {stage}", lambda key=(stage, fingerprint): raised(store.known_damage(*key))
     yield "verify", lambda: main(["verify", "--all", "--outputs", str(outputs)])
+
+
+def raised(damage: UserError | None) -> None:
+    if damage is not None:
+        raise damage
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

@@ -1,0 +1,146 @@
+"""What every command says of a store of which something is damaged, and that what it says mends it."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.config import OnDamage, StoreSettings
+from pipeline.terminal.tables import stage_state
+from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, Artifact, ArtifactStore, DamagedArtifactError
+from pipeline.workflow.frozen import write_frozen
+from pipeline.workflow.plan import Action, Plan, plan_run
+from pipeline.workflow.runs import RECORD, finished_artifacts, read_run, run_artifacts, run_directory
+from tests.support.command import said
+from tests.support.fakes import publish, run_config
+from tests.support.stores import record, settings, there
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """A store with a finished run `first`, and `second` that has another decoder."""
+    for stage in (*record(tmp_path, "first").values(), record(tmp_path, "second", weight=0.2)["decoder"]):
+        assert stage.frozen is not None
+        write_frozen(stage.frozen)
+        publish(stage)
+    return tmp_path
+
+
+@pytest.fixture
+def clip(outputs: Path) -> Artifact:
+    return run_artifacts(outputs, read_run(outputs, "first"))["clip"]
+
+
+def planned(outputs: Path, on_damage: OnDamage) -> Plan:
+    return plan_run(run_config(outputs, settings(), store=StoreSettings(on_damage=on_damage)))
+
+
+def action_of_clip(plan: Plan) -> tuple[Action, str]:
+    return next((stage.action, stage.reason) for stage in plan.stages if stage.name == "clip")
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit status of a command, and all that it printed, in one line."""
+    status = main(arguments)
+    found = capsys.readouterr()
+    return status, " ".join(f"{found.out} {found.err}".split())
+
+
+def flip(file: Path) -> None:
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+
+
+def test_a_stage_that_lost_its_manifest_is_no_new_one(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    held = (clip.path / MANIFEST).rename(outputs / "held")
+    line = f"{clip.path / MANIFEST} is gone"
+    assert action_of_clip(planned(outputs, OnDamage.STOP)) == (
+        Action.BLOCKED,
+        f"{line}; run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there "
+        "and `unclip verify` takes it back",
+    )
+    action, reason = action_of_clip(planned(outputs, OnDamage.REBUILD))
+    assert action is not Action.REUSE
+    assert line in reason
+    assert shown(capsys, "verify", "first", "--outputs", str(outputs))[0] == 2
+    assert "damaged" in said("status", "first", "--outputs", str(outputs))
+    held.rename(clip.path / MANIFEST)
+    assert action_of_clip(planned(outputs, OnDamage.STOP))[0] is Action.REUSE
+
+
+def test_of_a_stage_that_is_set_aside_every_command_names_the_file(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    file = clip.path / "weights.bin"
+    flip(file)
+    for _ in range(2):
+        status, text = shown(capsys, "verify", "first", "--outputs", str(outputs))
+        assert (status, text.count(f"{file} does not have the digest")) == (2, 1)
+    stage = next(each for each in read_run(outputs, "first").stages if each.name == "clip")
+    state, detail = stage_state(ArtifactStore(outputs), stage)
+    assert (state, str(file) in detail) == ("damaged", True)
+    assert str(file) in action_of_clip(planned(outputs, OnDamage.STOP))[1]
+    with pytest.raises(DamagedArtifactError, match=rf"{file} .*: stage clip is set aside; .*on_damage=rebuild"):
+        finished_artifacts(outputs, read_run(outputs, "first"), [clip.manifest.kind], "sample")
+    flip(file)
+    assert "taken back" in said("verify", "first", "--outputs", str(outputs))
+
+
+def test_a_manifest_that_was_put_back_leaves_no_other_beside_it(outputs: Path, clip: Artifact):
+    content = (clip.path / MANIFEST).read_bytes()
+    (clip.path / MANIFEST).rename(clip.path / SET_ASIDE)
+    (clip.path / MANIFEST).write_bytes(content)
+    said("verify", "first", "--outputs", str(outputs))
+    assert not (clip.path / SET_ASIDE).exists()
+
+
+def test_a_manifest_that_is_damaged_stops_no_command_that_looks(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    (clip.path / MANIFEST).write_bytes(b"\xff")
+    for arguments in (["status", "first"], ["compare", "first", "second"], ["card", "first"], ["du"]):
+        status, text = shown(capsys, *arguments, "--outputs", str(outputs))
+        assert status == 0
+        assert "damaged" in text or arguments == ["du"]
+
+
+def test_a_card_of_a_run_that_is_damaged_says_so_first(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    (clip.path / "weights.bin").write_bytes(b"")
+    _, text = shown(capsys, "card", "first", "--outputs", str(outputs))
+    assert f"stage clip is damaged: {clip.path / 'weights.bin'} has 0 bytes" in text
+    assert ": damaged, 5 of 6 stages done" in (run_directory(outputs, "first") / "README.md").read_text()
+
+
+def test_a_run_whose_record_is_damaged_stops_nothing_but_gc_and_can_be_removed(
+    outputs: Path, capsys: pytest.CaptureFixture[str]
+):
+    at, path = ["--outputs", str(outputs)], run_directory(outputs, "second") / RECORD
+    path.write_bytes(b"\xff")
+    remedy = "run second again, or remove it (unclip rm second --delete)"
+    for status, *command in ((0, "status"), (0, "du"), (2, "gc"), (2, "verify", "--all"), (2, "status", "second")):
+        ended, text = shown(capsys, *command, *at)
+        assert (ended, remedy in text) == (status, True), command
+        assert str(path) in text
+    assert shown(capsys, "verify", *at)[0] == 0  # of the latest run that can be read
+    assert "second: " in said("rm", "second", *at)
+    before = there(outputs)
+    said("rm", "second", "--delete", *at)
+    assert not path.parent.exists()
+    assert there(outputs) == before  # what it needed is gc's
+    assert shown(capsys, "gc", *at)[0] == 0
+
+
+def test_a_damaged_record_of_a_stage_is_named_with_what_can_be_done(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    work = outputs / "work" / "clip" / clip.manifest.fingerprint
+    (work / "hardware.json").write_bytes(b"\xff")
+    (frozen,) = (work / "frozen").glob("*.json")
+    frozen.write_bytes(b"\xff")
+    status, text = shown(capsys, "verify", "first", "--outputs", str(outputs))
+    assert status == 2
+    assert "it is left out, and can be removed" in text
+    assert "run it again, which writes it anew" in text
