@@ -19,11 +19,15 @@ class LocalLaunch(LaunchSettings):
     """`max_parallel` is how many stages run at a time.
 
     Null stands for one per GPU. Without GPUs it stands for as many as the runs have side by side, one per core at most.
-    `retries` is how often a stage starts again after a failure, by its cause.
+    `retries` is how often a stage starts again after a failure, by its cause. Stages named in `first` start before
+    others that could. `places` is how many places a stage takes, if it is more than one, where there are no GPUs and
+    one run alone: each has its share of the cores.
     """
 
     max_parallel: Positive | None
     retries: dict[Cause, NotNegative] = Field(default_factory=dict)  # newer than records that lack it
+    first: tuple[str, ...] = ()
+    places: dict[str, Positive] = Field(default_factory=dict)
 
 
 class LocalLauncher(Launcher):
@@ -47,7 +51,9 @@ class LocalLauncher(Launcher):
         gpus, cores = gpus_here(os.environ), cores_here()
         launch = validate(LocalLaunch, plans[0].config.launch, "launch")
         places = launch.max_parallel or len(gpus) or min(cores, most_at_once(plans))
-        return Schedule(plans, Devices(places, gpus, cores), display, launch.retries).run()
+        widths = launch.places if len(plans) == 1 else {}  # the members of a sweep keep all cores busy
+        devices = Devices(places, gpus, cores, widths)
+        return Schedule(plans, devices, display, launch.retries, launch.first).run()
 
 
 LAUNCHER = LocalLauncher()

@@ -11,6 +11,9 @@ from pipeline.workflow.plan import Plan
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _THREADS = "OMP_NUM_THREADS"
+_SPINS = "GOMP_SPINCOUNT"
+_FEW_SPINS = "1000"
+"""A thread that waits for another one leaves its core soon: a stage goes on where something else wants one."""
 
 
 def gpus_here(environment: Mapping[str, str], devices: Path = Path("/dev")) -> tuple[str, ...]:
@@ -40,19 +43,25 @@ def most_at_once(plans: Sequence[Plan]) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """What one stage is given: so many of the places, and these GPUs."""
+    """What one stage is given: so many of the places, `width` for each of its processes, and these GPUs."""
 
     places: int
     gpus: tuple[str, ...]
+    width: int = 1
 
 
 @dataclass
 class Devices:
-    """The places in which stages run side by side, and the GPUs behind them. Each place has its share of the cores."""
+    """The places in which stages run side by side, and the GPUs behind them. Each place has its share of the cores.
+
+    `widths` are stages' names: of places, where there is no GPU, they take so many in place of one. One whose number of
+    threads is set takes one.
+    """
 
     places: int
     gpus: tuple[str, ...]
     cores: int
+    widths: Mapping[str, int] = field(default_factory=dict)
     _taken: int = 0
     _load: dict[str, int] = field(default_factory=dict)
 
@@ -64,7 +73,9 @@ class Devices:
     def take(self, stage: FrozenStage) -> Share | None:
         """A share for a stage: a place and a GPU for each of its devices. None where there is no room now."""
         wanted = stage.tasks.per_node
-        places = min(wanted, self.places)
+        is_widened = not self.gpus and stage.trainer.cpu_threads is None
+        width = min(self.widths.get(stage.stage, 1), self.places) if is_widened else 1
+        places = min(wanted * width, self.places)
         gpus: tuple[str, ...] = ()
         if self.gpus and stage.trainer.accelerator != "cpu":
             at_once = -(-self.places // len(self.gpus))
@@ -75,7 +86,7 @@ class Devices:
         if self._taken + places > self.places:
             return None
         self._count(places, gpus, +1)
-        return Share(places, gpus)
+        return Share(places, gpus, width)
 
     def give_back(self, share: Share) -> None:
         """Make room for the next stage."""
@@ -85,7 +96,9 @@ class Devices:
         """What a process with that share is told of it. The number of threads stays where somebody has set it."""
         told = {_VISIBLE: ",".join(share.gpus)} if self.gpus else {}
         if self.places > 1:
-            told[_THREADS] = own.get(_THREADS, str(max(1, self.cores // self.places)))
+            told[_THREADS] = own.get(_THREADS, str(max(1, self.cores * share.width // self.places)))
+        if share.width > 1:
+            told[_SPINS] = own.get(_SPINS, _FEW_SPINS)
         return {**own, **told}
 
     def _count(self, places: int, gpus: Sequence[str], sign: int) -> None:

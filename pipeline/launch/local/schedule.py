@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -58,9 +58,17 @@ class Schedule:
     """
 
     def __init__(
-        self, plans: Sequence[Plan], devices: Devices, display: Display, retries: Mapping[Cause, int] | None = None
+        self,
+        plans: Sequence[Plan],
+        devices: Devices,
+        display: Display,
+        retries: Mapping[Cause, int] | None = None,
+        first: Collection[str] = (),
     ) -> None:
-        """`retries` is how often a stage starts again after a failure, by its cause."""
+        """`retries` is how often a stage starts again after a failure, by its cause.
+
+        Stages named in `first` start before others that could.
+        """
         self._retries = retries or {}
         self._causes: dict[StageKey, list[Cause]] = {}
         self._devices = devices
@@ -68,7 +76,8 @@ class Schedule:
         self._outcomes: dict[StageKey, StageOutcome] = {}
         self._pending: list[Task] = []
         self._running: list[Running] = []
-        self._idle: dict[tuple[str, ...], list[Worker]] = {}
+        self._first = first
+        self._idle: dict[tuple[tuple[str, ...], int], list[Worker]] = {}
         self._waiting: set[StageKey] = set()
         self._is_stopping = False
         self._tasks: dict[StageKey, Task] = {}
@@ -115,7 +124,7 @@ class Schedule:
                 self._pending.append(task)
 
     def _start_what_can(self) -> None:
-        for task in list(self._pending):
+        for task in sorted(self._pending, key=lambda task: task.frozen.stage not in self._first):
             if self._is_stopping:
                 return
             ended = [self._outcomes[key] for key in task.frozen.needs if key in self._outcomes]
@@ -143,7 +152,7 @@ class Schedule:
 
     def _start(self, task: Task, share: Share) -> None:
         self._close_others_on(share)
-        idle = self._idle.get(share.gpus)
+        idle = self._idle.get((share.gpus, share.width))
         worker = idle.pop() if idle else Worker(self._devices.environment(share, os.environ))
         self._display.start(task.title, task.stage)
         worker.begin(write_frozen(task.frozen))
@@ -151,7 +160,7 @@ class Schedule:
 
     def _close_others_on(self, share: Share) -> None:
         """End what is idle and holds memory of these GPUs."""
-        for gpus, workers in self._idle.items():
+        for (gpus, _), workers in self._idle.items():
             if gpus != share.gpus and set(gpus) & set(share.gpus):
                 while workers:
                     workers.pop().close()
@@ -170,7 +179,7 @@ class Schedule:
                 continue
             self._running.remove(each)
             self._devices.give_back(each.share)
-            self._idle.setdefault(each.share.gpus, []).append(each.worker)
+            self._idle.setdefault((each.share.gpus, each.share.width), []).append(each.worker)
             duration_s = time.monotonic() - each.started
             failure = _failure(each) if outcome is Outcome.FAILED else None
             self._is_stopping |= outcome is Outcome.INTERRUPTED

@@ -97,3 +97,19 @@ def test_as_many_stages_as_are_equally_far_from_the_start_can_run_at_once(tmp_pa
     other = plan_halves(tmp_path, "b", {"middle": {}})
     assert most_at_once([one]) == 2
     assert most_at_once([one, other]) == 3
+
+
+def test_a_wide_stage_takes_several_places_and_their_cores_unless_it_has_gpus_or_a_number_of_threads(tmp_path: Path):
+    devices = Devices(4, (), cores=8, widths={"clip": 2, "decoder": 9})
+    unset = {"cpu_threads": None}
+    share = devices.take(stage(tmp_path, **unset))
+    assert share is not None
+    assert share == Share(2, (), width=2)
+    assert devices.environment(share, {}) == {"OMP_NUM_THREADS": "4", "GOMP_SPINCOUNT": "1000"}
+    assert devices.environment(share, {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "7"})["GOMP_SPINCOUNT"] == "7"
+    decoder = stage(tmp_path, **unset).model_copy(update={"stage": "decoder"})
+    assert devices.take(decoder) is None
+    devices.give_back(share)
+    assert devices.take(decoder) == Share(4, (), width=4)
+    assert Devices(4, (), cores=8, widths={"clip": 2}).take(stage(tmp_path, cpu_threads=1)) == Share(1, ())
+    assert Devices(4, ("0",), cores=8, widths={"clip": 2}).take(stage(tmp_path, **unset)) == Share(1, ("0",))

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from rich.console import Console
 
+from pipeline.config import TrainerSettings
 from pipeline.launch.local import LAUNCHER
 from pipeline.terminal.display import Display
 from pipeline.workflow.progress import Outcome
@@ -20,6 +22,7 @@ from tests.support.halves import plan_halves, starts
 PROGRAM = """
 import sys
 from pathlib import Path
+from pipeline.config import TrainerSettings
 from pipeline.launch.local import LAUNCHER
 from pipeline.terminal.display import Display
 from tests.support.halves import plan_halves
@@ -56,6 +59,29 @@ def test_members_run_side_by_side_share_a_stage_and_a_failure_takes_its_own_desc
     assert "b [1/3] source  shared with run a" in lines
     assert "a [2/3] left  FAILED: left was to fail" in lines
     assert "a [3/3] end  skipped: left did not finish" in lines
+
+
+def test_what_is_to_be_first_starts_first_and_what_is_wide_has_the_cores_of_its_places(tmp_path: Path):
+    text = io.StringIO()
+    plan = plan_halves(tmp_path, "a", {"left": {}, "right": {}})
+    stages = [
+        replace(each, frozen=each.frozen.model_copy(update={"trainer": unset(each.frozen.trainer)}))
+        for each in plan.stages
+        if each.frozen is not None
+    ]
+    launch = {"kind": "local", "max_parallel": 3, "first": ["right"], "places": {"left": 2, "end": 9}}
+    config = plan.config.model_copy(update={"launch": launch})
+    outcomes = LAUNCHER.submit(
+        [replace(plan, config=config, stages=tuple(stages))], Display(Console(file=text, width=200))
+    )
+    assert {each.outcome for each in outcomes} == {Outcome.FINISHED}
+    assert starts(tmp_path) == {"source": ["2"], "left": ["4"], "right": ["2"], "end-a": ["6"]}
+    lines = [line.partition("  runs")[0] for line in text.getvalue().splitlines() if "  runs" in line]
+    assert lines == ["[1/4] source", "[3/4] right", "[2/4] left", "[4/4] end"]
+
+
+def unset(trainer: TrainerSettings) -> TrainerSettings:
+    return trainer.model_copy(update={"cpu_threads": None})
 
 
 @pytest.mark.slow
