@@ -222,14 +222,17 @@ def run_artifacts(outputs: Path, record: RunRecord) -> dict[str, Artifact]:
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
-def finished_artifacts(outputs: Path, record: RunRecord, kinds: Collection[str], then: str) -> dict[str, Artifact]:
+def finished_artifacts(
+    outputs: Path, record: RunRecord, kinds: Collection[str], then: str, also: Collection[str] = ()
+) -> dict[str, Artifact]:
     """As `run_artifacts`. Raises `UserError`, which says what `then` can be done, where a stage of `kinds` is not.
 
-    Of one that was finished and is set aside it is a `DamagedArtifactError`.
+    Stages of the kinds `also` are used where they are. Of one of either that was finished and is damaged it is a
+    `DamagedArtifactError`.
     """
     found = run_artifacts(outputs, record)
     missing = [stage for stage in record.stages if stage.name not in found and stage.kind in kinds]
-    for stage in missing:
+    for stage in (each for each in record.stages if each.name not in found and each.kind in (*kinds, *also)):
         damage = store_of(outputs, [record]).known_damage(stage.name, stage.fingerprint)
         if damage is not None:
             raise damage

@@ -90,7 +90,7 @@ def given_shards(options: argparse.Namespace) -> WebDatasetSettings | None:
 def read_request(options: argparse.Namespace, name: str, shards: WebDatasetSettings | None) -> Request:
     """What the command line asks of the run of that name. Raises `UserError` for what it cannot have."""
     record = read_run(options.outputs, name)
-    artifacts = finished_artifacts(options.outputs, record, KINDS, "evaluate")
+    artifacts = finished_artifacts(options.outputs, record, KINDS, "evaluate", _USED)
     kinds = {each.manifest.kind: each for each in artifacts.values()}
     if "clip" not in kinds:
         raise UserError(f"run {name} has no CLIP, which all is measured with; give one that has")

@@ -79,7 +79,7 @@ def load_for(
 def _found(run: str, outputs: str | Path) -> tuple[RunRecord, dict[str, Artifact]]:
     outputs = Path(outputs).absolute()
     record = read_run(outputs, run)
-    artifacts = finished_artifacts(outputs, record, KINDS, "sample")
+    artifacts = finished_artifacts(outputs, record, KINDS, "sample", (Judge.JUDGE_CLIP,))
     if not any(artifact.manifest.kind == "decoder" for artifact in artifacts.values()):
         raise UserError(f"run {record.name} trains no decoder, and makes no pictures; sample from a run that does")
     return record, artifacts

@@ -83,6 +83,9 @@ def test_of_a_stage_that_is_set_aside_every_command_names_the_file(
     assert str(file) in action_of_clip(planned(outputs, OnDamage.STOP))[1]
     with pytest.raises(DamagedArtifactError, match=rf"{file} .*: stage clip is set aside; .*on_damage=rebuild"):
         finished_artifacts(outputs, read_run(outputs, "first"), [clip.manifest.kind], "sample")
+    for kinds in ((), ["another"]):
+        with pytest.raises(DamagedArtifactError):
+            finished_artifacts(outputs, read_run(outputs, "first"), kinds, "evaluate", also=[clip.manifest.kind])
     flip(file)
     assert "taken back" in said("verify", "first", "--outputs", str(outputs))
 
