@@ -164,7 +164,7 @@ def test_a_job_that_finds_an_input_damaged_fails_with_the_command_that_mends_it(
 def test_a_job_whose_inputs_are_gone_fails_with_the_reason(tmp_path: Path):
     learner, _ = world.submitted_learner(tmp_path / "a", steps=4, launch={"sbatch_arguments": ["--hold"]})
     for artifact in (tmp_path / "a" / "artifacts" / "data").iterdir():
-        (artifact / "manifest.json").unlink()
+        shutil.rmtree(artifact)
     (job_id,) = world.slurm("squeue", "-h", "-t", "PD", "-o", "%A").split()
     world.slurm("scontrol", "release", job_id)
     wait_for(job_id, state="FAILED")
