@@ -262,8 +262,11 @@ def _verify(arguments: list[str]) -> int:
 
     if options.every and options.run is not None:
         raise UserError(f"--all does not go with {options.run}; give one of the two")
-    run = latest_run(options.outputs) if options.run is None else options.run
-    return verify(options.outputs, None if options.every else run)
+    if options.every or options.run is not None:
+        return verify(options.outputs, options.run)
+    run = latest_run(options.outputs)
+    print(f"the latest run, {run} (--all: all that there is)", flush=True)
+    return verify(options.outputs, run)
 
 
 def _sync(arguments: list[str]) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,11 +19,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue
 
+from pipeline.compose_fault import errors_of_one_line, refusals_of_options
 from pipeline.config import RunConfig, RunSettings, validate
 from pipeline.errors import UserError
 from pipeline.launch.launcher import launcher_of
@@ -42,7 +42,6 @@ CONFIG_DIRECTORY = (Path(__file__).parent / "conf").resolve()
 _OF_ONE_STAGE = re.compile(r"(stage\.[^.=]+\.trainer|launch\.stages\.[^.=]+|launch\.environment)\.[^=]+=")
 _MULTIRUN = ("-m", "--multirun")
 _MEMBERS = "--members"
-_TWO_VALUES = "Multiple values for "  # how Hydra begins its complaint
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def compose_members(program: str, arguments: Sequence[str], *, default: str | No
     if default is not None and key_of(default) not in map(key_of, arguments):
         arguments = with_override(arguments, default)
     arguments = list(map(_readable, arguments))
-    with _errors_of_one_line():
+    with errors_of_one_line():
         if file is not None:
             return _compose_points(program, arguments, _points_in(file, typed))
         if not set(_MULTIRUN) & set(arguments):
@@ -88,7 +87,7 @@ def run_by_hydra(program: str, arguments: Sequence[str]) -> None:
     """Have Hydra run a sweep by its own sweeper and launcher. Raises `UserError` as `compose_members` does."""
     refuse_repeated_keys(arguments)
     line = with_override(list(map(_readable, arguments)), "hydra.sweep.dir=${paths.outputs}/hydra/${run.name}")
-    with _errors_of_one_line(), _command_line(program, line):
+    with errors_of_one_line(), _command_line(program, line):
         _require_choices(line)
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(_run_job)()
 
@@ -135,12 +134,8 @@ def _compose(program: str, arguments: list[str]) -> list[tuple[DictConfig, list[
     with TemporaryDirectory() as scratch:
         is_sweep = bool(set(_MULTIRUN) & set(arguments))
         line = with_override(arguments, f"hydra.sweep.dir={scratch}") if is_sweep else arguments
-        with _command_line(program, line):
-            try:
-                hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(collect)()
-            except SystemExit as exit_:
-                if exit_.code not in (None, 0):
-                    raise
+        with refusals_of_options(program), _command_line(program, line):
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name="config")(collect)()
     return composed
 
 
@@ -375,47 +370,3 @@ def _command_line(program: str, arguments: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = environment
-
-
-@contextmanager
-def _errors_of_one_line() -> Iterator[None]:
-    # Outside of Hydra, which would print a headline of its own above an error.
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from error
-    except ValueError as error:
-        # Hydra's parser hands Python's refusal of a number of thousands of digits through.
-        if "integer string conversion" not in str(error):
-            raise
-        raise UserError(f"an override has a value that cannot be read ({error}); give a shorter one") from error
-
-
-def _one_line(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return _unknown_key(cause)
-    if isinstance(cause, MissingMandatoryValue):
-        return f"{cause.full_key} has no value; set {cause.full_key}=..."
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} cannot be read as an override ({error.message.splitlines()[0]}); write key=value, "
-            "and \"key='...'\" around a value with special characters"
-        )
-    if isinstance(error, ConfigCompositionException) and str(error).startswith(_TWO_VALUES):
-        group = str(error).removeprefix(_TWO_VALUES).split(".")[0]
-        return f"{group} has a value already; write {group}=... without the +"
-    if isinstance(error, MissingConfigException) and error.options:
-        return f"{error.missing_cfg_file!r} is no choice; there are {', '.join(sorted(error.options))}"
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}; mend this key"
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
-def _unknown_key(error: OmegaConfBaseException) -> str:
-    key = str(error.full_key or error.key)
-    parent = error.parent_node
-    valid = sorted(str(name) for name in parent) if isinstance(parent, DictConfig) else []
-    close = get_close_matches(str(error.key), valid, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{key} is an unknown key; {hint}valid keys here: {', '.join(valid)}"

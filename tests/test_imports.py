@@ -235,7 +235,7 @@ def test_what_stages_share_knows_of_no_stage(room: str):
 @pytest.mark.parametrize(
     ("libraries", "door"),
     [
-        (("hydra", "omegaconf"), "pipeline/compose.py"),
+        (("hydra", "omegaconf"), "pipeline/compose"),
         (("wandb",), "pipeline/tracking/"),
         (("deepspeed",), "pipeline/training/strategies/zero.py"),
         (("open_clip",), "stages/clip/network.py"),

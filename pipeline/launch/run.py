@@ -7,8 +7,9 @@ from pipeline.config import OnDamage, RunConfig
 from pipeline.errors import UserError
 from pipeline.launch.launcher import StageOutcome, launcher_of
 from pipeline.terminal.display import Display
-from pipeline.workflow.artifacts import ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.code import read_record
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.in_use import recorded
 from pipeline.workflow.notify import Event, tell

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError, is_disk_full
 from pipeline.terminal.words import format_bytes
-from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, DamagedArtifactError, read_artifact
+from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, read_artifact
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.digests import fault
 from pipeline.workflow.in_use import store_lock
 from pipeline.workflow.publish import publish
@@ -67,8 +68,7 @@ class RemoteStore:
                 found = self._filesystem.find(at, detail=True)
         except FileNotFoundError:
             return {}
-        sizes = dict(found)
-        return {path.removeprefix(f"{at}/"): entry["size"] for path, entry in sizes.items()}
+        return {path.removeprefix(f"{at}/"): entry["size"] for path, entry in dict(found).items()}
 
     def remove(self, name: str) -> None:
         """Remove a file."""
@@ -232,10 +232,10 @@ def _fetch(
                 remote.get(f"{at}/{each.path}", file)
             except FileNotFoundError as error:
                 raise UserError(f"{remote.url}/{at}/{each.path} is missing; push the run again") from error
-    for each in artifact.manifest.files:
-        if fault(place, [each]) is not None:
-            (place / each.path).unlink()  # to be fetched anew
-            raise _damaged_there(remote, record.name, f"{at}/{each.path}")
+    if fault(place, artifact.manifest.files) is not None:
+        damaged = next(each for each in artifact.manifest.files if fault(place, [each]) is not None)
+        (place / damaged.path).unlink()  # to be fetched anew
+        raise _damaged_there(remote, record.name, f"{at}/{damaged.path}")
     store.path(stage, fingerprint).parent.mkdir(parents=True, exist_ok=True)
     published = publish(store, place, artifact.manifest)
     say(f"{_title(published)}  pulled, {_size(published)}")
@@ -262,9 +262,10 @@ def _is_whole(remote: RemoteStore, place: str, sizes: Mapping[str, int]) -> bool
     if MANIFEST not in sizes:
         return False
     with TemporaryDirectory() as temporary:
-        remote.get(f"{place}/{MANIFEST}", Path(temporary) / MANIFEST)
+        here = Path(temporary) / place
+        remote.get(f"{place}/{MANIFEST}", here / MANIFEST)
         try:
-            artifact = read_artifact(Path(temporary))
+            artifact = read_artifact(here)
         except UserError:
             return False
     return artifact is not None and all(sizes.get(each.path) == each.size for each in artifact.manifest.files)

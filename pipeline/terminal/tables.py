@@ -5,8 +5,9 @@ from pathlib import Path
 from rich.table import Table
 
 from pipeline.terminal.words import format_duration, progress_line
-from pipeline.workflow.artifacts import Artifact, ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.causes import Cause
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts, store_of

@@ -5,8 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore
 from pipeline.workflow.checkpoint import checkpoints
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.frozen import FROZEN, StageKey
 from pipeline.workflow.runs import keys_of, read_readable, read_runs, require_outputs, run_names, store_of
 from pipeline.workflow.sealed import DamagedRecordError, read_json
@@ -22,18 +23,18 @@ def verify(outputs: Path, run: str | None) -> int:
     they are damaged. Raises `UserError` at the end where something is.
     """
     require_outputs(outputs)
-    damaged = 0
+    unreadable = []
     if run is None:
         runs, unreadable = read_readable(outputs, run_names(outputs))
-        for error in unreadable:
-            print(error, flush=True)
-            damaged += 1
         keys = _keys(outputs)
     else:
         runs = read_runs(outputs, run)
         keys = list(dict.fromkeys(key for record in runs for key in keys_of(record)))
     store = store_of(outputs, runs)
     records: list[Path] = []
+    damaged = len(unreadable)
+    for error in unreadable:
+        print(error, flush=True)
     for key in keys:
         for line, is_whole in _findings(store, key):
             print(line, flush=True)
@@ -76,6 +77,11 @@ def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]
             yield f"{name}: whole again, and taken back", True
         elif (damage := store.known_damage(*key)) is not None:
             yield f"{name}: {damage}", False
+        elif (place := store.path(*key)).is_symlink():
+            yield (
+                f"{name}: {place.readlink()} is gone, which it was linked to; run it again, which makes it here",
+                False,
+            )
     except DamagedArtifactError as error:
         yield f"{name}: {error}", False
     for path, checkpoint in checkpoints(store.work(*key)):

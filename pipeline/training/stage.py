@@ -17,8 +17,9 @@ from pipeline.training.context import Attempt, ProgressWriter, StageContext, Sta
 from pipeline.training.failures import explained
 from pipeline.training.hardware import record_hardware
 from pipeline.workflow import code
-from pipeline.workflow.artifacts import SCHEMA_VERSION, DamagedArtifactError, Manifest
+from pipeline.workflow.artifacts import SCHEMA_VERSION, Manifest
 from pipeline.workflow.checkpoint import latest_checkpoint
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.declaration import resolve
 from pipeline.workflow.digests import describe_files
 from pipeline.workflow.fingerprint import counted_settings

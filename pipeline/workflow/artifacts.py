@@ -8,19 +8,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config import Settings, validate
 from pipeline.errors import UserError
+from pipeline.workflow.damage import REMEDY_ELSEWHERE, DamagedArtifactError, remedy_at, remember, remembered
 from pipeline.workflow.digests import FileRecord, fault, size_fault
 from pipeline.workflow.record import METRICS
 from pipeline.workflow.sealed import (
     DamagedRecordError,
     digest_of,
     read_json,
-    read_or_none,
     warn,
-    write_json_atomically,
 )
 
 MANIFEST = "manifest.json"
@@ -29,32 +28,8 @@ SET_ASIDE = "damaged.json"
 """The manifest's name once a file was found damaged. The files stay where they are, for those who have them open."""
 VERIFIED = "verified"
 """In the work directory: what each host has verified."""
-FOUND_DAMAGED = "damage.json"
-"""In the work directory: which file was found damaged. It counts for as long as the artifact is not there."""
 CODE_RECORD = "code.json"
 SCHEMA_VERSION = 1
-REMEDY = (
-    "run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there and "
-    "`unclip verify` takes it back"
-)
-REMEDY_OF_OTHERS = (
-    "it is in another store: run it again with store.on_damage=rebuild to make it here, or once its owner has mended it"
-)
-
-
-class DamagedArtifactError(UserError):
-    """A file of an artifact is not what its manifest says; `fault` says which, and how it differs."""
-
-    def __init__(self, fault: str, consequence: str = "", remedy: str = REMEDY) -> None:
-        super().__init__(f"{fault}{consequence}; {remedy}")
-        self.fault = fault
-
-
-class _FoundDamaged(Settings):
-    fault: str
-
-
-_FOUND_DAMAGED = TypeAdapter(_FoundDamaged)
 
 
 class Numbers(Settings):
@@ -136,7 +111,7 @@ class Artifact:
             found = size_fault(self.path, self.manifest.files) or (self._fault_of(pictures) if pictures else None)
         except UserError as error:
             return error
-        return None if found is None else DamagedArtifactError(found, remedy=_remedy_at(self.path))
+        return None if found is None else DamagedArtifactError(found, remedy_at(self.path))
 
     def opened(self) -> "Artifact":
         """The same for whoever uses its files. Raises `UserError` where one is damaged: see `ArtifactStore.open`."""
@@ -189,28 +164,28 @@ class ArtifactStore:
 
         Raises `DamagedArtifactError` where it is damaged.
         """
-        found, here = self.find(stage, fingerprint), self.path(stage, fingerprint)
-        if found is None or found.path == here:
+        found, here = self.verify_elsewhere(stage, fingerprint), self.path(stage, fingerprint)
+        if found is None:
             return
-        self.verify_elsewhere(stage, fingerprint)
         here.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # another command was as fast
             if here.is_symlink():  # to what has gone since
                 here.unlink(missing_ok=True)
             here.symlink_to(found.path.resolve(), target_is_directory=True)
 
-    def verify_elsewhere(self, stage: str, fingerprint: str) -> None:
-        """Read what was found in another store, unless this host has verified it.
+    def verify_elsewhere(self, stage: str, fingerprint: str) -> Artifact | None:
+        """What is in another store and not here, read unless this host has verified it; None without any.
 
         Raises `DamagedArtifactError` where it is damaged, and remembers that: it is not found any more.
         """
         found = self.find(stage, fingerprint)
         if found is None or found.path == self.path(stage, fingerprint):
-            return
+            return None
         damage = fault(found.path, found.manifest.files, self.work(stage, fingerprint) / VERIFIED)
         if damage is not None:
-            self._remember(stage, fingerprint, damage)
-            raise DamagedArtifactError(damage, remedy=REMEDY_OF_OTHERS)
+            remember(self.work(stage, fingerprint), damage)
+            raise DamagedArtifactError(damage, REMEDY_ELSEWHERE)
+        return found
 
     def open(self, stage: str, fingerprint: str, *, anew: bool = False) -> Artifact | None:
         """The published artifact for whoever uses its files, which are what the manifest says; or None.
@@ -233,10 +208,13 @@ class ArtifactStore:
             found = error.fault
         if found is None:
             return artifact
-        self._remember(stage, fingerprint, found)
-        remedy = _remedy_at(directory)
-        state = "is set aside" if _set_aside(directory, inode) else "is damaged"
-        raise DamagedArtifactError(found, f": stage {stage} {state}", remedy)
+        remedy, is_link = remedy_at(directory), directory.is_symlink()
+        if is_link:  # which is gone in a moment
+            found = found.replace(str(directory), str(directory.resolve()))
+        remember(self.work(stage, fingerprint), found)
+        is_taken_away = _set_aside(directory, inode)
+        state = "is damaged" if not is_taken_away else "is not linked to any more" if is_link else "is set aside"
+        raise DamagedArtifactError(found, remedy, f": stage {stage} {state}")
 
     def take_back(self, stage: str, fingerprint: str) -> bool:
         """Publish an artifact again that was set aside, if its files are what the manifest says by now.
@@ -249,8 +227,8 @@ class ArtifactStore:
             return False
         found = self._fault(artifact, anew=True)
         if found is not None:
-            self._remember(stage, fingerprint, found)
-            raise DamagedArtifactError(found, f": stage {stage} is set aside")
+            remember(self.work(stage, fingerprint), found)
+            raise DamagedArtifactError(found, remedy_at(directory), f": stage {stage} is set aside")
         with suppress(FileNotFoundError):  # another process was as fast
             (directory / SET_ASIDE).rename(directory / MANIFEST)
         return True
@@ -267,44 +245,35 @@ class ArtifactStore:
             return error
         if artifact is not None:
             found = size_fault(directory, artifact.manifest.files)
-            return None if found is None else DamagedArtifactError(found, remedy=_remedy_at(directory))
+            return None if found is None else DamagedArtifactError(found, remedy_at(directory))
         if (directory / SET_ASIDE).exists():
-            found = self._remembered(stage, fingerprint) or f"{directory} was found damaged"
-            return DamagedArtifactError(found, f": stage {stage} is set aside")
-        if directory.is_dir():  # what is being made lies beside it, and comes with its manifest
-            return DamagedArtifactError(f"{directory / MANIFEST} is gone")
+            found = remembered(self.work(stage, fingerprint)) or f"{directory} was found damaged"
+            return DamagedArtifactError(found, remedy_at(directory), f": stage {stage} is set aside")
+        lost = _lost_manifest(directory)
+        if lost is not None:
+            return DamagedArtifactError(lost, remedy_at(directory))
         return self._elsewhere(stage, fingerprint)[1]
 
     def _elsewhere(self, stage: str, fingerprint: str) -> tuple[Artifact | None, DamagedArtifactError | None]:
         """The first artifact in others' stores that is not known to be damaged; or what is wrong with the first."""
         damage: str | None = None
-        memory = self.work(stage, fingerprint) / VERIFIED
         for place in self.also_read:
             try:
                 artifact = ArtifactStore(place).own(stage, fingerprint)
-                if artifact is None:
-                    continue
-                files = artifact.manifest.files
-                is_suspect = self._remembered(stage, fingerprint) is not None
-                found = fault(artifact.path, files, memory) if is_suspect else size_fault(artifact.path, files)
+                found = None if artifact is None else self._fault_elsewhere(artifact)
             except DamagedArtifactError as error:
-                found = error.fault
-            else:
-                if found is None:
-                    return artifact, None
-            damage = damage or found
-        return None, None if damage is None else DamagedArtifactError(damage, remedy=REMEDY_OF_OTHERS)
+                artifact, found = None, error.fault
+            if artifact is not None and found is None:
+                return artifact, None
+            damage = damage or found or _lost_manifest(ArtifactStore(place).path(stage, fingerprint))
+        return None, None if damage is None else DamagedArtifactError(damage, REMEDY_ELSEWHERE)
 
-    def _remember(self, stage: str, fingerprint: str, damage: str) -> None:
-        work = self.work(stage, fingerprint)
-        with suppress(OSError):  # a full disk, or a store of others': it is found again
-            work.mkdir(parents=True, exist_ok=True)
-            write_json_atomically(work / FOUND_DAMAGED, {"fault": damage})
-
-    def _remembered(self, stage: str, fingerprint: str) -> str | None:
-        path = self.work(stage, fingerprint) / FOUND_DAMAGED
-        found = read_or_none(_FOUND_DAMAGED, path, "it is left out")
-        return None if found is None else found.fault
+    def _fault_elsewhere(self, artifact: Artifact) -> str | None:
+        """By sizes, and where it was found damaged before, by digests."""
+        files, key = artifact.manifest.files, (artifact.manifest.stage, artifact.manifest.fingerprint)
+        if remembered(self.work(*key)) is None:
+            return size_fault(artifact.path, files)
+        return fault(artifact.path, files, self.work(*key) / VERIFIED)
 
     def made_anew_since(self, inputs_sha256: Mapping[str, str]) -> str:
         """In words, which of these contents are not those of the artifacts there are now; "" where all are."""
@@ -346,7 +315,7 @@ def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except DamagedRecordError as error:
-        raise DamagedArtifactError(str(error)) from error
+        raise DamagedArtifactError(str(error), remedy_at(directory)) from error
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -372,9 +341,10 @@ def _content_at(directory: Path, _inode: int, _mtime_ns: int) -> str | None:
     return None if artifact is None else artifact.content_sha256
 
 
-def _remedy_at(directory: Path) -> str:
-    """What can be done about damage there: in others' stores, which are linked to, it is theirs to mend."""
-    return REMEDY_OF_OTHERS if directory.is_symlink() else REMEDY
+def _lost_manifest(directory: Path) -> str | None:
+    """In words, that an artifact's directory has no manifest of any name: what is made lies beside it until it has."""
+    is_lost = directory.is_dir() and not any((directory / name).exists() for name in (MANIFEST, SET_ASIDE))
+    return f"{directory / MANIFEST} is gone" if is_lost else None
 
 
 def _set_aside(directory: Path, inode: int) -> bool:

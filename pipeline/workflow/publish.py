@@ -11,10 +11,10 @@ from pipeline.workflow.artifacts import (
     MANIFEST,
     Artifact,
     ArtifactStore,
-    DamagedArtifactError,
     Manifest,
     read_artifact,
 )
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.sealed import write_json_atomically
 
 

@@ -4,11 +4,12 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, field_validator
+from pydantic import TypeAdapter, ValidationError, field_validator
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
@@ -75,6 +76,7 @@ class RunRecord(Settings):
 
 
 _RECORD = TypeAdapter(RunRecord)
+_PLACES = TypeAdapter(tuple[Path, ...])
 
 
 def run_directory(outputs: Path, name: str) -> Path:
@@ -157,6 +159,8 @@ def read_readable(outputs: Path, names: Iterable[str]) -> tuple[list[RunRecord],
             records.append(read_run(outputs, name))
         except DamagedRunError as error:
             damaged.append(error)
+        except UserError:  # it was removed meanwhile
+            continue
     return records, damaged
 
 
@@ -199,9 +203,13 @@ def run_names(outputs: Path) -> list[str]:
 
 
 def store_of(outputs: Path, records: Sequence[RunRecord]) -> ArtifactStore:
-    """The store of some runs, with those that they also read."""
-    places = [each for record in records for each in record.config.get("paths", {}).get("also_read") or ()]
-    return ArtifactStore(outputs, tuple(dict.fromkeys(Path(str(each)).absolute() for each in places)))
+    """The store of some runs, with those that they also read, as far as their records tell."""
+    places: dict[Path, None] = {}
+    for record in records:
+        given = record.config.get("paths", {}).get("also_read", ())
+        with suppress(ValidationError):  # an earlier version's record, or one that holds something else
+            places |= dict.fromkeys(each.absolute() for each in _PLACES.validate_python(given))
+    return ArtifactStore(outputs, tuple(places))
 
 
 def latest_run(outputs: Path) -> str:

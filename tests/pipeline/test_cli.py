@@ -218,6 +218,9 @@ def test_a_board_of_a_run_that_is_not_there_says_so(capsys, tmp_path: Path, monk
         (("sample", "--count", "few"), "argument --count: invalid int value: 'few'; see unclip sample --help"),
         (("edit", "variations"), "required: run, picture; see unclip edit variations --help"),
         (("shards", "walk"), "invalid choice: 'walk' (choose from 'index', 'check'); see unclip shards --help"),
+        (("run", "--no-such-option"), "unrecognized arguments: --no-such-option; see unclip run --help"),
+        (("plan", "--no-such-option"), "unrecognized arguments: --no-such-option; see unclip plan --help"),
+        (("submit", "-m", "--no-such-option"), "unrecognized arguments: --no-such-option; see unclip submit --help"),
         (("sync", "--no-such-option"), "unrecognized arguments: --no-such-option; see unclip sync --help"),
     ],
 )

@@ -14,7 +14,8 @@ from pipeline.config import PathSettings, RunSettings
 from pipeline.errors import UserError
 from pipeline.launch.run import start
 from pipeline.terminal.display import Display
-from pipeline.workflow.artifacts import ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.plan import Action, Plan, plan_run
 from pipeline.workflow.progress import Outcome
 from pipeline.workflow.publish import publish, start_building
@@ -93,6 +94,16 @@ def test_damage_there_is_said_and_left_to_its_owner(theirs: Path, tmp_path: Path
     assert started(plan) == {Outcome.REUSED}
 
 
+def test_a_manifest_that_was_lost_there_is_damage_before_it_is_linked_to(theirs: Path, tmp_path: Path):
+    artifact = run_artifacts(theirs, read_run(theirs, "first"))["clip"]
+    held = (artifact.path / MANIFEST).rename(tmp_path / "held")
+    stage = next(each for each in planned(tmp_path / "mine", theirs).stages if each.name == "clip")
+    assert stage.action is Action.BLOCKED
+    assert stage.reason.startswith(f"{artifact.path / MANIFEST} is gone; it is in another store: run it again with")
+    held.rename(artifact.path / MANIFEST)
+    assert started(planned(tmp_path / "mine", theirs)) == {Outcome.REUSED}
+
+
 def mend(file: Path) -> None:
     file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
 
@@ -106,6 +117,9 @@ def test_damage_that_comes_after_it_was_linked_to_is_said_by_every_command_until
     file = artifact.path.resolve() / "weights.bin"
     mend(file)
     before = contents(theirs)
+    with pytest.raises(DamagedArtifactError) as damage:
+        ArtifactStore(mine).open("clip", artifact.manifest.fingerprint)
+    assert str(damage.value).startswith(f"{file} does not have the digest in its manifest: stage clip is not linked to")
     for command in ("verify", "verify", "status"):
         assert main([command, "mine", "--outputs", str(mine)]) == (2 if command == "verify" else 0)
         shown = capsys.readouterr().out.replace("\n", "")
@@ -118,10 +132,14 @@ def test_damage_that_comes_after_it_was_linked_to_is_said_by_every_command_until
     assert main(["verify", "mine", "--outputs", str(mine)]) == 0
 
 
-def test_a_link_to_what_has_gone_is_in_nobody_s_way(theirs: Path, tmp_path: Path):
+def test_a_link_to_what_has_gone_is_in_nobody_s_way_and_verify_names_it(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     mine = tmp_path / "mine"
     assert started(planned(mine, theirs)) == {Outcome.REUSED}
     theirs.rename(tmp_path / "moved")
+    assert main(["verify", "mine", "--outputs", str(mine)]) == 2
+    assert f"{theirs}/artifacts/clip/" in capsys.readouterr().out
     plan = planned(mine, theirs)
     assert {stage.action for stage in plan.stages} == {Action.RUN}
     finish(plan.stages)

@@ -1,5 +1,6 @@
 """What every command says of a store of which something is damaged, and that what it says mends it."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import OnDamage, StoreSettings
 from pipeline.terminal.tables import stage_state
-from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, Artifact, ArtifactStore, DamagedArtifactError
+from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, Artifact, ArtifactStore
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.frozen import write_frozen
 from pipeline.workflow.plan import Action, Plan, plan_run
 from pipeline.workflow.runs import RECORD, finished_artifacts, read_run, run_artifacts, run_directory
@@ -57,8 +59,8 @@ def test_a_stage_that_lost_its_manifest_is_no_new_one(
     line = f"{clip.path / MANIFEST} is gone"
     assert action_of_clip(planned(outputs, OnDamage.STOP)) == (
         Action.BLOCKED,
-        f"{line}; run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there "
-        "and `unclip verify` takes it back",
+        f"{line}; run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there, "
+        f"and this takes it back: unclip verify --all --outputs {outputs}",
     )
     action, reason = action_of_clip(planned(outputs, OnDamage.REBUILD))
     assert action is not Action.REUSE
@@ -87,7 +89,10 @@ def test_of_a_stage_that_is_set_aside_every_command_names_the_file(
         with pytest.raises(DamagedArtifactError):
             finished_artifacts(outputs, read_run(outputs, "first"), kinds, "evaluate", also=[clip.manifest.kind])
     flip(file)
-    assert "taken back" in said("verify", "first", "--outputs", str(outputs))
+    with pytest.raises(DamagedArtifactError) as refusal:
+        finished_artifacts(outputs, read_run(outputs, "first"), [clip.manifest.kind], "sample")
+    typed = shlex.split(str(refusal.value).partition("this takes it back: unclip ")[2])
+    assert "taken back" in said(*typed)
 
 
 def test_a_manifest_that_was_put_back_leaves_no_other_beside_it(outputs: Path, clip: Artifact):
@@ -127,7 +132,8 @@ def test_a_run_whose_record_is_damaged_stops_nothing_but_gc_and_can_be_removed(
         ended, text = shown(capsys, *command, *at)
         assert (ended, remedy in text) == (status, True), command
         assert str(path) in text
-    assert shown(capsys, "verify", *at)[0] == 0  # of the latest run that can be read
+    ended, text = shown(capsys, "verify", *at)
+    assert (ended, "the latest run, first (--all: all that there is)" in text) == (0, True)  # that can be read
     assert "second: " in said("rm", "second", *at)
     before = there(outputs)
     said("rm", "second", "--delete", *at)

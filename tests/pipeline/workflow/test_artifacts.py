@@ -13,8 +13,8 @@ from pipeline.workflow.artifacts import (
     VERIFIED,
     Artifact,
     ArtifactStore,
-    DamagedArtifactError,
 )
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.sealed import read_json, write_json_atomically
 from tests.support.fakes import manifest_of

@@ -7,8 +7,9 @@ import pytest
 from pipeline.compose import compose_members
 from pipeline.launch.slurm.aftermath import decide, overrides_to_rebuild, with_remedy
 from pipeline.launch.slurm.settings import Policy
-from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, DamagedArtifactError
+from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE
 from pipeline.workflow.causes import Cause, End
+from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.frozen import write_frozen
 from pipeline.workflow.progress import Failure
 from tests.support import tiny
@@ -42,7 +43,9 @@ def test_of_a_damaged_input_a_command_is_told_that_works_when_typed(tmp_path: Pa
     frozen = plan_stages(tmp_path, "stage.decoder.max_samples=24")["decoder"]
     frozen = frozen.model_copy(update={"run": "s.3", "group": "s", "outputs": place})
     damaged = frozen.store.path(*frozen.needs[0])
-    failure = Failure(str(DamagedArtifactError("x is cut", ": stage clip is set aside")), True, Cause.SETTINGS)
+    failure = Failure(
+        str(DamagedArtifactError("x is cut", "mend it", ": stage clip is set aside")), True, Cause.SETTINGS
+    )
     assert with_remedy(failure, frozen) is failure
     damaged.mkdir(parents=True)
     (damaged / SET_ASIDE).touch()
