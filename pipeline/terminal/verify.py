@@ -77,11 +77,6 @@ def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]
             yield f"{name}: whole again, and taken back", True
         elif (damage := store.known_damage(*key)) is not None:
             yield f"{name}: {damage}", False
-        elif (place := store.path(*key)).is_symlink():
-            yield (
-                f"{name}: {place.readlink()} is gone, which it was linked to; run it again, which makes it here",
-                False,
-            )
     except DamagedArtifactError as error:
         yield f"{name}: {error}", False
     for path, checkpoint in checkpoints(store.work(*key)):

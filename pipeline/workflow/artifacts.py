@@ -234,7 +234,7 @@ class ArtifactStore:
         return True
 
     def known_damage(self, stage: str, fingerprint: str) -> DamagedArtifactError | None:
-        """What is wrong with an artifact as far as it can be known without reading its files.
+        """What is wrong with an artifact as far as it can be known without reading its files; a link to none is, too.
 
         Those in other stores are read where damage was found there before.
         """
@@ -252,7 +252,10 @@ class ArtifactStore:
         lost = _lost_manifest(directory)
         if lost is not None:
             return DamagedArtifactError(lost, remedy_at(directory))
-        return self._elsewhere(stage, fingerprint)[1]
+        found, damage = self._elsewhere(stage, fingerprint)
+        if found is None and damage is None and directory.is_symlink() and not directory.exists():
+            return DamagedArtifactError(f"{directory.readlink()} is gone", remedy_at(directory))
+        return damage
 
     def _elsewhere(self, stage: str, fingerprint: str) -> tuple[Artifact | None, DamagedArtifactError | None]:
         """The first artifact in others' stores that is not known to be damaged; or what is wrong with the first."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from pipeline.cli import main
-from pipeline.config import PathSettings, RunSettings
+from pipeline.config import OnDamage, PathSettings, RunSettings, StoreSettings
 from pipeline.errors import UserError
 from pipeline.launch.run import start
 from pipeline.terminal.display import Display
@@ -32,9 +32,10 @@ def theirs(tmp_path: Path) -> Path:
     return outputs
 
 
-def planned(outputs: Path, theirs: Path, weight: float = 0.1) -> Plan:
-    paths = PathSettings(outputs=outputs, also_read=(theirs,))
-    return plan_run(run_config(outputs, settings(weight=weight), run=RunSettings(name="mine"), paths=paths))
+def planned(outputs: Path, theirs: Path, weight: float = 0.1, on_damage: OnDamage = OnDamage.STOP) -> Plan:
+    paths, store = PathSettings(outputs=outputs, also_read=(theirs,)), StoreSettings(on_damage=on_damage)
+    run = RunSettings(name="mine")
+    return plan_run(run_config(outputs, settings(weight=weight), run=run, paths=paths, store=store))
 
 
 def started(plan: Plan) -> set[Outcome]:
@@ -132,16 +133,23 @@ def test_damage_that_comes_after_it_was_linked_to_is_said_by_every_command_until
     assert main(["verify", "mine", "--outputs", str(mine)]) == 0
 
 
-def test_a_link_to_what_has_gone_is_in_nobody_s_way_and_verify_names_it(
+def test_a_link_to_what_has_gone_is_damage_until_it_is_back_or_made_here(
     theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     mine = tmp_path / "mine"
     assert started(planned(mine, theirs)) == {Outcome.REUSED}
-    theirs.rename(tmp_path / "moved")
-    assert main(["verify", "mine", "--outputs", str(mine)]) == 2
-    assert f"{theirs}/artifacts/clip/" in capsys.readouterr().out
+    moved = theirs.rename(tmp_path / "moved")
+    for command, status in (("verify", 2), ("status", 0)):
+        assert main([command, "mine", "--outputs", str(mine)]) == status
+        assert "another store" in capsys.readouterr().out
     plan = planned(mine, theirs)
+    assert plan.stages[0].reason.startswith(f"{theirs}/artifacts/")
+    assert " is gone; it is in another store: run it again with" in plan.stages[0].reason
+    assert {stage.action for stage in plan.stages} == {Action.BLOCKED}
+    assert {stage.action for stage in planned(mine, moved).stages} == {Action.REUSE}
+    plan = planned(mine, theirs, on_damage=OnDamage.REBUILD)
     assert {stage.action for stage in plan.stages} == {Action.RUN}
+    assert plan.stages[0].reason.startswith(f"anew, as {theirs}/artifacts/")
     finish(plan.stages)
     assert {stage.action for stage in planned(mine, theirs).stages} == {Action.REUSE}
 
