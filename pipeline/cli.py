@@ -36,7 +36,7 @@ unclip trains DALL·E 2 from captioned images: CLIP, prior, decoder with a CLIP 
   unclip submit [key=value ...] [-m]  give a queue (Slurm) a job for each stage that is not finished, and return
   unclip status [RUN]                 where the stages of a run or sweep stand
   unclip logs RUN STAGE               a stage's log; -f follows it
-  unclip cancel RUN                   cancel a run's jobs, but for those that other runs count on
+  unclip cancel RUN                   stop a run's jobs and commands, but for those that other runs count on
   unclip verify [RUN|--all]           read everything that has a digest, and set aside what is damaged
   unclip sync [RUN]                   upload W&B runs that were tracked offline, and what an outage kept back
   unclip compare RUN ...              a table of runs or a sweep; --output report.html: curves and pictures too
@@ -240,7 +240,9 @@ def _logs(arguments: list[str]) -> int:
 
 
 def _cancel(arguments: list[str]) -> int:
-    parser = command_parser("cancel", "Cancel the jobs of a run or sweep, but for those that other runs count on.")
+    parser = command_parser(
+        "cancel", "Stop the jobs and commands of a run or sweep, but for those that other runs count on."
+    )
     parser.add_argument("run", help="name of a run or sweep")
     options = parser.parse_args(arguments)
     from pipeline.launch.launcher import launchers
@@ -248,7 +250,7 @@ def _cancel(arguments: list[str]) -> int:
 
     records = read_runs(options.outputs, options.run)
     lines = [line for launcher in launchers().values() for line in launcher.cancel(options.outputs, records)]
-    print("\n".join(lines) or f"{options.run} has no job in the queue")
+    print("\n".join(lines) or f"{options.run} is nowhere at work")
     return 0
 
 

@@ -1,6 +1,8 @@
 """The errors that are addressed to users."""
 
 import errno
+import shlex
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -13,6 +15,11 @@ class ProcessKilledError(Exception):
 
 class StageInterrupted(Exception):  # noqa: N818 - a request that was honoured, not a fault
     """A stage stopped at a step boundary on request; its checkpoint is written and the same command resumes it."""
+
+
+def typed(outputs: Path, *words: str) -> str:
+    """The `unclip` command of these words as it is typed to act on the store `outputs`."""
+    return shlex.join(["unclip", *words, "--outputs", str(outputs)])
 
 
 def is_disk_full(error: OSError) -> bool:

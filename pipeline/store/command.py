@@ -64,14 +64,15 @@ def _show_holdings(console: Console, title: str, holdings: Sequence[Holding]) ->
 
 def add_gc_options(parser: argparse.ArgumentParser) -> None:
     """What `unclip gc` takes beside `--outputs`."""
-    parser.add_argument("--delete", action="store_true", help="do it; without this, say what would be done")
+    act = parser.add_mutually_exclusive_group()
+    act.add_argument("--delete", action="store_true", help="do it; without this, say what would be done")
     parser.add_argument(
         "--older-than", default=DEFAULT_AGE, metavar="AGE", help=f"as in 30d, 12h or 90m (default: {DEFAULT_AGE})"
     )
     parser.add_argument("--keep-checkpoints", action="store_true", help="those of finished stages too")
     parser.add_argument("--caches", action="store_true", help="the compiler's cache too")
-    parser.add_argument("--pin", metavar="RUN", help="keep all that a run or sweep made; removes nothing")
-    parser.add_argument("--unpin", metavar="RUN", help="take that back; removes nothing")
+    act.add_argument("--pin", metavar="RUN", help="keep all that a run or sweep made; removes nothing")
+    act.add_argument("--unpin", metavar="RUN", help="take that back; removes nothing")
 
 
 def gc(options: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
     pinned = {name for name in run_names(outputs) if (run_directory(outputs, name) / PIN).exists()}
     users: dict[StageKey, dict[str, None]] = {}
     earlier: dict[StageKey, Earlier] = {}
-    code = {digest for needs in commands for digest in needs.code}
+    code = {digest for each in commands for digest in each.needs.code}
     for name, record in records.items():
         needed = keys_of(record)
         code.add(record.code or "")
@@ -81,10 +81,10 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
             users.setdefault(key, {})[name] = None
     works = dict(entries(outputs, "work"))
     directly = {key: why for key, path in works.items() if (why := at_work(path) or jobs.get(path))}
-    planned = {key: "a command at work has planned with it" for needs in commands for key in needs.stages}
+    planned = {key: "a command at work has planned with it" for each in commands for key in each.needs.stages}
     at_hand = planned | directly
     needed_by = {each: f"{key[0]} needs it: {why}" for key, why in at_hand.items() for each in inputs.with_all([key])}
-    busy_runs = {name: "a command is at work on it" for needs in commands for name in needs.runs}
+    busy_runs = {name: each.who for each in commands for name in each.needs.runs}
     for name, record in records.items():
         for key in keys_of(record):
             if key in directly:

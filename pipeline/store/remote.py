@@ -4,6 +4,7 @@ There they lie as they do here. A manifest is written after the files of its art
 what has one is whole; the record of the run comes last.
 """
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import UserError, is_disk_full
+from pipeline.errors import UserError, is_disk_full, typed
 from pipeline.terminal.words import format_bytes
 from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, read_artifact
 from pipeline.workflow.damage import DamagedArtifactError
@@ -59,6 +60,11 @@ class RemoteStore:
             raise UserError(f"{url} cannot be reached ({_one_line(error)}); install what it needs, {remedy}") from error
         self._filesystem: AbstractFileSystem = found[0]
         self._root: str = found[1]
+        self._is_local = is_local
+
+    def is_at(self, path: Path, name: str = "") -> bool:
+        """Whether what has that name there is the same thing as a path here."""
+        return self._is_local and Path(self._root, name).resolve() == path.resolve()
 
     def sizes_in(self, directory: str) -> dict[str, int]:
         """The files below a directory, now, and their bytes; nothing where there is none."""
@@ -85,6 +91,9 @@ class RemoteStore:
         file.parent.mkdir(parents=True, exist_ok=True)
         with self._said(name):
             self._filesystem.get_file(self._at(name), str(file))
+        if file.is_dir():
+            shutil.rmtree(file)
+            raise FileNotFoundError(name)
 
     def names_in(self, directory: str) -> list[str]:
         """What stands in a directory; nothing where there is none."""
@@ -107,9 +116,10 @@ class RemoteStore:
                 isinstance(error, OSError) and is_disk_full(error)
             ):
                 raise
+            place = "that path" if self._is_local else "the address, the network and your credentials"
             raise UserError(
-                f"{self.url}/{name} cannot be reached ({_one_line(error)}); see to the address, the network and your "
-                "credentials, and run it again: it goes on where it stopped"
+                f"{self.url}/{name} cannot be reached ({_one_line(error)}); see to {place}, and run it again: it goes "
+                "on where it stopped"
             ) from error
 
 
@@ -123,9 +133,15 @@ def push(outputs: Path, name: str, url: str, say: Say, *, is_anew: bool = False)
     if not artifacts:
         raise UserError(f"run {name} has no finished stage; run it first")
     remote = RemoteStore(url)
-    _require_same_run(remote, record)
+    if remote.is_at(outputs):
+        raise UserError(f"{url} is the store of run {name} itself; give the address of another one")
+    _require_same_run(remote, outputs, record)
     for artifact in artifacts.values():
         title, place = _title(artifact), f"artifacts/{artifact.name}"
+        if remote.is_at(artifact.path, place):
+            artifact.opened()
+            say(f"{title}  is there, and linked to from here")
+            continue
         sizes = remote.sizes_in(place)
         if not is_anew and _is_whole(remote, place, sizes):
             say(f"{title}  is there")
@@ -137,7 +153,10 @@ def push(outputs: Path, name: str, url: str, say: Say, *, is_anew: bool = False)
             remote.put(artifact.path / each.path, f"{place}/{each.path}")
         remote.put(artifact.path / MANIFEST, f"{place}/{MANIFEST}")
         say(f"{title}  pushed, {_size(artifact)}")
-    remote.put(run_directory(outputs, name) / RECORD, f"runs/{name}/{RECORD}")
+    with TemporaryDirectory() as temporary:  # with its present name, which a rename that was killed may not have given
+        path = Path(temporary) / RECORD
+        write_json_atomically(path, record.model_dump(mode="json"))
+        remote.put(path, f"runs/{name}/{RECORD}")
     left = [stage for stage in record.stages if stage.name not in artifacts]
     store = store_of(outputs, [record])
     for stage in left:
@@ -154,7 +173,7 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
     Raises `UserError` where there is none, or another run here has the name.
     """
     remote = RemoteStore(url)
-    if PurePosixPath(name).name != name:
+    if not name or PurePosixPath(name).name != name:
         raise UserError(f"{name!r} is no name of a run")
     if outputs.exists() and not outputs.is_dir():
         raise UserError(f"--outputs {outputs} is a file; give a directory")
@@ -166,9 +185,8 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
             record = _fetched_run(remote, staging, name)
             mine = run_directory(outputs, name) / RECORD
             if mine.exists() and not _is_same(read_run(outputs, name), record):
-                raise UserError(
-                    f"another run {name} is here; rename it (unclip mv {name} NEW), or give another --outputs"
-                )
+                rename = typed(outputs, "mv", name, "NEW")
+                raise UserError(f"another run {name} is here; rename it ({rename}), or give another --outputs")
             store = ArtifactStore(outputs)
             fetched = [_fetch(remote, staging, store, record, stage, say) for stage in record.stages]
             with store_lock(outputs):
@@ -177,8 +195,14 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
             shutil.rmtree(staging)
     except Timeout as error:
         raise UserError(f"another pull of run {name} is at work here; wait for it") from error
-    left = [stage.name for stage, is_there in zip(record.stages, fetched, strict=True) if not is_there]
-    say(f"run {name} is here" + (f", without {', '.join(left)}, not finished there" if left else ""))
+    left = [stage for stage, is_there in zip(record.stages, fetched, strict=True) if not is_there]
+    made_from = {each for stage in record.stages if stage not in left for each in stage.upstream}
+    lost = [stage.name for stage in left if stage.name in made_from or remote.sizes_in(_place(stage))]
+    if lost:
+        remedy = _push_anew(remote, name)
+        raise UserError(f"run {name} is here, without {', '.join(lost)}, of which a part is lost there; {remedy}")
+    names = ", ".join(stage.name for stage in left)
+    say(f"run {name} is here" + (f", without {names}, not finished there" if left else ""))
 
 
 def _fetched_run(remote: RemoteStore, staging: Path, name: str) -> RunRecord:
@@ -186,6 +210,8 @@ def _fetched_run(remote: RemoteStore, staging: Path, name: str) -> RunRecord:
         remote.get(f"runs/{name}/{RECORD}", run_directory(staging, name) / RECORD)
     except FileNotFoundError as error:
         names = remote.names_in("runs")
+        if name in names:
+            raise _damaged_there(remote, name, f"runs/{name}/{RECORD}", "gone") from error
         known = f"runs there: {', '.join(names)}" if names else "nothing was pushed there"
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"no run {name!r} at {remote.url}; {known}") from error
@@ -195,9 +221,18 @@ def _fetched_run(remote: RemoteStore, staging: Path, name: str) -> RunRecord:
         raise _damaged_there(remote, name, f"runs/{name}/{RECORD}") from error
 
 
-def _damaged_there(remote: RemoteStore, run: str, what: str) -> UserError:
-    remedy = f"where the run is whole, type unclip push {run} {remote.url} --anew, then pull it again"
-    return UserError(f"{remote.url}/{what} is damaged; {remedy}")
+def _push_anew(remote: RemoteStore, run: str) -> str:
+    return (
+        f"where the run is whole, type {shlex.join(['unclip', 'push', run, remote.url, '--anew'])}, then pull it again"
+    )
+
+
+def _damaged_there(remote: RemoteStore, run: str, what: str, state: str = "damaged") -> UserError:
+    return UserError(f"{remote.url}/{what} is {state}; {_push_anew(remote, run)}")
+
+
+def _place(stage: RunStage) -> str:
+    return f"artifacts/{stage.name}/{stage.fingerprint}"
 
 
 def _fetch(
@@ -205,11 +240,13 @@ def _fetch(
 ) -> bool:
     """Fetch an artifact, unless it is here; whether there is one."""
     stage, fingerprint = run_stage.name, run_stage.fingerprint
-    if store.find(stage, fingerprint) is not None:
-        say(f"{stage}/{fingerprint[:12]}  is here")
-        return True
-    place = ArtifactStore(staging).path(stage, fingerprint)
-    at = f"artifacts/{stage}/{fingerprint}"
+    try:
+        if store.open(stage, fingerprint) is not None:
+            say(f"{stage}/{fingerprint[:12]}  is here")
+            return True
+    except DamagedArtifactError as error:
+        say(f"{error.fault}: stage {stage} is fetched anew")
+    place, at = ArtifactStore(staging).path(stage, fingerprint), _place(run_stage)
     try:
         remote.get(f"{at}/{MANIFEST}", place / MANIFEST)
     except FileNotFoundError:
@@ -220,9 +257,7 @@ def _fetch(
         raise _damaged_there(remote, record.name, f"{at}/{MANIFEST}") from error
     assert artifact is not None, "its manifest was fetched"
     if (artifact.manifest.stage, artifact.manifest.fingerprint) != (stage, fingerprint):
-        raise UserError(
-            f"{remote.url}/{at} holds another artifact than its name says; push it again from its own store"
-        )
+        raise _damaged_there(remote, record.name, at, "another artifact than its name says")
     for each in artifact.manifest.files:
         file = place / each.path
         if not file.resolve().is_relative_to(place.resolve()):
@@ -231,7 +266,7 @@ def _fetch(
             try:
                 remote.get(f"{at}/{each.path}", file)
             except FileNotFoundError as error:
-                raise UserError(f"{remote.url}/{at}/{each.path} is missing; push the run again") from error
+                raise _damaged_there(remote, record.name, f"{at}/{each.path}", "missing") from error
     if fault(place, artifact.manifest.files) is not None:
         damaged = next(each for each in artifact.manifest.files if fault(place, [each]) is not None)
         (place / damaged.path).unlink()  # to be fetched anew
@@ -242,7 +277,7 @@ def _fetch(
     return True
 
 
-def _require_same_run(remote: RemoteStore, record: RunRecord) -> None:
+def _require_same_run(remote: RemoteStore, outputs: Path, record: RunRecord) -> None:
     """Refuse to push over another run of that name."""
     name = record.name
     with TemporaryDirectory() as temporary:
@@ -254,7 +289,8 @@ def _require_same_run(remote: RemoteStore, record: RunRecord) -> None:
         with suppress(DamagedRunError):  # one is written in its place
             if _is_same(read_run(there, name), record):
                 return
-            raise UserError(f"another run {name} is at {remote.url}; rename this one: unclip mv {name} NEW")
+            rename = typed(outputs, "mv", name, "NEW")
+            raise UserError(f"another run {name} is at {remote.url}; rename this one: {rename}")
 
 
 def _is_whole(remote: RemoteStore, place: str, sizes: Mapping[str, int]) -> bool:

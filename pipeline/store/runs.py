@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import RunSettings, validate
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 from pipeline.store.references import References, read_references
 from pipeline.store.removable import Found, obstacle, removables, split
 from pipeline.store.trash import set_aside
@@ -23,6 +24,9 @@ from pipeline.workflow.runs import (
     run_names,
 )
 from pipeline.workflow.sealed import write_json_atomically
+
+RENAMED_FROM = "renamed_from"
+"""The file in a run's folder that says its name before, until all runs that are renamed with it have theirs."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,10 @@ def removal_of(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) ->
     """
     names, damaged = _names_of(outputs, given)
     references = read_references(outputs, jobs, without=damaged)
-    _require_idle(references, names)
+    _require_idle(outputs, references, names)
     for name in names:
         if name in references.pinned:
-            raise UserError(f"run {name} is pinned; unclip gc --unpin {name} first")
+            raise UserError(f"run {name} is pinned; unpin it first: {typed(outputs, 'gc', '--unpin', name)}")
     theirs = {key for name in names for key in references.of_runs.get(name, ())}
     theirs |= {key for name in names for record in earlier_records(outputs, name).values() for key in keys_of(record)}
     after = read_references(outputs, jobs, without=names)
@@ -85,34 +89,75 @@ def remove_runs(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -
 def rename_run(outputs: Path, name: str, new: str, jobs: Mapping[Path, str]) -> dict[str, str]:
     """Rename a run, or the members of a sweep; new names by old ones.
 
-    A rename of the folder is all that it takes, so that a kill leaves each run under the one name or the other.
-    Raises `UserError` for a name that is taken or is none, and for a run that is at work.
+    A rename of the folder is all that it takes, so that a kill leaves each run under the one name or the other, and
+    the same command ends it. Raises `UserError` for a name that is taken or is none, and for a run that is at work.
     """
+    validate(RunSettings, {"name": new}, "run")
     with store_lock(outputs):
-        members = [record.name for record in read_runs(outputs, name)]
+        begun = _begun(outputs, name, new)
+        try:
+            members = [record.name for record in read_runs(outputs, name)]
+        except DamagedRunError:
+            raise
+        except UserError:
+            if not begun:
+                raise
+            members = []
         names = {each: f"{new}{each.removeprefix(name)}" for each in members}
         for each in names.values():
             validate(RunSettings, {"name": each}, "run")
-        _require_free(outputs, new, names.values())
-        _require_idle(read_references(outputs, jobs), members)
+        if names:  # with none left it was ended, but for what says so
+            _require_free(outputs, new, names, begun)
+        _require_idle(outputs, read_references(outputs, jobs), [*members, *begun.values()])
+        for old in names:
+            (run_directory(outputs, old) / RENAMED_FROM).write_text(old)
         for old, each in names.items():
-            directory = run_directory(outputs, each)
-            run_directory(outputs, old).rename(directory)
-            path = directory / RECORD
-            written = path.stat()
-            write_json_atomically(path, read_run(outputs, each).model_dump(mode="json"))
-            os.utime(path, (written.st_atime, written.st_mtime))  # it is as new as it was
-    return names
+            run_directory(outputs, old).rename(run_directory(outputs, each))
+        done = begun | names
+        for each in done.values():
+            _write_name(outputs, each)
+        for each in done.values():
+            (run_directory(outputs, each) / RENAMED_FROM).unlink(missing_ok=True)
+    return done
 
 
-def _require_idle(references: References, names: Iterable[str]) -> None:
+def _begun(outputs: Path, name: str, new: str) -> dict[str, str]:
+    """The runs that a rename which was killed has left under their new names, by old ones."""
+    found = {}
+    for each in run_names(outputs):
+        with suppress(OSError):
+            old = (run_directory(outputs, each) / RENAMED_FROM).read_text(errors="replace")
+            if old != each and f"{new}{old.removeprefix(name)}" == each and (old == name or _is_member(old, name)):
+                found[old] = each
+    return found
+
+
+def _write_name(outputs: Path, name: str) -> None:
+    """Have a run's record say the name of its folder, and be as new as it was."""
+    path = run_directory(outputs, name) / RECORD
+    written = path.stat()
+    write_json_atomically(path, read_run(outputs, name).model_dump(mode="json"))
+    os.utime(path, (written.st_atime, written.st_mtime))
+
+
+def _is_member(name: str, sweep: str) -> bool:
+    return re.fullmatch(rf"{re.escape(sweep)}\.\d+", name) is not None
+
+
+def _require_idle(outputs: Path, references: References, names: Iterable[str]) -> None:
     for name in names:
         if name in references.busy_runs:
-            raise UserError(f"run {name}: {references.busy_runs[name]}; wait for its end, or stop it (unclip cancel)")
+            stop = typed(outputs, "cancel", name)
+            raise UserError(f"run {name}: {references.busy_runs[name]}; wait for its end, or stop it: {stop}")
 
 
-def _require_free(outputs: Path, new: str, names: Iterable[str]) -> None:
-    taken = [each for each in (new, *names) if os.path.lexists(run_directory(outputs, each))]
-    taken += [each for each in run_names(outputs) if re.fullmatch(rf"{re.escape(new)}\.\d+", each)]
+def _require_free(outputs: Path, new: str, names: Mapping[str, str], begun: Mapping[str, str]) -> None:
+    own = [*names, *begun.values()]
+    taken = [each for each in names.values() if os.path.lexists(run_directory(outputs, each))]
+    taken += [
+        each
+        for each in (*run_names(outputs), *([new] if os.path.lexists(run_directory(outputs, new)) else []))
+        if each not in own and (each == new or _is_member(each, new))
+    ]
     if taken:
         raise UserError(f"there is a run {taken[0]} already; choose another name than {new}")

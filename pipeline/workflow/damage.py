@@ -1,13 +1,12 @@
 """What is said of a damaged artifact, with what can be done, and what is remembered of it."""
 
-import shlex
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from pipeline.config import Settings
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 FOUND_DAMAGED = "damage.json"
@@ -29,7 +28,7 @@ def remedy_at(directory: Path) -> str:
     """What can be done about damage of an artifact there: in others' stores, which are linked to, it is theirs."""
     if directory.is_symlink():
         return REMEDY_ELSEWHERE
-    verify = shlex.join(["unclip", "verify", "--all", "--outputs", str(directory.parents[2])])
+    verify = typed(directory.parents[2], "verify", "--all")
     return (
         "run it again with store.on_damage=rebuild to make it anew, or put an intact copy of the file there, and this "
         f"takes it back: {verify}"

@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,7 +20,7 @@ from pipeline.config import Settings
 from pipeline.errors import UserError, is_disk_full
 from pipeline.workflow.artifacts import MANIFEST
 from pipeline.workflow.frozen import StageKey
-from pipeline.workflow.ownership import Owner, StageLost, acquire, at_work
+from pipeline.workflow.ownership import Owner, StageLost, acquire, at_work, process_here
 from pipeline.workflow.plan import Action, Plan, plan_run
 from pipeline.workflow.runs import record_run
 from pipeline.workflow.sealed import DamagedRecordError, read_record, write_json_atomically
@@ -111,13 +112,23 @@ def store_lock(outputs: Path) -> Iterator[Owner]:
         owner.forget_earlier()
 
 
-def commands_at_work(outputs: Path) -> list[Needs]:
-    """What the commands that are at work here now have planned with."""
+@dataclass(frozen=True)
+class CommandAtWork:
+    """A command that is at work now: what it has planned with, who that is in words, and its process if it is here."""
+
+    needs: Needs
+    who: str
+    process: int | None
+
+
+def commands_at_work(outputs: Path) -> list[CommandAtWork]:
+    """The commands that are at work in this store now."""
     found = []
     for path in outputs.glob(f"{COMMANDS}/*/{_NEEDS}"):
-        if at_work(path.parent):
+        who = at_work(path.parent)
+        if who is not None:
             try:
-                found.append(read_record(_RECORD, path))
+                found.append(CommandAtWork(read_record(_RECORD, path), who, process_here(path.parent)))
             except FileNotFoundError:
                 continue  # it has ended meanwhile
             except DamagedRecordError as error:

@@ -272,12 +272,21 @@ def at_work(work: Path) -> str | None:
         return None
     claim = _read_claim(directory, attempt)
     if claim is not None and claim.host == this_host():
-        return None if claim.is_dead else f"process {claim.pid} is at work on it"
+        process = process_here(work)
+        return None if process is None else f"process {process} is at work on it"
     beats = [file.stat().st_mtime for file in directory.glob(f"{attempt:06}.*")]
     if time.time() - max(beats, default=0.0) > SECONDS_UNTIL_GONE:
         return None
     host = "another host" if claim is None else claim.host.partition("/")[0]
     return f"a process of {host} may be at work on it"
+
+
+def process_here(work: Path) -> int | None:
+    """The process of this host that works there now, or None."""
+    directory = work / ATTEMPTS
+    attempt = latest_attempt(directory)
+    claim = None if attempt == 0 or _is_over(directory, attempt) else _read_claim(directory, attempt)
+    return None if claim is None or claim.host != this_host() or claim.is_dead else claim.pid
 
 
 def _is_over(directory: Path, attempt: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError, field_validator
 
 from pipeline.config import Settings
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.plan import Plan
@@ -35,8 +35,8 @@ PICTURES = "pictures"
 class DamagedRunError(UserError):
     """The record of a run is there and cannot be read; `run` is its name."""
 
-    def __init__(self, run: str, fault: Exception) -> None:
-        super().__init__(f"{fault}; run {run} again, or remove it (unclip rm {run} --delete)")
+    def __init__(self, outputs: Path, run: str, fault: Exception) -> None:
+        super().__init__(f"{fault}; run {run} again, or remove it: {typed(outputs, 'rm', run, '--delete')}")
         self.run = run
 
 
@@ -148,7 +148,7 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
     except (OSError, DamagedRecordError) as error:
-        raise DamagedRunError(name, error) from error
+        raise DamagedRunError(outputs, name, error) from error
 
 
 def read_readable(outputs: Path, names: Iterable[str]) -> tuple[list[RunRecord], list[DamagedRunError]]:

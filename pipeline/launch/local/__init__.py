@@ -1,7 +1,9 @@
 """Stages on this machine, side by side as far as its devices allow."""
 
 import os
+import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import Field
 
@@ -12,7 +14,9 @@ from pipeline.launch.local.devices import Devices, cores_here, gpus_here, most_a
 from pipeline.launch.local.schedule import Schedule
 from pipeline.terminal.display import Display
 from pipeline.workflow.causes import Cause
+from pipeline.workflow.in_use import commands_at_work
 from pipeline.workflow.plan import Plan
+from pipeline.workflow.runs import RunRecord
 
 
 class LocalLaunch(LaunchSettings):
@@ -46,6 +50,23 @@ class LocalLauncher(Launcher):
                         "works on one machine; submit it to Slurm: unclip submit"
                     )
 
+    def cancel(self, outputs: Path, records: Sequence[RunRecord]) -> list[str]:
+        """Have the commands of this machine that work on these runs alone checkpoint and stop."""
+        names = {each.name for each in records}
+        lines = []
+        for command in commands_at_work(outputs):
+            others = [name for name in command.needs.runs if name not in names]
+            if len(others) == len(command.needs.runs):
+                continue
+            runs = ", ".join(name for name in command.needs.runs if name in names)
+            if command.process is None:
+                lines.append(f"{runs}: {command.who}, which is stopped there: Ctrl-C, or its job's end")
+            elif others:
+                lines.append(f"{runs}: {command.who}, and on {', '.join(others)}, so that it is left")
+            else:
+                lines.append(f"{runs}: {_asked_to_stop(command.process)}")
+        return lines
+
     def submit(self, plans: Sequence[Plan], display: Display) -> list[StageOutcome]:
         """Run all that is not finished, and wait for it."""
         gpus, cores = gpus_here(os.environ), cores_here()
@@ -54,6 +75,14 @@ class LocalLauncher(Launcher):
         widths = launch.places if len(plans) == 1 else {}  # the members of a sweep keep all cores busy
         devices = Devices(places, gpus, cores, widths)
         return Schedule(plans, devices, display, launch.retries, launch.first).run()
+
+
+def _asked_to_stop(process: int) -> str:
+    try:
+        os.kill(process, signal.SIGTERM)
+    except OSError as error:
+        return f"process {process} cannot be stopped ({error.strerror}); ask whose it is"
+    return f"process {process} was asked to write a checkpoint and stop"
 
 
 LAUNCHER = LocalLauncher()

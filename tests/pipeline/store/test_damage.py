@@ -127,7 +127,7 @@ def test_a_run_whose_record_is_damaged_stops_nothing_but_gc_and_can_be_removed(
 ):
     at, path = ["--outputs", str(outputs)], run_directory(outputs, "second") / RECORD
     path.write_bytes(b"\xff")
-    remedy = "run second again, or remove it (unclip rm second --delete)"
+    remedy = f"run second again, or remove it: unclip rm second --delete --outputs {outputs}"
     for status, *command in ((0, "status"), (0, "du"), (2, "gc"), (2, "verify", "--all"), (2, "status", "second")):
         ended, text = shown(capsys, *command, *at)
         assert (ended, remedy in text) == (status, True), command

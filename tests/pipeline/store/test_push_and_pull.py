@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.store.remote import PULLING, RemoteStore, pull, push
-from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE
-from pipeline.workflow.runs import RECORD, read_run, run_artifacts, run_directory
+from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, ArtifactStore
+from pipeline.workflow.runs import RECORD, is_finished, read_run, run_artifacts, run_directory
 from tests.support.command import said
 from tests.support.s3_server import bucket, s3_server
 from tests.support.stores import contents, finish, record, there
@@ -59,14 +59,16 @@ def test_what_was_pushed_to_s3_is_pulled_as_it_was_and_once(mine: Path, tmp_path
     assert not list(theirs.glob(f"{PULLING}*"))
 
 
-def test_a_stopped_pull_goes_on_and_a_push_that_was_stopped_shows_no_artifact(mine: Path, tmp_path: Path):
+def test_a_stopped_pull_goes_on_and_a_push_that_was_stopped_shows_no_artifact(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     there_url, theirs = tmp_path / "there", tmp_path / "theirs"
     push(mine, "first", str(there_url), print)
     (manifest,) = (there_url / "artifacts" / "decoder").glob(f"*/{MANIFEST}")
     held = manifest.rename(manifest.with_name("held"))
-    said_of_it: list[str] = []
-    pull(theirs, "first", str(there_url), said_of_it.append)
-    assert "without decoder, not finished there" in said_of_it[-1]
+    for _ in range(2):
+        line = refused(capsys, "pull", "first", str(there_url), "--outputs", str(theirs))
+        assert "without decoder, of which a part is lost there; where the run is whole, type unclip push first" in line
     assert "decoder" not in {stage for stage, _ in there(theirs)}
     held.rename(manifest)
     pull(theirs, "first", str(there_url), print)
@@ -100,6 +102,68 @@ def test_what_was_damaged_there_is_named_by_its_address_and_mended_by_the_line_t
     assert contents(theirs, ["artifacts"]) == contents(mine, ["artifacts"])
 
 
+@pytest.mark.parametrize("kept", ["files", "nothing"])
+def test_what_is_finished_there_and_lost_is_no_unfinished_stage(
+    mine: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
+):
+    place, theirs = tmp_path / "there", tmp_path / "theirs"
+    push(mine, "first", str(place), print)
+    (manifest,) = (place / "artifacts" / "evaluate").glob(f"*/{MANIFEST}")
+    manifest.unlink()
+    if kept == "nothing":
+        shutil.rmtree(next((place / "artifacts" / "clip").iterdir()))
+    line = refused(capsys, "pull", "first", str(place), "--outputs", str(theirs))
+    assert f"run first is here, without {'evaluate' if kept == 'files' else 'clip, evaluate'}, of which" in line
+    push(mine, "first", str(place), print)
+    pull(theirs, "first", str(place), print)
+    assert contents(theirs, ["artifacts"]) == contents(mine, ["artifacts"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_pull_mends_what_is_damaged_here(mine: Path, tmp_path: Path, damage: str):
+    place, theirs = tmp_path / "there", tmp_path / "theirs"
+    push(mine, "first", str(place), print)
+    pull(theirs, "first", str(place), print)
+    (file,) = (theirs / "artifacts" / "clip").glob("*/weights.bin")
+    content = file.read_bytes()
+    file.write_bytes(bytes(byte ^ 1 for byte in content) if damage == "flip" else content[:-1])
+    said_of_it: list[str] = []
+    pull(theirs, "first", str(place), said_of_it.append)
+    assert any(each.startswith(str(file)) and each.endswith(": stage clip is fetched anew") for each in said_of_it)
+    assert file.read_bytes() == content
+    assert is_finished(theirs, read_run(theirs, "first"))
+
+
+def test_a_store_is_not_pushed_over_itself_nor_over_what_it_links_to(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    linking = tmp_path / "linking"
+    record(linking, "second")
+    for key in there(mine):
+        ArtifactStore(linking, (mine,)).link(*key)
+    before = contents(mine, ["artifacts"])
+    assert said("push", "second", str(mine), "--outputs", str(linking), "--anew").count("is there, and linked to") == 6
+    assert "is the store of run first itself; give" in refused(
+        capsys, "push", "first", str(mine), "--outputs", str(mine), "--anew"
+    )
+    assert contents(mine, ["artifacts"]) == before
+
+
+@pytest.mark.parametrize("what", ["weights.bin", MANIFEST, RECORD])
+def test_a_folder_where_a_file_should_be_there_is_said_in_a_line(
+    mine: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+):
+    place = tmp_path / "there"
+    push(mine, "first", str(place), print)
+    folder = place / "runs" if what == RECORD else place / "artifacts" / "clip"
+    (file,) = folder.glob(f"*/{what}")
+    file.unlink()
+    file.mkdir()
+    for _ in range(2):
+        line = refused(capsys, "pull", "first", str(place), "--outputs", str(tmp_path / "theirs"))
+        assert f"type unclip push first {place} --anew, then pull it again" in line
+
+
 def test_a_push_without_a_stage_that_is_damaged_ends_with_a_line_on_it(
     mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -128,6 +192,7 @@ def test_a_manifest_that_points_out_of_its_folder_is_refused(
 def test_what_cannot_be_is_said_in_a_line(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     at = ["--outputs", str(mine)]
     assert "no run 'x'" in refused(capsys, "push", "x", URL, *at)
+    assert "'' is no name of a run" in refused(capsys, "pull", "", URL, *at)
     assert "nothing was pushed there" in refused(capsys, "pull", "first", URL, *at)
     push(mine, "first", URL, print)
     assert "runs there: first" in refused(capsys, "pull", "fist", URL, *at)

@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,13 +85,13 @@ def test_a_run_that_is_pinned_or_at_work_is_neither_removed_nor_renamed(tmp_path
     owner.release()
     with recorded([planned(tmp_path, "first")]):
         for act in (lambda: remove_runs(tmp_path, ["first"], {}), lambda: rename_run(tmp_path, "first", "second", {})):
-            with pytest.raises(UserError, match="run first: a command is at work on it; wait"):
+            with pytest.raises(UserError, match=r"run first: process \d+ is at work on it; wait"):
                 act()
     assert stages["clip"].frozen is not None
     with pytest.raises(UserError, match="run first: of its stage clip, job 3 is PENDING"):
         remove_runs(tmp_path, ["first"], {stages["clip"].frozen.work: "job 3 is PENDING"})
     pin(tmp_path, "first", is_pinned=True)
-    with pytest.raises(UserError, match="run first is pinned; unclip gc --unpin first"):
+    with pytest.raises(UserError, match="run first is pinned; unpin it first: unclip gc --unpin first --outputs "):
         remove_runs(tmp_path, ["first"], {})
     assert contents(tmp_path, ["artifacts", "runs"]).keys() >= before.keys()
 
@@ -160,6 +162,44 @@ def test_a_rename_that_was_killed_after_the_folder_has_the_name_of_the_folder(sw
     assert '"name": "mu.0"' in (run_directory(sweep, "nu.0") / RECORD).read_text()
     assert [(each.name, each.group) for each in read_runs(sweep, "nu")] == [("nu.0", "nu"), ("nu.1", "nu")]
     assert removal_of(sweep, ["nu"], {}).names == ["nu.0", "nu.1"]
+
+
+@pytest.mark.parametrize(("old", "new", "members"), [("mu", "nu", ["nu.0", "nu.1"]), ("other", "nu", ["nu"])])
+def test_a_rename_that_was_stopped_between_any_two_steps_is_ended_by_the_same_command(
+    sweep: Path, old: str, new: str, members: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    steps = 0
+    for steps in range(100):
+        with monkeypatch.context() as patch:
+            stop_after(steps, patch)
+            try:
+                rename_run(sweep, old, new, {})
+                break
+            except KeyboardInterrupt:
+                pass
+        rename_run(sweep, old, new, {})
+        assert [each.name for each in read_runs(sweep, new)] == members
+        for each in members:
+            assert f'"name": "{each}"' in (run_directory(sweep, each) / RECORD).read_text()
+            assert [path.name for path in run_directory(sweep, each).iterdir()] == [RECORD]
+        rename_run(sweep, new, old, {})
+    assert steps == 3 * len(members)
+
+
+def stop_after(steps: int, patch: pytest.MonkeyPatch) -> None:
+    """Stop, as Ctrl-C would, what writes to, renames or removes more than so many files of runs."""
+    left = iter(range(steps))
+
+    def stepping(act: Callable[..., Any]) -> Callable[..., Any]:
+        def step(path: Path, *arguments: Any, **named: Any) -> Any:
+            if "runs" in path.parts and not path.name.startswith(f".{RECORD}") and next(left, None) is None:
+                raise KeyboardInterrupt
+            return act(path, *arguments, **named)
+
+        return step
+
+    for name in ("rename", "unlink", "write_text"):
+        patch.setattr(Path, name, stepping(getattr(Path, name)))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ def test_runs_of_two_stores_are_recorded_and_in_use_each_in_its_own(tmp_path: Pa
     with recorded(plans) as made:
         assert [plan.config.run.name for plan in made] == ["mu.0", "mu.1"]
         for place, name, weight in (("a", "mu.0", 0.1), ("b", "mu.1", 0.9)):
-            (needs,) = commands_at_work(tmp_path / place)
+            (command,) = commands_at_work(tmp_path / place)
+            needs = command.needs
+            assert command.process == os.getpid()
             assert needs.runs == run_names(tmp_path / place) == [name]
             assert set(needs.stages) == keys(record(tmp_path / place, name, weight=weight))
     assert commands_at_work(tmp_path / "a") == commands_at_work(tmp_path / "b") == []
