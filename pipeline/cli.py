@@ -16,6 +16,7 @@ EXIT_USER_ERROR = 2
 
 _FORECAST = "--forecast"
 _ACCEPT_CODE = "--accept-code"
+_PICTURES_OF_RUNS = 8
 _STORE = {
     "du": "What runs and sweeps hold on disk, what they share, and what no run needs.",
     "gc": "Say what no run needs, and remove it with --delete. What is at work, pinned or young stays.",
@@ -211,10 +212,12 @@ def _status(arguments: list[str]) -> int:
         console.print(note, markup=False, soft_wrap=True)
     for table in tables:
         console.print(table)
-    for record in records:
+    for record in records[:_PICTURES_OF_RUNS]:
         if is_finished(outputs, record) and (pictures := gather_pictures(outputs, record)):
             console.print(f"pictures: {shown_path(pictures[0].parent)}", soft_wrap=True, markup=False)
-    for log in dict.fromkeys(log for record in records for log in unfinished_logs(outputs, record)):
+    if len(records) > _PICTURES_OF_RUNS:
+        console.print(f"pictures of a later one: unclip status {records[-1].name}", soft_wrap=True, markup=False)
+    for log in unfinished_logs(outputs, records):
         console.print(f"log: {shown_path(log)}", soft_wrap=True, markup=False)
     others = [name for name in names if name not in {record.name for record in records}]
     if others and options.run is None:

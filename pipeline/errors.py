@@ -9,6 +9,10 @@ class UserError(Exception):
     """Something the user can mend: one line with the value, the rule and the remedy. Exit status 2, no traceback."""
 
 
+class DiskFullError(UserError):
+    """The disk has, or will have, no room for what is to be written."""
+
+
 class ProcessKilledError(Exception):
     """One of the processes that train a stage together was ended by a signal: a line says which, and what to do."""
 

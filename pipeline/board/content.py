@@ -4,6 +4,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -18,7 +19,7 @@ from pipeline.launch.launcher import state_tables
 from pipeline.report.page import Live, page
 from pipeline.report.records import read_comparison
 from pipeline.report.select import select_runs
-from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
+from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.progress import FAILURE
 from pipeline.workflow.record import METRICS
 from pipeline.workflow.runs import RECORD, RunRecord, is_finished
@@ -87,7 +88,9 @@ class Content:
         watched = {self._outputs / "runs" / record.name / RECORD for record in records}
         for stage in (stage for record in records for stage in record.stages):
             key = stage.name, stage.fingerprint
-            watched |= {store.path(*key) / MANIFEST, store.work(*key) / METRICS, store.work(*key) / FAILURE}
+            watched |= {store.work(*key) / METRICS, store.work(*key) / FAILURE}
+            with suppress(OSError):  # there is none yet
+                watched |= set(store.path(*key).iterdir())
         for path in sorted(watched):
             try:
                 found = path.stat()

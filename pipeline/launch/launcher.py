@@ -110,7 +110,8 @@ def state_tables(outputs: Path, records: Sequence[RunRecord], title: str) -> tup
             notes.append(f"from files alone, as {error}")
         else:
             tables += [] if table is None else [table]
-    return tables or [status_table(outputs, record) for record in records], notes
+    own_title = title if len(records) > 1 else f"run {records[0].name}"
+    return tables or [status_table(outputs, records, own_title)], notes
 
 
 def launcher_named(kind: object) -> Launcher:

@@ -12,7 +12,7 @@ from pipeline.workflow.code import read_record
 from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.in_use import recorded
-from pipeline.workflow.notify import Event, tell
+from pipeline.workflow.notify import Event, require_address, tell
 from pipeline.workflow.ownership import Vacancy
 from pipeline.workflow.plan import Action, Plan, plan_run, require_unblocked, several
 from pipeline.workflow.progress import Outcome
@@ -39,6 +39,7 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
         )
     for plan in plans:
         _check_objective(plan.config)
+        require_address(plan.config.notify)
         if not accepts_code:
             _require_same_code(plan)
     launcher.check(plans)

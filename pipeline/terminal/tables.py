@@ -1,16 +1,17 @@
 """Tables of plans, runs and their stages."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from pipeline.terminal.words import format_duration, progress_line
+from pipeline.terminal.words import format_duration, members_shown, progress_line
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress
-from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts, store_of
+from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts, stages_with_members, store_of
 
 DAMAGED = "damaged"
 """The state of what was finished and is not what its manifest says."""
@@ -45,21 +46,22 @@ def metrics_line(artifact: Artifact) -> str:
     return ", ".join([*shown[:SHOWN_METRICS], *more])
 
 
-def status_table(outputs: Path, record: RunRecord) -> Table:
-    """Where each stage of a run stands, from its files alone."""
-    store = store_of(outputs, [record])
-    table = new_table(f"run {record.name}", "stage", "state", "progress", "fingerprint")
-    for stage in record.stages:
-        table.add_row(stage.name, *stage_state(store, stage), stage.fingerprint[:12])
+def status_table(outputs: Path, records: Sequence[RunRecord], title: str) -> Table:
+    """Where each stage of some runs stands, once, from its files alone; the column of members only for several."""
+    store, several = store_of(outputs, records), len(records) > 1
+    table = new_table(title, "stage", *(["member"] if several else []), "state", "progress", "fingerprint")
+    for stage, members in stages_with_members(records):
+        member = [members_shown(members)] if several else []
+        table.add_row(stage.name, *member, *stage_state(store, stage), stage.fingerprint[:12])
     return table
 
 
-def unfinished_logs(outputs: Path, record: RunRecord) -> list[Path]:
+def unfinished_logs(outputs: Path, records: Sequence[RunRecord]) -> list[Path]:
     """Logs of the stages that were started and are not finished."""
     store = ArtifactStore(outputs)
     logs = [
         store.work(stage.name, stage.fingerprint) / LOG
-        for stage in record.stages
+        for stage, _ in stages_with_members(records)
         if store.readable(stage.name, stage.fingerprint) is None
     ]
     return [log for log in logs if log.exists()]

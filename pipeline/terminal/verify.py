@@ -7,7 +7,6 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore
 from pipeline.workflow.checkpoint import checkpoints
-from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.frozen import FROZEN, StageKey
 from pipeline.workflow.runs import keys_of, read_readable, read_runs, require_outputs, run_names, store_of
 from pipeline.workflow.sealed import DamagedRecordError, read_json
@@ -77,7 +76,7 @@ def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]
             yield f"{name}: whole again, and taken back", True
         elif (damage := store.known_damage(*key)) is not None:
             yield f"{name}: {damage}", False
-    except DamagedArtifactError as error:
+    except UserError as error:
         yield f"{name}: {error}", False
     for path, checkpoint in checkpoints(store.work(*key)):
         if checkpoint is not None:

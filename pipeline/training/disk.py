@@ -6,11 +6,10 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.config import TrainerSettings, TrainingStageSettings
-from pipeline.errors import UserError
+from pipeline.errors import DiskFullError
+from pipeline.terminal.words import format_bytes
 from pipeline.training.strategies.fragments import trained_parameters
 from pipeline.workflow.progress import CHECKPOINTS
-
-_GB = 1e9
 
 
 def artifact_bytes(network: nn.Module) -> int:
@@ -40,14 +39,14 @@ def fewer_checkpoints(trainer: TrainerSettings) -> str:
 def require_disk(
     stage: str, network: nn.Module, settings: TrainingStageSettings, trainer: TrainerSettings, work: Path
 ) -> None:
-    """Raise `UserError` where the disk would be full before the stage is finished; its own checkpoints are in it."""
+    """Raise `DiskFullError` where the stage would fill the disk before its end; its own checkpoints are in it."""
     written = sum(file.stat().st_size for file in (work / CHECKPOINTS).rglob("*") if file.is_file())
     need = training_bytes(network, settings, trainer) - written
     free = shutil.disk_usage(work).free
     if need > free:
         each = checkpoint_bytes(network, settings)
-        raise UserError(
-            f"stage {stage} will write {need / _GB:,.1f} GB (its weights, and {max(2, trainer.keep_checkpoints)} "
-            f"checkpoints of {each / _GB:,.1f} GB) and the disk of {work} has {free / _GB:,.1f} GB left; "
+        raise DiskFullError(
+            f"stage {stage} will write {format_bytes(need)} (its weights, and {max(2, trainer.keep_checkpoints)} "
+            f"checkpoints of {format_bytes(each)}) and the disk of {work} has {format_bytes(free)} left; "
             f"free some{fewer_checkpoints(trainer)}, or set paths.outputs"
         )

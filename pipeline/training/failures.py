@@ -8,7 +8,7 @@ import traceback
 import torch
 from torch.distributed import DistError
 
-from pipeline.errors import ProcessKilledError, UserError, is_disk_full
+from pipeline.errors import DiskFullError, ProcessKilledError, UserError, is_disk_full
 from pipeline.training.disk import fewer_checkpoints
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.checkpoint import latest_checkpoint
@@ -60,6 +60,8 @@ def explained(error: Exception, frozen: FrozenStage) -> Failure:
 def cause_of(error: Exception, frozen: FrozenStage) -> Cause:
     """Which of the causes an error is."""
     said = str(error)
+    if isinstance(error, DiskFullError):
+        return Cause.DISK_FULL
     if isinstance(error, UserError):
         return Cause.DATA if _is_of_the_data(error) else Cause.SETTINGS
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

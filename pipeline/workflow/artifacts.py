@@ -320,6 +320,8 @@ def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
     except DamagedRecordError as error:
         raise DamagedArtifactError(str(error), remedy_at(directory)) from error
     version = values.get("schema_version")
+    if type(version) is not int:
+        raise DamagedArtifactError(f"{directory / name} cannot be read (it is no manifest)", remedy_at(directory))
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{directory} has manifest schema {version} and this code reads {SCHEMA_VERSION}; "
@@ -328,6 +330,11 @@ def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
     try:
         return Artifact(directory, Manifest.model_validate(values))
     except ValidationError as error:
+        wrong = next((each for each in error.errors() if each["type"] != "extra_forbidden"), None)
+        if wrong is not None:
+            where = ".".join(map(str, wrong["loc"]))
+            said = f"{directory / name} cannot be read ({where}: {wrong['msg']})"
+            raise DamagedArtifactError(said, remedy_at(directory)) from error
         raise UserError(
             f"{directory / name} cannot be read; remove {directory} and run again, or use the version of unclip that "
             f"made it ({values.get('code_version')})"

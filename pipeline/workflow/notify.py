@@ -3,9 +3,13 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import urllib.request
+from collections.abc import Sequence
 from enum import StrEnum
+from http.client import HTTPException
+from urllib.error import HTTPError
 
 from pipeline.config import NotifySettings
 from pipeline.errors import UserError
@@ -30,20 +34,52 @@ def tell(settings: NotifySettings | None, event: Event, run: str, text: str, **m
     message = json.dumps({"event": event.value, "run": run, "text": f"unclip: {text}", **more})
     if settings.command is not None:
         try:
-            subprocess.run(settings.command, input=message, text=True, timeout=_TIMEOUT_S, check=True)
+            _run(settings.command, message)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"notify.command was not told of this: {error}", flush=True)
     if settings.webhook is not None:
-        address = settings.webhook
         try:
-            if address.startswith("$"):
-                address = os.environ[address[1:]]
-            if not address.startswith(("https://", "http://")):
-                raise ValueError("it is no https:// address")
+            address = _address(settings.webhook)
             request = urllib.request.Request(address, message.encode(), {"Content-Type": "application/json"})
             urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
-        except (OSError, ValueError, KeyError) as error:  # without the address, which may be a secret
-            print(f"notify.webhook was not told of this: {type(error).__name__}", flush=True)
+        except (OSError, ValueError, UserError, HTTPException) as error:
+            print(f"notify.webhook was not told of this: {_without_address(error)}", flush=True)
+
+
+def require_address(settings: NotifySettings | None) -> None:
+    """Raise `UserError` where the webhook is a variable that is not set, or holds no address."""
+    if settings is not None and settings.webhook is not None:
+        _address(settings.webhook)
+
+
+def _address(webhook: str) -> str:
+    address = os.environ.get(webhook[1:], "") if webhook.startswith("$") else webhook
+    if not address.startswith(("https://", "http://")):
+        raise UserError(
+            f"notify.webhook={webhook}: the variable holds no https:// address here; export it, or set null"
+        )
+    return address
+
+
+def _without_address(error: Exception) -> str:
+    """What went wrong, without the address, which may be a secret."""
+    if isinstance(error, HTTPError):
+        return f"it answered with status {error.code}"
+    if isinstance(error, TimeoutError):
+        return f"it did not answer for {_TIMEOUT_S:.0f} s"
+    return str(error) if isinstance(error, UserError) else type(error).__name__
+
+
+def _run(command: Sequence[str], message: str) -> None:
+    """Without a shell. Where it takes too long, what it has started ends with it."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            process.communicate(message, timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise TimeoutError(f"it took more than {_TIMEOUT_S:.0f} s, and was ended") from error
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def tell_of_failure(frozen: FrozenStage, failure: Failure) -> None:

@@ -252,13 +252,29 @@ class Vacancy:
         return claim.is_dead or self._is_silent(attempt, max(self._lease_s, claim.lease_s))
 
     def _is_silent(self, attempt: int, lease_s: float) -> bool:
-        try:
-            beat = (self._directory / f"{attempt:06}.alive").read_bytes()
-        except FileNotFoundError:
-            beat = b""
+        beat = _beat_of(self._directory, attempt)
         if self._seen != (attempt, beat):
             self._seen, self._since = (attempt, beat), time.monotonic()
         return time.monotonic() - self._since > lease_s
+
+
+class Pulse:
+    """Listens to whoever works on a stage, by this host's clock alone."""
+
+    def __init__(self, work: Path) -> None:
+        self._directory = work / ATTEMPTS
+        self._seen: tuple[int, bytes] | None = None
+        self._since = self._looked_at = time.monotonic()
+
+    def silent_s(self) -> float:
+        """Seconds since the last sign of life, or since this was made."""
+        now = time.monotonic()
+        if now - self._looked_at >= SECONDS_BETWEEN_LOOKS:
+            attempt, self._looked_at = latest_attempt(self._directory), now
+            seen = attempt, _beat_of(self._directory, attempt)
+            if seen != self._seen:
+                self._seen, self._since = seen, now
+        return now - self._since
 
 
 def at_work(work: Path) -> str | None:
@@ -287,6 +303,13 @@ def process_here(work: Path) -> int | None:
     attempt = latest_attempt(directory)
     claim = None if attempt == 0 or _is_over(directory, attempt) else _read_claim(directory, attempt)
     return None if claim is None or claim.host != this_host() or claim.is_dead else claim.pid
+
+
+def _beat_of(directory: Path, attempt: int) -> bytes:
+    try:
+        return (directory / f"{attempt:06}.alive").read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _is_over(directory: Path, attempt: int) -> bool:

@@ -35,8 +35,8 @@ PICTURES = "pictures"
 class DamagedRunError(UserError):
     """The record of a run is there and cannot be read; `run` is its name."""
 
-    def __init__(self, outputs: Path, run: str, fault: Exception) -> None:
-        super().__init__(f"{fault}; run {run} again, or remove it: {typed(outputs, 'rm', run, '--delete')}")
+    def __init__(self, run: str, message: str) -> None:
+        super().__init__(message)
         self.run = run
 
 
@@ -120,6 +120,15 @@ def keys_of(record: RunRecord) -> list[StageKey]:
     return [(stage.name, stage.fingerprint) for stage in record.stages]
 
 
+def stages_with_members(records: Sequence[RunRecord]) -> list[tuple[RunStage, tuple[str, ...]]]:
+    """Every stage of some runs once, with the names of those that have it."""
+    found: dict[StageKey, tuple[RunStage, list[str]]] = {}
+    for record in records:
+        for stage in record.stages:
+            found.setdefault((stage.name, stage.fingerprint), (stage, []))[1].append(record.name)
+    return [(stage, tuple(members)) for stage, members in found.values()]
+
+
 def earlier_records(outputs: Path, name: str) -> dict[Path, RunRecord]:
     """Those that later configs of the run replaced, the latest first; what cannot be read as one is left out."""
     found = {}
@@ -147,8 +156,11 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         names = run_names(outputs)
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
-    except (OSError, DamagedRecordError) as error:
-        raise DamagedRunError(outputs, name, error) from error
+    except DamagedRecordError as error:
+        remedy = f"run {name} again, or remove it: {typed(outputs, 'rm', name, '--delete')}"
+        raise DamagedRunError(name, f"{error}; {remedy}") from error
+    except OSError as error:
+        raise DamagedRunError(name, f"{path} cannot be read ({error.strerror}); ask whose it is") from error
 
 
 def read_readable(outputs: Path, names: Iterable[str]) -> tuple[list[RunRecord], list[DamagedRunError]]:

@@ -58,8 +58,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The values of a record. Raises `DamagedRecordError` for any other bytes, and `OSError` as reading does."""
     try:
         values = from_json(path.read_bytes())
-    except ValueError as error:
-        raise DamagedRecordError(f"{path} cannot be read ({error})") from error
+    except (ValueError, IsADirectoryError) as error:
+        said = "it is a directory" if isinstance(error, IsADirectoryError) else error
+        raise DamagedRecordError(f"{path} cannot be read ({said})") from error
     if not isinstance(values, dict):
         raise DamagedRecordError(f"{path} cannot be read (it holds no record)")
     seal = values.pop(SEAL, None)

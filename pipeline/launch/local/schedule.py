@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 from pipeline.config import OnDamage
 from pipeline.launch.identity import this_process
@@ -17,9 +18,9 @@ from pipeline.terminal.display import Display
 from pipeline.workflow.causes import Cause, oom_kills, starts_again
 from pipeline.workflow.frozen import FrozenStage, StageKey, frozen_path, halve_micro_batch, write_frozen
 from pipeline.workflow.notify import tell_of_failure
-from pipeline.workflow.ownership import StageLost, Vacancy
+from pipeline.workflow.ownership import Pulse, StageLost, Vacancy
 from pipeline.workflow.plan import Action, Plan, PlannedStage
-from pipeline.workflow.progress import Failure, Outcome, read_failure, read_progress
+from pipeline.workflow.progress import Failure, Outcome, read_failure, read_progress, write_failure
 
 POLL_SECONDS = 0.1
 
@@ -49,6 +50,7 @@ class Running:
     share: Share
     started: float
     oom_kills: int
+    pulse: Pulse
 
 
 class Schedule:
@@ -156,7 +158,7 @@ class Schedule:
         worker = idle.pop() if idle else Worker(self._devices.environment(share, os.environ))
         self._display.start(task.title, task.stage)
         worker.begin(write_frozen(task.frozen))
-        self._running.append(Running(task, worker, share, time.monotonic(), oom_kills()))
+        self._running.append(Running(task, worker, share, time.monotonic(), oom_kills(), Pulse(task.frozen.work)))
 
     def _close_others_on(self, share: Share) -> None:
         """End what is idle and holds memory of these GPUs."""
@@ -176,6 +178,7 @@ class Schedule:
             outcome = each.worker.outcome()
             if outcome is None:
                 self._display.update(each.task.title, read_progress(each.task.frozen.work))
+                self._end_if_silent(each)
                 continue
             self._running.remove(each)
             self._devices.give_back(each.share)
@@ -192,6 +195,18 @@ class Schedule:
                 self._settle(each.task, outcome, duration_s, failure)
                 if failure is not None:
                     tell_of_failure(each.task.frozen, failure)
+
+    def _end_if_silent(self, running: Running) -> None:
+        """End a worker that cannot even say that it hangs: its process is stopped, or something holds all of it."""
+        trainer, silent_s = running.task.frozen.trainer, running.pulse.silent_s()
+        if trainer.hang_after_s is None or silent_s <= max(trainer.hang_after_s, trainer.lease_s):
+            return
+        message = (
+            f"stage {running.task.frozen.stage}: nothing was heard of its process for {silent_s:.0f} s, and it was "
+            "ended; run again to go on from the last checkpoint, or raise trainer.hang_after_s"
+        )
+        _keep(running.task.frozen.work, Failure(message, True, Cause.COLLECTIVE))
+        running.worker.kill()
 
     def _starts_again_on_other_inputs(self, task: Task) -> bool:
         """Whether it failed as inputs were found damaged: they are made anew, once, and it is to start again."""
@@ -249,7 +264,14 @@ def _failure(ended: Running) -> Failure:
     if known is not None:
         return known
     status = ended.worker.status
-    if status == -signal.SIGKILL and oom_kills() > ended.oom_kills:
-        return Failure("the machine ran out of memory and ended its process", True, Cause.OUT_OF_MEMORY)
     how = f"by {signal.Signals(-status).name}" if status is not None and status < 0 else f"with status {status}"
-    return Failure(f"its process ended {how} and without a word; see the log", False, Cause.UNKNOWN)
+    found = Failure(f"its process ended {how} and without a word; see the log", False, Cause.UNKNOWN)
+    if status == -signal.SIGKILL and oom_kills() > ended.oom_kills:
+        found = Failure("the machine ran out of memory and ended its process", True, Cause.OUT_OF_MEMORY)
+    _keep(work, found)
+    return found
+
+
+def _keep(work: Path, failure: Failure) -> None:
+    with suppress(OSError):  # a full disk: it is said here
+        write_failure(work, failure)

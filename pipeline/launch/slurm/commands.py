@@ -5,11 +5,11 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.launcher import LauncherUnavailableError
+from pipeline.terminal.words import ranges
 from pipeline.workflow.sealed import warn
 
 SUBMIT = "sbatch"
@@ -131,13 +131,6 @@ def cancel(job_ids: Sequence[JobId]) -> None:
     if tasks:
         wanted = (f"{number}_[{','.join(ranges(found))}]" if found else number for number, found in tasks.items())
         _output("scancel", *wanted)
-
-
-def ranges(numbers: Iterable[int]) -> list[str]:
-    """Numbers as Slurm has them, in few words: `0-3`, `5`."""
-    placed = enumerate(sorted(numbers))
-    runs = [[number for _, number in run] for _, run in groupby(placed, lambda each: each[1] - each[0])]
-    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
 def release(job_id: JobId) -> None:

@@ -21,10 +21,9 @@ from pipeline.terminal.tables import DAMAGED, stage_state
 from pipeline.terminal.words import progress_line
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.causes import Cause, last_words
-from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.ownership import ATTEMPTS, latest_attempt
 from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, read_progress
-from pipeline.workflow.runs import RunRecord, RunStage, store_of
+from pipeline.workflow.runs import RunRecord, RunStage, stages_with_members, store_of
 
 _RUNNING = "RUNNING"
 
@@ -58,7 +57,7 @@ def job_statuses(outputs: Path, records: Sequence[RunRecord]) -> list[JobStatus]
     Raises `LauncherUnavailableError` where there is no Slurm.
     """
     store = store_of(outputs, records)
-    stages = _stages_with_members(records)
+    stages = stages_with_members(records)
     works = [store.work(stage.name, stage.fingerprint) for stage, _ in stages]
     known = look_up(works)
     release_held(known)
@@ -106,7 +105,7 @@ def cancel_runs(outputs: Path, records: Sequence[RunRecord]) -> Cancellation:
     cancelled: dict[Path, tuple[str, JobId]] = {}
     kept: list[tuple[str, JobId, tuple[str, ...]]] = []
     with one_submission_at_a_time(outputs):
-        works = {store.work(stage.name, stage.fingerprint): stage.name for stage, _ in _stages_with_members(records)}
+        works = {store.work(stage.name, stage.fingerprint): stage.name for stage, _ in stages_with_members(records)}
         for work, known in look_up(works).items():
             if not known.is_active or store.find(works[work], work.name) is not None:
                 continue
@@ -128,14 +127,6 @@ def _has_others(store: ArtifactStore, work: Path, job_id: JobId) -> bool:
     record, stage = latest_record(work), work.parent.name
     beside = [store.work(stage, each) for each in (record.beside if record is not None else ())]
     return any(not mark_left_out(each, job_id).exists() and store.find(stage, each.name) is None for each in beside)
-
-
-def _stages_with_members(records: Sequence[RunRecord]) -> list[tuple[RunStage, tuple[str, ...]]]:
-    found: dict[StageKey, tuple[RunStage, list[str]]] = {}
-    for record in records:
-        for stage in record.stages:
-            found.setdefault((stage.name, stage.fingerprint), (stage, []))[1].append(record.name)
-    return [(stage, tuple(members)) for stage, members in found.values()]
 
 
 def _status(

@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.table import Table
 
 from pipeline.launch.slurm.batch import BatchJob
-from pipeline.launch.slurm.commands import SUBMIT, JobId, ranges
+from pipeline.launch.slurm.commands import SUBMIT, JobId
 from pipeline.launch.slurm.groups import Group, PlannedJob
 from pipeline.launch.slurm.status import JobStatus
 from pipeline.launch.slurm.submit import Submission, SubmittedStage
 from pipeline.terminal.tables import new_table
+from pipeline.terminal.words import listed, members_shown
 from pipeline.workflow.frozen import StageKey
 
-_LONGEST_LIST = 4
 _SHOWN = ("array", "partition", "account", "qos", "constraint", "gres", "gpus-per-node", "cpus-per-task", "mem")
 _TABLE = Path("STAGES")
 """Where submitting writes what the tasks of an array are."""
@@ -33,7 +33,7 @@ def planned_jobs_table(groups: Sequence[Group]) -> Table:
         shown.add_row(
             names[first.key] if is_one else first.key[0],
             members_shown(_members(group.jobs)),
-            _listed(dict.fromkeys(names[key] if is_one else key[0] for job in group.jobs for key in job.needs)),
+            listed(dict.fromkeys(names[key] if is_one else key[0] for job in group.jobs for key in job.needs)),
             f"{asked['nodes']} x {asked['ntasks-per-node']}",
             f"{first.resources.time_limit_min} min",
             ", ".join(f"{name} {asked[name]}" for name in _SHOWN if name in asked),
@@ -56,7 +56,7 @@ def submitted_table(stages: Sequence[SubmittedStage]) -> Table:
             members_shown(_members([each.job for each in alike])),
             number,
             submission.value,
-            _listed(dict.fromkeys(number_of(job_id) for each in alike for job_id in each.after)),
+            listed(dict.fromkeys(number_of(job_id) for each in alike for job_id in each.after)),
         )
     return shown
 
@@ -91,16 +91,8 @@ def scripts_text(groups: Sequence[Group]) -> str:
             dependency = [f"--dependency={','.join(group.dependencies)}"] if group.dependencies else []
             command = [SUBMIT, *batch.options, *dependency, "SCRIPT", *batch.arguments]
             parts.append(f"# {batch.name}{f', and {others} like it' if others else ''}\n{shlex.join(command)}\n")
-        parts.append(f"# SCRIPT of {_listed(list(reversed(firsts)))}\n{script}")
+        parts.append(f"# SCRIPT of {listed(list(reversed(firsts)))}\n{script}")
     return "\n".join(parts)
-
-
-def members_shown(members: Sequence[str]) -> str:
-    """The members of a sweep by their numbers, `0-5, 7`; a run by its name."""
-    numbers = [name.rpartition(".")[2] for name in members]
-    if not all(number.isdigit() for number in numbers):
-        return _listed(members)
-    return _listed(ranges(map(int, numbers)))
 
 
 def _members(jobs: Iterable[PlannedJob]) -> list[str]:
@@ -124,9 +116,3 @@ def _names(jobs: Sequence[PlannedJob]) -> Mapping[StageKey, str]:
     """A stage's name alone where it stands for one job, else with its fingerprint."""
     jobs_of = Counter(job.key[0] for job in jobs)
     return {job.key: job.key[0] if jobs_of[job.key[0]] == 1 else job.batch.name for job in jobs}
-
-
-def _listed(values: Iterable[str]) -> str:
-    values = list(values)
-    more = f" +{len(values) - _LONGEST_LIST}" if len(values) > _LONGEST_LIST else ""
-    return f"{', '.join(values[:_LONGEST_LIST])}{more}"

@@ -103,14 +103,21 @@ def test_a_manifest_that_was_put_back_leaves_no_other_beside_it(outputs: Path, c
     assert not (clip.path / SET_ASIDE).exists()
 
 
+@pytest.mark.parametrize("content", [b"\xff", b'{"a": NaN}', b'{"schema_version": 1, "stage": 2}', None])
 def test_a_manifest_that_is_damaged_stops_no_command_that_looks(
-    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+    outputs: Path, clip: Artifact, content: bytes | None, capsys: pytest.CaptureFixture[str]
 ):
-    (clip.path / MANIFEST).write_bytes(b"\xff")
+    (clip.path / MANIFEST).unlink()
+    if content is None:
+        (clip.path / MANIFEST).mkdir()
+    else:
+        (clip.path / MANIFEST).write_bytes(content)
     for arguments in (["status", "first"], ["compare", "first", "second"], ["card", "first"], ["du"]):
         status, text = shown(capsys, *arguments, "--outputs", str(outputs))
         assert status == 0
         assert "damaged" in text or arguments == ["du"]
+    assert shown(capsys, "verify", "--all", "--outputs", str(outputs))[0] == 2
+    assert action_of_clip(planned(outputs, OnDamage.REBUILD))[0] is Action.RUN
 
 
 def test_a_card_of_a_run_that_is_damaged_says_so_first(

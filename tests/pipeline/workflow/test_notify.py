@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from pipeline.config import NotifySettings
+from pipeline.errors import UserError
 from pipeline.launch.run import start
 from pipeline.terminal.display import Display
-from pipeline.workflow.notify import tell_of_end
+from pipeline.workflow.notify import Event, tell, tell_of_end
 from pipeline.workflow.plan import Plan, plan_run
 from tests.support import ROOT
 from tests.support.halves import plan_halves
@@ -38,6 +40,20 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, str]]]:
     monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     yield found
+    server.shutdown()
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """The address of a server that has a fault of its own."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(500)
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
 
 
@@ -75,11 +91,35 @@ def test_who_cannot_be_told_costs_a_line_and_a_queue_tells_of_the_end_once(
     tell_of_end(frozen)
     tell_of_end(frozen)
     assert [each["text"] for each in posted[1:]] == ["unclip: every stage of trial is finished"]
-    monkeypatch.setenv("HOOK", "file:///etc/passwd")
-    start([made], Display(Console(file=io.StringIO())), waits=True)
-    monkeypatch.delenv("HOOK")
-    start([made], Display(Console(file=io.StringIO())), waits=True)
+    assert capsys.readouterr().out.count("notify.command was not told of this") == 2
+
+
+def test_an_address_that_is_none_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = planned(tmp_path, ["true"], fails=False)
+    for address in ("file:///etc/passwd", None):
+        if address is None:
+            monkeypatch.delenv("HOOK", raising=False)
+        else:
+            monkeypatch.setenv("HOOK", address)
+        with pytest.raises(UserError, match=r"notify\.webhook=\$HOOK: the variable holds no https:// address here"):
+            start([made], Display(Console(file=io.StringIO())), waits=True)
+    assert not (tmp_path / "starts").exists()
+
+
+def test_what_is_told_and_does_not_answer_or_refuses_costs_a_line_and_leaves_no_process(
+    tmp_path: Path, refusing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pipeline.workflow.notify._TIMEOUT_S", 1.0)
+    pids = tmp_path / "pids"
+    hangs = (
+        "import subprocess, sys; child = subprocess.Popen(['sleep', '300']); "
+        "open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
+    )
+    settings = NotifySettings(command=[sys.executable, "-c", hangs, str(pids)], webhook=refusing)
+    tell(settings, Event.END, "trial", "it has ended")
     said = capsys.readouterr().out
-    assert said.count("notify.command was not told of this") == 4
-    assert "notify.webhook was not told of this: ValueError" in said
-    assert "notify.webhook was not told of this: KeyError" in said
+    assert "notify.command was not told of this: it took more than 1 s, and was ended" in said
+    assert "notify.webhook was not told of this: it answered with status 500" in said
+    assert refusing not in said
+    process = int(pids.read_text())
+    assert not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE

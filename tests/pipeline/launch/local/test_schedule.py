@@ -4,30 +4,33 @@ import io
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from rich.console import Console
 
-from pipeline.config import TrainerSettings
 from pipeline.launch.local import LAUNCHER
 from pipeline.terminal.display import Display
-from pipeline.workflow.progress import Outcome
+from pipeline.workflow.causes import Cause
+from pipeline.workflow.plan import Plan, PlannedStage
+from pipeline.workflow.progress import Outcome, read_failure
 from tests.support import ROOT, world
+from tests.support.command import said
 from tests.support.halves import plan_halves, starts
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from pipeline.config import TrainerSettings
-from pipeline.launch.local import LAUNCHER
+from pipeline.launch.run import start
 from pipeline.terminal.display import Display
 from tests.support.halves import plan_halves
 never = {"left": {"meets": ["never"]}, "right": {"meets": ["never"]}}
-outcomes = LAUNCHER.submit([plan_halves(Path(sys.argv[1]), "trial", never)], Display())
+outcomes = start([plan_halves(Path(sys.argv[1]), "trial", never)], Display(), waits=True)
 print(sorted(f"{each.stage} {each.outcome.value}" for each in outcomes))
 """
 
@@ -64,24 +67,21 @@ def test_members_run_side_by_side_share_a_stage_and_a_failure_takes_its_own_desc
 def test_what_is_to_be_first_starts_first_and_what_is_wide_has_the_cores_of_its_places(tmp_path: Path):
     text = io.StringIO()
     plan = plan_halves(tmp_path, "a", {"left": {}, "right": {}})
-    stages = [
-        replace(each, frozen=each.frozen.model_copy(update={"trainer": unset(each.frozen.trainer)}))
-        for each in plan.stages
-        if each.frozen is not None
-    ]
+    stages = with_trainer(plan, cpu_threads=None)
     launch = {"kind": "local", "max_parallel": 3, "first": ["right"], "places": {"left": 2, "end": 9}}
     config = plan.config.model_copy(update={"launch": launch})
-    outcomes = LAUNCHER.submit(
-        [replace(plan, config=config, stages=tuple(stages))], Display(Console(file=text, width=200))
-    )
+    outcomes = LAUNCHER.submit([replace(plan, config=config, stages=stages)], Display(Console(file=text, width=200)))
     assert {each.outcome for each in outcomes} == {Outcome.FINISHED}
     assert starts(tmp_path) == {"source": ["2"], "left": ["4"], "right": ["2"], "end-a": ["6"]}
     lines = [line.partition("  runs")[0] for line in text.getvalue().splitlines() if "  runs" in line]
     assert lines == ["[1/4] source", "[3/4] right", "[2/4] left", "[4/4] end"]
 
 
-def unset(trainer: TrainerSettings) -> TrainerSettings:
-    return trainer.model_copy(update={"cpu_threads": None})
+def with_trainer(plan: Plan, **settings: Any) -> tuple[PlannedStage, ...]:
+    """The stages of a plan with other settings of their trainer."""
+    frozen = [each.frozen for each in plan.stages if each.frozen is not None]
+    changed = [each.model_copy(update={"trainer": each.trainer.model_copy(update=settings)}) for each in frozen]
+    return tuple(replace(each, frozen=one) for each, one in zip(plan.stages, changed, strict=True))
 
 
 @pytest.mark.slow
@@ -100,6 +100,8 @@ def test_a_stage_that_fails_starts_again_as_often_as_its_cause_is_given(tmp_path
     lines = [line for line in text.getvalue().splitlines() if "sufferer" in line]
     assert any("collective: RuntimeError: Connection closed by peer; starts again (1 of 1)" in line for line in lines)
     assert any("FAILED: its process ended by SIGKILL and without a word; see the log" in line for line in lines)
+    kept = map(read_failure, (tmp_path / "work" / "sufferer").iterdir())
+    assert [each.message for each in kept if each] == ["its process ended by SIGKILL and without a word; see the log"]
 
 
 def running(outputs: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
@@ -124,6 +126,38 @@ def test_a_signal_stops_all_that_run_and_nothing_more_is_started(tmp_path: Path,
     text = command.communicate(timeout=60)[0]
     assert text.splitlines()[-1] == "['left interrupted', 'right interrupted', 'source finished']", text
     assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_cancel_has_the_command_of_this_machine_checkpoint_and_stop(tmp_path: Path):
+    command, workers = running(tmp_path)
+    at = ["--outputs", str(tmp_path)]
+    assert said("cancel", "trial", *at) == f"trial: process {command.pid} was asked to write a checkpoint and stop\n"
+    text = command.communicate(timeout=60)[0]
+    assert text.splitlines()[-1] == "['left interrupted', 'right interrupted', 'source finished']", text
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert said("cancel", "trial", *at) == "trial is nowhere at work\n"
+
+
+@pytest.mark.slow
+def test_a_stage_whose_process_was_stopped_is_ended_and_what_is_known_of_it_kept(tmp_path: Path):
+    text, plan = io.StringIO(), plan_halves(tmp_path, "a", {"left": {"meets": ["never"]}})
+    stages = with_trainer(plan, hang_after_s=3.0, lease_s=1.0)
+    stopper = threading.Thread(target=stop_the_worker_of, args=(tmp_path, "left"), daemon=True)
+    stopper.start()
+    LAUNCHER.submit([replace(plan, stages=stages)], Display(Console(file=text, width=300)))
+    stopper.join()
+    assert "left  FAILED (collective): stage left: nothing was heard of its process for 3 s, and it" in text.getvalue()
+    (work,) = (tmp_path / "work" / "left").iterdir()
+    failure = read_failure(work)
+    assert failure is not None
+    assert failure.cause is Cause.COLLECTIVE
+
+
+def stop_the_worker_of(outputs: Path, stage: str) -> None:
+    while not (outputs / "starts" / stage).exists():
+        time.sleep(0.05)
+    for worker in psutil.Process().children():
+        worker.suspend()
 
 
 @pytest.mark.slow
