@@ -7,9 +7,10 @@ from torch import nn
 
 from pipeline.config import TrainerSettings, TrainingStageSettings
 from pipeline.errors import DiskFullError
-from pipeline.terminal.words import format_bytes
 from pipeline.training.strategies.fragments import trained_parameters
 from pipeline.workflow.progress import CHECKPOINTS
+
+_MB = 1e6
 
 
 def artifact_bytes(network: nn.Module) -> int:
@@ -46,7 +47,7 @@ def require_disk(
     if need > free:
         each = checkpoint_bytes(network, settings)
         raise DiskFullError(
-            f"stage {stage} will write {format_bytes(need)} (its weights, and {max(2, trainer.keep_checkpoints)} "
-            f"checkpoints of {format_bytes(each)}) and the disk of {work} has {format_bytes(free)} left; "
+            f"stage {stage} will write {need / _MB:,.0f} MB (its weights, and {max(2, trainer.keep_checkpoints)} "
+            f"checkpoints of {each / _MB:,.0f} MB) and the disk of {work} has {free / _MB:,.0f} MB left; "
             f"free some{fewer_checkpoints(trainer)}, or set paths.outputs"
         )
