@@ -53,6 +53,10 @@ def make_server(options: argparse.Namespace) -> "BoardServer":
     try:
         family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         return BoardServer(family, str(address[0]), int(address[1]), Content(options.outputs, options.runs))
+    except socket.gaierror as error:
+        raise UserError(
+            f"--host {options.host} is no address of this machine ({error.strerror}); give another"
+        ) from error
     except OSError as error:
         raise UserError(
             f"--host {options.host} --port {options.port} cannot be listened at ({error.strerror}); "

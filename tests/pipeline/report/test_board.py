@@ -102,3 +102,6 @@ def test_an_address_that_is_taken_is_refused_in_a_line(tmp_path: Path):
         taken = argparse.Namespace(outputs=tmp_path, runs=[], port=port, host="127.0.0.1")
         with pytest.raises(UserError, match=f"--port {port} cannot be listened at .*; give another --port"):
             make_server(taken)
+    none = argparse.Namespace(outputs=tmp_path, runs=[], port=0, host="no.such.invalid")
+    with pytest.raises(UserError, match=r"--host no\.such\.invalid is no address of this machine .*; give another"):
+        make_server(none)
