@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.captions import TEXT, CaptionSources
 from pipeline.data.index import ShardIndex
 from pipeline.data.indexing import index_shards, without_times
 from pipeline.data.prepared import SHARDS, write_prepared
@@ -17,6 +18,7 @@ def make_prepared(
     directory: Path,
     samples: Iterable[tuple[bytes, Split]],
     shard_samples: int,
+    captions: CaptionSources = TEXT,
     processes: int = 1,
     look: Callable[[], None] = lambda: None,
 ) -> tuple[ShardIndex, NDArray[np.uint8]]:
@@ -35,5 +37,5 @@ def make_prepared(
     names = [shard.name for shard in shards]
     index = without_times(index_shards(names, directory / SHARDS, processes, look))
     codes = np.array(splits, np.uint8)
-    write_prepared(directory, index=index, splits=codes)
+    write_prepared(directory, index=index, splits=codes, captions=captions)
     return index, codes

@@ -129,7 +129,9 @@ def _made(
                 yield made.packed, made.split
 
     try:
-        index, splits = make_prepared(context.output, samples(), data.shard_samples, processes, look)
+        index, splits = make_prepared(
+            context.output, samples(), data.shard_samples, source.captions(data), processes, look
+        )
     except BrokenProcessPool as error:
         raise ProcessKilledError(
             "a process that makes pictures was killed, perhaps for want of memory; run again, or with fewer: "

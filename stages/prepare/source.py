@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Fraction, Positive, Settings
+from pipeline.data.captions import TEXT, CaptionSources
 from pipeline.data.place import ShardPlace
 from pipeline.data.splits import Split, SplitCounts, split_at, split_position
 from pipeline.data.summary import IndexSummary
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.data.captions import CaptionSources
     from pipeline.data.index import ShardIndex
     from pipeline.data.mixture import Mixture
 
@@ -43,7 +43,7 @@ class TakenIn:
     index: "ShardIndex"
     positions: "NDArray[np.float64]"  # [N], where each stands in the split
     splits: "NDArray[np.uint8]"  # [N], codes of Split
-    captions: "CaptionSources"
+    captions: CaptionSources
     mixture: "Mixture"
 
 
@@ -68,6 +68,7 @@ class Source:
     pieces: Callable[[Any], Iterable[Any]] | None = None
     make: Callable[[Any, Any], Iterable[tuple[SourceSample, Split]]] | None = None
     take_in: Callable[[Any], TakenIn] | None = None
+    captions: Callable[[Any], CaptionSources] = lambda settings: TEXT
     split_counts: Callable[[Any], SplitCounts | None] = lambda settings: None
     summary: Callable[[Any], IndexSummary] | None = None
     identity: Callable[[Any], dict[str, Any]] | None = None

@@ -5,8 +5,8 @@ Some pairs of colour and shape are never drawn for training or validation, so th
 
 import io
 import random
-from collections.abc import Collection, Iterator
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import lru_cache
 from itertools import product
@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.config import ADDED_LATER, Fraction, NotNegative, Positive, Seed
+from pipeline.data.captions import TEXT, CaptionSources, parse_sources
 from pipeline.data.splits import Split, SplitCounts, check_split_sizes, split_position
 from pipeline.data.write import SourceSample
 from stages.prepare.scene_drawing import Background, Colour, Position, Scene, SceneObject, Shape, Size, draw
@@ -32,6 +33,7 @@ class ScenesSettings(MadeSourceSettings):
     """Pictures drawn at run time: one or two coloured shapes on a background, captioned in several phrasings.
 
     `full_caption_share` of the captions say everything; of the others each attribute is left out with probability 0.3.
+    Of the `captions_each` of a picture each showing draws one; what is measured is measured with the first.
     """
 
     source: Literal["scenes"]
@@ -40,6 +42,7 @@ class ScenesSettings(MadeSourceSettings):
     image_size: Annotated[Positive, Field(ge=64)]
     two_objects_share: Fraction
     full_caption_share: Annotated[Fraction, ADDED_LATER] = 0.9
+    captions_each: Annotated[Positive, ADDED_LATER] = 1
     seed: Seed
 
 
@@ -61,6 +64,7 @@ ALL_PAIRS: frozenset[Pair] = frozenset(product(Colour, Shape))
 SEEN_PAIRS: frozenset[Pair] = ALL_PAIRS - UNSEEN_PAIRS
 
 _OMISSION_PROBABILITY = 0.3
+_CAPTIONS = "captions"
 _OPPOSITE = (
     (Position.LEFT, Position.RIGHT),
     (Position.RIGHT, Position.LEFT),
@@ -115,14 +119,30 @@ def make(settings: ScenesSettings, piece: tuple[int, bool]) -> Iterator[tuple[So
         rng = random.Random(f"unseen/{settings.seed}/{number}")
         scene = random_scene(rng, 1, UNSEEN_PAIRS)
         # What is held out is held out to be measured: its captions leave nothing open.
-        yield draw_sample(f"unseen-{number:08d}", scene, settings.image_size, rng), Split.UNSEEN
+        sample = draw_sample(f"unseen-{number:08d}", scene, settings.image_size, rng)
+        yield _with_captions(sample, settings, []), Split.UNSEEN
         return
     rng = random.Random(f"scenes/{settings.seed}/{number}")
     objects = 2 if rng.random() < settings.two_objects_share else 1
     scene = random_scene(rng, objects, SEEN_PAIRS)
     wording = _random_wording(rng, objects, settings.full_caption_share)
     sample = draw_sample(_key(number), scene, settings.image_size, rng, *wording)
+    rng = random.Random(f"captions/{settings.seed}/{number}")
+    wordings = [_random_wording(rng, objects, settings.full_caption_share) for _ in range(settings.captions_each - 1)]
+    sample = _with_captions(sample, settings, [caption(scene, *each) for each in wordings])
     yield sample, split_of_sample(sample, settings)
+
+
+def _with_captions(sample: SourceSample, settings: ScenesSettings, others: Sequence[str]) -> SourceSample:
+    """The sample with its captions in its JSON, its own first, where there may be several."""
+    if settings.captions_each == 1:
+        return sample
+    return replace(sample, attributes={**sample.attributes, _CAPTIONS: [sample.caption, *others]})
+
+
+def captions(settings: ScenesSettings) -> CaptionSources:
+    """Where they stand: in the text, or as a list in the JSON, of which each showing draws one."""
+    return TEXT if settings.captions_each == 1 else parse_sources({f"json:{_CAPTIONS}": 1.0})
 
 
 @lru_cache(maxsize=1)
@@ -228,4 +248,6 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-SOURCE = Source(ScenesSettings, LICENCE, LICENCE_ID, pieces=pieces, make=make, split_counts=split_counts)
+SOURCE = Source(
+    ScenesSettings, LICENCE, LICENCE_ID, pieces=pieces, make=make, captions=captions, split_counts=split_counts
+)

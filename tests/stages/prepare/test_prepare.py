@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.prepared import read_prepared
+from pipeline.data.splits import Split
 from pipeline.workflow.progress import Outcome, read_failure, read_progress
 from tests.support.processes import no_process_left, started_since
 from tests.support.tiny_runs import TINY, failure_of, plan_stages, run_and_stop, run_stage_of, run_until
@@ -32,6 +34,19 @@ def test_one_and_two_processes_make_the_same_bytes(tmp_path: Path, source: str):
     assert one.manifest.metrics == two.manifest.metrics
     assert len(list((one.path / "shards").iterdir())) > 2
     assert contents(one.path) == contents(two.path)
+
+
+def test_of_several_captions_of_a_picture_a_showing_draws_one(tmp_path: Path):
+    made = run_until(tmp_path, "prepare", *SOURCES["scenes"], "data.captions_each=3")
+    alone = run_until(tmp_path, "prepare", *SOURCES["scenes"])
+    several, one = (read_prepared(each.path) for each in (made, alone))
+    rows = range(150)
+    assert [several.caption(row) for row in rows] == [one.caption(row) for row in rows]
+    assert [one.caption(row, 0.99) for row in rows] == [one.caption(row) for row in rows]
+    others = sum(several.caption(row, 0.99) != several.caption(row) for row in rows)
+    assert others > 100
+    unseen = several.samples_in(Split.UNSEEN)
+    assert all(several.caption(int(row), 0.99) == one.caption(int(row)) for row in unseen)
 
 
 def test_a_stop_ends_all_processes_and_the_same_command_makes_it_whole(tmp_path: Path):

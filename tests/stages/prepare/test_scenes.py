@@ -127,6 +127,23 @@ def test_a_caption_names_what_it_says_it_names_and_nothing_else(made: Made):
             assert said == (true if named else Counter()), sample.caption
 
 
+def test_of_several_captions_the_first_is_the_one_there_was_and_each_is_of_its_picture(made: Made):
+    several = list(samples(settings(captions_each=4)))
+    for (sample, split), (alone, _) in zip(several, made, strict=True):
+        captions = attributes(sample)["captions"]
+        assert (sample.image, sample.caption, captions[0]) == (alone.image, alone.caption, alone.caption)
+        assert len(captions) == (1 if split is Split.UNSEEN else 4)
+        scene = attributes(sample)
+        of_scene = {scene["background"], *(item[key] for item in scene["objects"] for key in ("colour", "shape"))}
+        others = {*map(str, (*Colour, *Shape, *Background))} - of_scene
+        words = {word for caption in captions for word in re.findall("[a-z]+", caption)}
+        assert not words & others
+    assert any(len(set(attributes(sample)["captions"])) == 4 for sample, _ in several)
+    text = {"txt": b"main", "json": json.dumps({"captions": ["main", "other"]}).encode()}
+    assert scenes.captions(settings()).choose(text, 0.9) == "main"
+    assert [scenes.captions(settings(captions_each=2)).choose(text, draw) for draw in (0.0, 0.9)] == ["main", "other"]
+
+
 def test_attributes_are_left_out_at_random(made: Made):
     counts = Counter(name for sample, split in made for name in sample.attributes["named"] if split is not Split.UNSEEN)
     assert set(counts) == {"size", "colour", "shape", "position", "background"}
