@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from pipeline.cli import EXIT_USER_ERROR, main
+from pipeline.errors import UserError
 from pipeline.workflow.in_use import COMMANDS
-from pipeline.workflow.runs import run_directory, run_names
+from pipeline.workflow.runs import read_run, run_directory, run_names
 from tests.support.command import said
 from tests.support.stores import contents, finish, keys, record, there
 
@@ -104,3 +105,28 @@ def test_a_store_that_is_not_there_is_said_to_be_none(tmp_path: Path, capsys: py
         assert main([command, "--outputs", str(tmp_path / "none")]) == EXIT_USER_ERROR
         assert "there is nothing at" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_what_a_sweep_shares_stands_in_its_status_once(tmp_path: Path):
+    for name, weight in (("mu.0", 0.1), ("mu.1", 0.9)):
+        record(tmp_path, name, "mu", weight=weight)
+    shown = said("status", "mu", "--outputs", str(tmp_path))
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in shown.splitlines() if "│" in line]
+    assert rows.count(["clip", "0-1"]) == 1
+    assert [row for row in rows if row[0] == "decoder"] == [["decoder", "0"], ["decoder", "1"]]
+
+
+def test_a_pin_and_a_removal_are_not_asked_for_at_once(outputs: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["gc", "--pin", "first", "--delete", "--outputs", outputs]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_record_that_may_not_be_read_is_not_advised_to_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record(tmp_path, "first")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"run\.json cannot be read \(Permission denied\); ask whose it is$"):
+        read_run(tmp_path, "first")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.data.indexing import index_shards
-from pipeline.errors import UserError
+from pipeline.errors import DiskFullError, UserError
 from pipeline.training.failures import explained
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.progress import Outcome
@@ -43,6 +43,10 @@ def read_a_missing_shard() -> None:
     index_shards(["00000.tar"], Path("/nowhere"))
 
 
+def find_no_room() -> None:
+    raise DiskFullError("stage decoder will write 52.000 GB; free some")
+
+
 def refuse_a_setting() -> None:
     raise UserError("the gate is closed; open it")
 
@@ -58,6 +62,7 @@ def divide_by_zero() -> None:
         (allocate_in_python, Cause.OUT_OF_MEMORY),
         (allocate_on_the_device, Cause.OUT_OF_DEVICE_MEMORY),
         (open_what_is_forbidden, Cause.PERMISSION),
+        (find_no_room, Cause.DISK_FULL),
         (write_to_a_full_disk, Cause.DISK_FULL),
         (lose_a_peer, Cause.COLLECTIVE),
         (read_a_missing_shard, Cause.DATA),
