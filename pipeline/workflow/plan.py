@@ -243,7 +243,7 @@ def _plan_stage(
     other_code: list[str] = []
     if action is Action.RESUME:
         other_code = code.changed_since(read_record(frozen.work))
-        reason += f"; other code than then: {several(other_code)}" if other_code else ""
+        reason += f"; other code than then: {several(other_code)}; run it with --accept-code" if other_code else ""
     elif action is Action.REUSE:
         own = node.declaration.run.partition(":")[0].rpartition(".")[0].replace(".", "/")
         changed = code.changed_since(read_record(store.path(node.name, frozen.fingerprint)), f"{own}/")

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.config import OnDamage
+from pipeline.errors import is_disk_full
 from pipeline.launch.identity import this_process
 from pipeline.launch.launcher import StageOutcome
 from pipeline.launch.local.devices import Devices, Share
@@ -153,12 +154,26 @@ class Schedule:
         return is_free
 
     def _start(self, task: Task, share: Share) -> None:
+        self._display.start(task.title, task.stage)
+        try:
+            file = write_frozen(task.frozen)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            self._devices.give_back(share)
+            self._fail(task, _of_its_folder(task.frozen, error))
+            return
         self._close_others_on(share)
         idle = self._idle.get((share.gpus, share.width))
         worker = idle.pop() if idle else Worker(self._devices.environment(share, os.environ))
-        self._display.start(task.title, task.stage)
-        worker.begin(write_frozen(task.frozen))
+        worker.begin(file)
         self._running.append(Running(task, worker, share, time.monotonic(), oom_kills(), Pulse(task.frozen.work)))
+
+    def _fail(self, task: Task, failure: Failure) -> None:
+        """It could not even start, and nothing can be kept of it."""
+        self._display.finish(task.title, task.stage, 0.0, Outcome.FAILED, failure)
+        self._settle(task, Outcome.FAILED, failure=failure)
+        tell_of_failure(task.frozen, failure)
 
     def _close_others_on(self, share: Share) -> None:
         """End what is idle and holds memory of these GPUs."""
@@ -270,6 +285,11 @@ def _failure(ended: Running) -> Failure:
         found = Failure("the machine ran out of memory and ended its process", True, Cause.OUT_OF_MEMORY)
     _keep(work, found)
     return found
+
+
+def _of_its_folder(frozen: FrozenStage, error: OSError) -> Failure:
+    remedy = "give this user the right to it, or set paths.outputs, and run again"
+    return Failure(f"stage {frozen.stage}: {error}; {remedy}", True, Cause.PERMISSION)
 
 
 def _keep(work: Path, failure: Failure) -> None:

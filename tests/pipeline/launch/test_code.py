@@ -126,7 +126,7 @@ def test_a_resume_on_other_code_says_what_differs_and_asks(own: Path, tmp_path: 
     assert planned(tmp_path, stops=True).stages[0].reason == "from the checkpoint at 8 samples"
     edit(own)
     after = planned(tmp_path, stops=True)
-    assert after.stages[0].reason.endswith("; other code than then: own/painting/work.py")
+    assert after.stages[0].reason.endswith("; other code than then: own/painting/work.py; run it with --accept-code")
     with pytest.raises(UserError, match=r"other code \(own/painting/work.py changed\); add --accept-code"):
         started(after)
     assert started(after, accepts_code=True).outcome is Outcome.FINISHED

@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from pipeline.board.command import BoardServer, make_server
+from pipeline.board.content import Content
 from pipeline.errors import UserError
 from tests.support import small_world
 
@@ -58,6 +59,19 @@ def test_it_shows_what_runs_now_and_takes_in_what_is_new_as_the_reader_left_the_
         assert page.locator("#metric-filter").input_value() == "error"
         context.close()
         assert complaints == []
+
+
+def test_what_is_damaged_while_it_is_open_is_on_the_page_that_is_made_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small_world.run(tmp_path, "first", weight=0.1)
+    monkeypatch.setattr("pipeline.board.content.SECONDS_FRESH", 0.0)
+    content = Content(tmp_path, [])
+    assert "is missing" not in content.page()
+    (artifact,) = (tmp_path / "artifacts" / "painter").iterdir()
+    lost = next(path for path in artifact.iterdir() if path.name not in ("manifest.json", "metrics.jsonl"))
+    lost.unlink()
+    assert f"{lost.name} is missing" in content.page()
 
 
 def test_nothing_but_the_page_and_its_news_is_served(tmp_path: Path):

@@ -84,6 +84,22 @@ def with_trainer(plan: Plan, **settings: Any) -> tuple[PlannedStage, ...]:
     return tuple(replace(each, frozen=one) for each, one in zip(plan.stages, changed, strict=True))
 
 
+def test_a_stage_whose_folder_cannot_be_written_takes_its_own_descendants_alone(tmp_path: Path):
+    text, plan = io.StringIO(), plan_halves(tmp_path, "a", {"left": {}, "right": {}})
+    (left,) = (each.frozen for each in plan.stages if each.name == "left")
+    assert left is not None
+    left.work.mkdir(parents=True)
+    (left.work / "frozen").write_bytes(b"")  # in the way, for root too
+    ended = {each.stage: each for each in LAUNCHER.submit([plan], Display(Console(file=text, width=300)))}
+    assert {name: each.outcome.value for name, each in ended.items()} == {
+        "source": "finished", "left": "failed", "right": "finished", "end": "skipped"
+    }  # fmt: skip
+    failure = ended["left"].failure
+    assert failure is not None
+    assert failure.is_user_error
+    assert f"{left.work / 'frozen'}'; give this user the right to it, or set paths.outputs" in text.getvalue()
+
+
 @pytest.mark.slow
 def test_a_stage_that_fails_starts_again_as_often_as_its_cause_is_given(tmp_path: Path):
     text = io.StringIO()
