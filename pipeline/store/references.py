@@ -59,11 +59,18 @@ class References:
 def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection[str] = ()) -> References:
     """Read all records of the store, but for those of the runs `without`; `jobs` is what `jobs_at_work` gave.
 
-    Raises `DamagedRunError` where a run's record cannot be read: what that run needs is not known.
+    Raises `DamagedRunError` where a run's record cannot be read: what that run needs is not known; and `UserError`
+    where there are artifacts, and no folder of runs.
     """
+    names = run_names(outputs)
+    if not run_directory(outputs, "").is_dir() and any(entries(outputs, "artifacts")):
+        raise UserError(
+            f"{run_directory(outputs, '')} is gone, so that what the runs need is not known; bring it back, or make an "
+            "empty directory there if no run is left"
+        )
     inputs, commands = _Inputs(outputs), commands_at_work(outputs)
-    records = {name: read_run(outputs, name) for name in run_names(outputs) if name not in without}
-    pinned = {name for name in run_names(outputs) if (run_directory(outputs, name) / PIN).exists()}
+    records = {name: read_run(outputs, name) for name in names if name not in without}
+    pinned = {name for name in names if (run_directory(outputs, name) / PIN).exists()}
     users: dict[StageKey, dict[str, None]] = {}
     earlier: dict[StageKey, Earlier] = {}
     code = {digest for each in commands for digest in each.needs.code}

@@ -11,7 +11,7 @@ from pipeline.config import RunSettings, validate
 from pipeline.errors import UserError, typed
 from pipeline.store.references import References, read_references
 from pipeline.store.removable import Found, obstacle, removables, split
-from pipeline.store.trash import set_aside
+from pipeline.store.trash import in_trash, set_aside
 from pipeline.workflow.in_use import store_lock
 from pipeline.workflow.runs import (
     RECORD,
@@ -69,6 +69,11 @@ def _names_of(outputs: Path, given: Iterable[str]) -> tuple[list[str], list[str]
                 raise
             names[name] = None
             damaged.append(name)
+        except UserError as error:
+            if not in_trash(outputs):
+                raise
+            end = typed(outputs, "gc", "--delete")
+            raise UserError(f"{error}; what a removal that was stopped has left is deleted by {end}") from error
     return list(names), damaged
 
 

@@ -9,6 +9,7 @@ from pipeline.terminal.words import format_duration, members_shown, progress_lin
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.damage import DamagedArtifactError
+from pipeline.workflow.ownership import TAKEN_AWAY, was_published
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.progress import LOG, Phase, latest_checkpoint_samples, read_failure, read_progress
 from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts, stages_with_members, store_of
@@ -102,6 +103,11 @@ def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
         return "waiting", ""
     if progress.phase in (Phase.INTERRUPTED, Phase.FAILED):
         return progress.phase.value, progress_line(progress)
+    if was_published(work):
+        return (
+            DAMAGED,
+            f"{store.path(stage.name, stage.fingerprint)} {TAKEN_AWAY}",
+        )
     if progress.is_silent:
         samples_seen = latest_checkpoint_samples(work)
         kept = "no checkpoint yet" if samples_seen is None else f"checkpoint at {samples_seen:,} samples"

@@ -8,6 +8,7 @@ from pipeline.errors import UserError
 from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore
 from pipeline.workflow.checkpoint import checkpoints
 from pipeline.workflow.frozen import FROZEN, StageKey
+from pipeline.workflow.ownership import TAKEN_AWAY, was_published
 from pipeline.workflow.runs import keys_of, read_readable, read_runs, require_outputs, run_names, store_of
 from pipeline.workflow.sealed import DamagedRecordError, read_json
 
@@ -34,8 +35,9 @@ def verify(outputs: Path, run: str | None) -> int:
     damaged = len(unreadable)
     for error in unreadable:
         print(error, flush=True)
-    for key in keys:
-        for line, is_whole in _findings(store, key):
+    needed = {key for record in runs for key in keys_of(record)}
+    for key in [*keys, *sorted(needed.difference(keys))]:
+        for line, is_whole in _findings(store, key, is_needed=key in needed):
             print(line, flush=True)
             damaged += not is_whole
         work = store.work(*key)
@@ -60,7 +62,7 @@ def _keys(outputs: Path) -> list[StageKey]:
     return list(dict.fromkeys((path.parent.name, path.name) for path in found))
 
 
-def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]:
+def _findings(store: ArtifactStore, key: StageKey, *, is_needed: bool) -> Iterator[tuple[str, bool]]:
     """Lines about one stage, and whether each is good news."""
     name = f"{key[0]} {key[1][:12]}"
     try:
@@ -76,6 +78,8 @@ def _findings(store: ArtifactStore, key: StageKey) -> Iterator[tuple[str, bool]]
             yield f"{name}: whole again, and taken back", True
         elif (damage := store.known_damage(*key)) is not None:
             yield f"{name}: {damage}", False
+        elif is_needed and was_published(store.work(*key)):
+            yield f"{name}: {store.path(*key)} {TAKEN_AWAY}", False
     except UserError as error:
         yield f"{name}: {error}", False
     for path, checkpoint in checkpoints(store.work(*key)):

@@ -1,9 +1,7 @@
 """What is made of a stage's record: Weights & Biases and TensorBoard."""
 
 import os
-import secrets
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +11,7 @@ from pipeline.config import TrackingMode
 from pipeline.errors import StageInterrupted
 from pipeline.tracking.sending import Sending
 from pipeline.tracking.tensorboard import TensorBoard
-from pipeline.tracking.wandb_record import WandbRecord, read_record, write_record
+from pipeline.tracking.wandb_record import WandbRecord, begun, read_record, write_record
 from pipeline.tracking.wandb_run import Ending
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.ownership import Ownership, StageLost
@@ -41,7 +39,7 @@ class Tracker(AbstractContextManager["Tracker"]):
             if tracking.tensorboard:
                 self._tensorboard = TensorBoard(work, read_standing(work))
             if tracking.mode is not TrackingMode.NONE and read_record(work) is None:
-                write_record(work, _begun(self._frozen))
+                write_record(work, begun(self._frozen))
             if tracking.mode is TrackingMode.ONLINE:
                 self._sending = Sending(self._frozen)
         return self
@@ -83,11 +81,6 @@ class Tracker(AbstractContextManager["Tracker"]):
             self._sending.keep_up()
         if self._tensorboard is not None:
             self._tensorboard.add(entry)
-
-
-def _begun(frozen: FrozenStage) -> WandbRecord:
-    tracking, name = frozen.tracking, f"{frozen.run}/{frozen.stage}"
-    return WandbRecord(secrets.token_hex(8), tracking.project, tracking.entity, frozen.group, name, time.time())
 
 
 def _ending(kind: type[BaseException] | None) -> Ending:

@@ -5,20 +5,20 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.errors import StageInterrupted, UserError
 from pipeline.options import command_parser
 from pipeline.tracking.sending import has_all, start_sender
-from pipeline.tracking.wandb_record import WANDB, WandbRecord, read_record
+from pipeline.tracking.wandb_record import WANDB, WandbRecord, begun, read_record, write_record
 from pipeline.tracking.wandb_run import Ending
 from pipeline.workflow.artifacts import ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, read_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
 from pipeline.workflow.record import Replay
-from pipeline.workflow.runs import read_runs
+from pipeline.workflow.runs import read_runs, require_outputs
 
 _SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_SEND_ONE = 3600.0
@@ -56,28 +56,52 @@ def sync(works: Sequence[Path], server: str) -> Synced:
 
     Raises `UserError` with the first failure, after all others were tried.
     """
-    lacking = [(record.began_at, work, record) for work in works if (record := read_record(work)) and _lacks(work)]
+    result = Synced()
+    lacking: list[tuple[float, Path, WandbRecord]] = []
+    failures: list[UserError] = []
+
+    def failed(failure: UserError) -> None:
+        print(f"error: {failure}")
+        failures.append(failure)
+
+    for work in works:
+        try:
+            record = read_record(work) or _restored(work)
+            if record is not None and _lacks(work):
+                lacking.append((record.began_at, work, record))
+        except UserError as failure:
+            failed(failure)
     if lacking:
         _require(server)
-    result = Synced()
-    failures: list[UserError] = []
     for _, work, record in sorted(lacking, key=lambda each: each[:2]):
         try:
             (result.sent if _sync_one(work, record) else result.left).append(work)
         except UserError as failure:
-            print(f"error: {failure}")
-            failures.append(failure)
+            failed(failure)
     if failures:
         raise failures[0]
     return result
 
 
 def _works(outputs: Path, run: str | None) -> list[Path]:
+    require_outputs(outputs)
     if run is None:
-        return [path.parent for path in outputs.glob(f"work/*/*/{WANDB}")]
+        return sorted(path for path in outputs.glob("work/*/[0-9a-f]*") if path.is_dir())
     store = ArtifactStore(outputs)
     stages = {(each.name, each.fingerprint) for record in read_runs(outputs, run) for each in record.stages}
     return [store.work(name, fingerprint) for name, fingerprint in sorted(stages)]
+
+
+def _restored(work: Path) -> WandbRecord | None:
+    """What a stage's lost record can be told anew from: its artifact knows the W&B run. None where it had none."""
+    artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
+    known = {} if artifact is None else artifact.manifest.tracking
+    if not isinstance(known.get("wandb_id"), str) or not any((work / FROZEN).glob("*.json")):
+        return None
+    record = replace(begun(_last_frozen(work)), id=known["wandb_id"])
+    write_record(work, record)
+    print(f"{work / WANDB} was lost or damaged; it is written anew, for the W&B run of the stage's artifact")
+    return record
 
 
 def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:
@@ -95,7 +119,7 @@ def _lacks(work: Path) -> bool:
 
 def _ending_of(work: Path) -> Ending:
     """How the last start ended; open where it was killed and is to go on, or is at work."""
-    if ArtifactStore(work.parents[2]).find(work.parent.name, work.name) is not None:
+    if ArtifactStore(work.parents[2]).readable(work.parent.name, work.name) is not None:
         return Ending.FINISHED
     progress = read_progress(work)
     return _ENDINGS.get(progress.phase, Ending.OPEN) if progress else Ending.OPEN
@@ -135,7 +159,10 @@ def _send(work: Path, record: WandbRecord) -> None:
 def _last_frozen(work: Path) -> FrozenStage:
     files = sorted((work / FROZEN).glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise UserError(f"{work} has no frozen stage, from which W&B's config could be told; run the stage again")
+        raise UserError(
+            f"{work} has no frozen stage, from which W&B's config could be told; if the stage is finished, remove "
+            f"{work / WANDB} to leave it out, else run it again"
+        )
     # Of another host the outputs may have another path here.
     return read_frozen(files[-1]).model_copy(update={"outputs": work.parents[2]})
 

@@ -1,11 +1,14 @@
 """Which W&B run belongs to a stage, and how much of the stage's record it has: `wandb.json` in the work directory."""
 
+import secrets
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 WANDB = "wandb.json"
@@ -34,6 +37,12 @@ class WandbRecord:
 
 
 _RECORD = TypeAdapter(WandbRecord)
+
+
+def begun(frozen: FrozenStage) -> WandbRecord:
+    """A new W&B run for a stage."""
+    tracking, name = frozen.tracking, f"{frozen.run}/{frozen.stage}"
+    return WandbRecord(secrets.token_hex(8), tracking.project, tracking.entity, frozen.group, name, time.time())
 
 
 def read_record(work: Path) -> WandbRecord | None:

@@ -147,7 +147,7 @@ class ArtifactStore:
 
     def own(self, stage: str, fingerprint: str) -> Artifact | None:
         """The artifact that is published here, or None."""
-        return read_artifact(self.path(stage, fingerprint))
+        return _read_own(self.path(stage, fingerprint))
 
     def readable(self, stage: str, fingerprint: str) -> Artifact | None:
         """The same; None too where its manifest is damaged, of which `known_damage` tells."""
@@ -202,7 +202,7 @@ class ArtifactStore:
             return None
         artifact = None
         try:
-            artifact = read_artifact(directory)
+            artifact = _read_own(directory)
             found = None if artifact is None else self._fault(artifact, anew)
         except DamagedArtifactError as error:
             found = error.fault
@@ -222,7 +222,7 @@ class ArtifactStore:
         Raises `DamagedArtifactError`, which names a file, where they are not.
         """
         directory = self.path(stage, fingerprint)
-        artifact = read_artifact(directory, SET_ASIDE)
+        artifact = _read_own(directory, SET_ASIDE)
         if artifact is None or (directory / MANIFEST).exists():
             return False
         found = self._fault(artifact, anew=True)
@@ -240,7 +240,7 @@ class ArtifactStore:
         """
         directory = self.path(stage, fingerprint)
         try:
-            artifact = read_artifact(directory)
+            artifact = _read_own(directory)
         except DamagedArtifactError as error:
             return error
         if artifact is not None:
@@ -339,6 +339,15 @@ def read_artifact(directory: Path, name: str = MANIFEST) -> Artifact | None:
             f"{directory / name} cannot be read; remove {directory} and run again, or use the version of unclip that "
             f"made it ({values.get('code_version')})"
         ) from error
+
+
+def _read_own(directory: Path, name: str = MANIFEST) -> Artifact | None:
+    """The same at an artifact's place in a store, where another's manifest is damage too."""
+    artifact = read_artifact(directory, name)
+    own = f"{directory.parent.name}/{directory.name}"
+    if artifact is not None and artifact.name != own:
+        raise DamagedArtifactError(f"{directory / name} is the one of {artifact.name}", remedy_at(directory))
+    return artifact
 
 
 @lru_cache(maxsize=4096)

@@ -124,6 +124,9 @@ class FrozenStage(Settings):
     def _input(self, reference: ArtifactReference, find: Callable[[str, str], Artifact | None]) -> Artifact:
         artifact = find(reference.stage, reference.fingerprint)
         if artifact is None:
+            damage = self.store.known_damage(reference.stage, reference.fingerprint)
+            if damage is not None:  # another process has found it
+                raise damage
             raise UserError(
                 f"stage {self.stage} needs the artifact {reference.stage}/{reference.fingerprint[:12]}, "
                 f"which is not under {self.outputs}; run the workflow again so that {reference.stage} is made first"

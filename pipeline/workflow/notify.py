@@ -84,7 +84,7 @@ def _run(command: Sequence[str], message: str) -> None:
 
 def tell_of_failure(frozen: FrozenStage, failure: Failure) -> None:
     """A stage failed, and does not start again."""
-    text = f"stage {frozen.stage} of {frozen.group} failed, {failure.cause.words}: {failure.message}"
+    text = f"stage {frozen.stage} of {frozen.run} failed, {failure.cause.words}: {failure.message}"
     tell(frozen.notify, Event.FAILURE, frozen.run, text, stage=frozen.stage, cause=failure.cause.value)
 
 

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from typing_extensions import override
 
 from pipeline.errors import StageInterrupted
+from pipeline.workflow.progress import Phase, read_progress
 from pipeline.workflow.sealed import read_or_none, write_json_atomically
 
 ATTEMPTS = "attempts"
@@ -256,6 +257,17 @@ class Vacancy:
         if self._seen != (attempt, beat):
             self._seen, self._since = (attempt, beat), time.monotonic()
         return time.monotonic() - self._since > lease_s
+
+
+TAKEN_AWAY = "is gone; put it back, or run again to make it anew"
+"""What is to be said of the artifact of a stage that `was_published`, where there is none."""
+
+
+def was_published(work: Path) -> bool:
+    """Whether the last attempt at a stage came to its end: where its artifact is not there, somebody took it away."""
+    progress = read_progress(work)
+    latest = latest_attempt(work / ATTEMPTS)
+    return progress is not None and progress.phase is Phase.PUBLISHING and _is_over(work / ATTEMPTS, latest)
 
 
 class Pulse:

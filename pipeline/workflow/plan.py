@@ -26,6 +26,7 @@ from pipeline.workflow.frozen import ArtifactReference, FrozenStage
 from pipeline.workflow.graph import Node, build_graph, declaration_of
 from pipeline.workflow.initial import Initial, find_initial, require_as_typed, with_dictated
 from pipeline.workflow.inputs_read import inputs_read
+from pipeline.workflow.ownership import was_published
 from pipeline.workflow.progress import CHECKPOINTS, latest_checkpoint_samples, read_failure
 from pipeline.workflow.sealed import warn
 
@@ -307,6 +308,8 @@ def _decide(
     if damage is not None:
         return Action.RUN, f"anew{after_failure}"
     changed_inputs = [name for name in node.upstream if planned[name].action is not Action.REUSE]
+    if was_published(work):
+        return Action.RUN, f"anew, as {store.path(node.name, frozen.fingerprint)} is gone"
     nearest = _nearest(frozen, store)
     if nearest is None:
         return Action.RUN, f"new{after_failure}"

@@ -1,5 +1,6 @@
 """A run on disk: `runs/<run.name>/run.json` says which artifact stands for each of its stages."""
 
+import os
 import re
 import shutil
 import time
@@ -154,13 +155,18 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         return renamed(read_record(_RECORD, path), name)
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
+        if name in names:
+            raise DamagedRunError(name, f"{path} is gone; {_mended(outputs, name)}") from error
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
         raise UserError(f"no run {name!r} under {outputs}; {known}") from error
     except DamagedRecordError as error:
-        remedy = f"run {name} again, or remove it: {typed(outputs, 'rm', name, '--delete')}"
-        raise DamagedRunError(name, f"{error}; {remedy}") from error
+        raise DamagedRunError(name, f"{error}; {_mended(outputs, name)}") from error
     except OSError as error:
         raise DamagedRunError(name, f"{path} cannot be read ({error.strerror}); ask whose it is") from error
+
+
+def _mended(outputs: Path, name: str) -> str:
+    return f"run {name} again, or remove it: {typed(outputs, 'rm', name, '--delete')}"
 
 
 def read_readable(outputs: Path, names: Iterable[str]) -> tuple[list[RunRecord], list[DamagedRunError]]:
@@ -209,9 +215,26 @@ def require_outputs(outputs: Path) -> None:
 
 
 def run_names(outputs: Path) -> list[str]:
-    """Names of all runs under `outputs`, the latest first."""
-    records = sorted(outputs.glob(f"runs/*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent.name for path in records]
+    """Names of all runs under `outputs`, the latest first; of those too whose record is lost, and more is left.
+
+    Raises `UserError` where `runs` is no directory: nothing is known of any run.
+    """
+    runs = run_directory(outputs, "")
+    if os.path.lexists(runs) and not runs.is_dir():
+        raise UserError(f"{runs} is no directory of runs; bring that back, or move this away if there was none")
+    found = [(each, path) for path in runs.glob("[!.]*") if (each := _changed_at(path)) is not None]
+    return [path.name for _, path in sorted(found, reverse=True)]
+
+
+def _changed_at(run: Path) -> float | None:
+    """When a run's record was written, or its folder changed that has lost it; None where there was none yet."""
+    try:
+        return (run / RECORD).stat().st_mtime
+    except FileNotFoundError:
+        is_run = run.is_dir() and any(not each.name.startswith(".") for each in run.iterdir())
+        return run.stat().st_mtime if is_run else None
+    except NotADirectoryError:  # a file, which is nobody's business
+        return None
 
 
 def store_of(outputs: Path, records: Sequence[RunRecord]) -> ArtifactStore:

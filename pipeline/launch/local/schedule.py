@@ -85,6 +85,7 @@ class Schedule:
         self._is_stopping = False
         self._tasks: dict[StageKey, Task] = {}
         self._made_anew: set[StageKey] = set()
+        self._met_one_anew: set[StageKey] = set()
         self._rebuilds = all(plan.config.store.on_damage is OnDamage.REBUILD for plan in plans)
         for plan in plans:
             self._take_in(plan, is_sweep=len(plans) > 1)
@@ -224,7 +225,15 @@ class Schedule:
         running.worker.kill()
 
     def _starts_again_on_other_inputs(self, task: Task) -> bool:
-        """Whether it failed as inputs were found damaged: they are made anew, once, and it is to start again."""
+        """Whether it failed as inputs were found damaged: they are made anew, once, and it is to start again.
+
+        So is one that failed, once, as another had found the damage.
+        """
+        anew = self._made_anew.intersection(task.frozen.needs)
+        if anew and (task.key not in self._met_one_anew or not anew <= self._outcomes.keys()):
+            self._met_one_anew.add(task.key)
+            self._pending.append(task)
+            return True
         damaged = [self._tasks[key] for key in task.frozen.needs if task.frozen.store.known_damage(*key) is not None]
         if not self._rebuilds or not damaged or any(each.key in self._made_anew for each in damaged):
             return False
@@ -233,6 +242,7 @@ class Schedule:
             self._outcomes.pop(each.key, None)
             stage = replace(each.stage, action=Action.RUN, reason="anew, as it was found damaged")
             self._pending.append(replace(each, stage=stage))
+        self._met_one_anew.add(task.key)
         self._pending.append(task)
         return True
 

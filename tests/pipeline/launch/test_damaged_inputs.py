@@ -73,6 +73,25 @@ def test_damage_that_a_stage_finds_when_it_starts_is_mended_too(source: FrozenSt
     assert len(starts(source.outputs)["source"]) == 2
 
 
+def test_stages_that_meet_the_damage_at_the_same_time_all_wait_for_the_one_that_is_made_anew(source: FrozenStage):
+    plan = plan_halves(
+        source.outputs, "b", {name: {} for name in ("right", "third", "fourth")}, on_damage=OnDamage.REBUILD
+    )
+    outcomes = LAUNCHER.submit([plan], Display(Console(file=io.StringIO())))
+    assert {each.stage: each.outcome for each in outcomes} == dict.fromkeys(
+        ("source", "right", "third", "fourth", "end"), Outcome.FINISHED
+    )
+    assert len(starts(source.outputs)["source"]) == 2
+
+
+def test_a_stage_whose_input_another_one_found_damaged_names_the_damage(source: FrozenStage):
+    right = next(each.frozen for each in other(source.outputs, OnDamage.STOP).stages if each.name == "right")
+    assert right is not None
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{file_of(source)} does not have .*: stage source is set aside"):
+            right.open_inputs()
+
+
 def test_what_is_damaged_in_another_store_is_made_here_and_left_as_it_is_there(source: FrozenStage, tmp_path: Path):
     mine = tmp_path / "mine"
     plan = plan_halves(mine, "b", {"left": {}}, on_damage=OnDamage.REBUILD, also_read=(source.outputs,))

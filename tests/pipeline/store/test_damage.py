@@ -1,7 +1,10 @@
 """What every command says of a store of which something is damaged, and that what it says mends it."""
 
 import shlex
+import shutil
+import time
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -11,7 +14,9 @@ from pipeline.terminal.tables import stage_state
 from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, Artifact, ArtifactStore
 from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.frozen import write_frozen
+from pipeline.workflow.ownership import acquire
 from pipeline.workflow.plan import Action, Plan, plan_run
+from pipeline.workflow.progress import Phase, Progress, write_progress
 from pipeline.workflow.runs import RECORD, finished_artifacts, read_run, run_artifacts, run_directory
 from tests.support.command import said
 from tests.support.fakes import publish, run_config
@@ -160,3 +165,55 @@ def test_a_damaged_record_of_a_stage_is_named_with_what_can_be_done(
     assert status == 2
     assert "it is left out, and can be removed" in text
     assert "run it again, which writes it anew" in text
+
+
+def test_the_manifest_of_another_artifact_of_the_stage_is_damage(outputs: Path, capsys: pytest.CaptureFixture[str]):
+    """As when the copy of a wrong one is put back."""
+    first, second = (run_artifacts(outputs, read_run(outputs, name))["decoder"] for name in ("first", "second"))
+    for each in second.path.iterdir():
+        shutil.copy(each, first.path / each.name)
+    at = ("--outputs", str(outputs))
+    line = f"{first.path / MANIFEST} is the one of {second.name}"
+    assert "damaged" in said("status", "first", *at)
+    status, text = shown(capsys, "verify", "first", *at)
+    assert status == 2
+    assert line in text
+    store = ArtifactStore(outputs)
+    assert store.readable("decoder", first.manifest.fingerprint) is None
+    assert store.own("decoder", second.manifest.fingerprint) is not None
+
+
+@pytest.mark.parametrize(
+    ("in_the_way", "command"),
+    [
+        ("runs/first/pictures", ("status", "first")),
+        ("work/clip/{}/log.txt/", ("logs", "first", "clip")),
+        ("runs/first/README.md/", ("card", "first")),
+    ],
+)
+def test_a_file_or_a_directory_that_is_in_the_way_is_a_line(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str], in_the_way: str, command: tuple[str, ...]
+):
+    path = outputs / in_the_way.format(clip.manifest.fingerprint).rstrip("/")
+    path.unlink(missing_ok=True)
+    path.mkdir(parents=True) if in_the_way.endswith("/") else path.write_bytes(b"")
+    status, text = shown(capsys, *command, "--outputs", str(outputs))
+    assert status == 2
+    assert str(path) in text
+
+
+def test_an_artifact_that_was_taken_away_is_missed_by_every_command(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    work = ArtifactStore(outputs).work("clip", clip.manifest.fingerprint)
+    owner = acquire(work, 60.0, Event())
+    write_progress(work, Progress(Phase.PUBLISHING, updated_at=time.time()))
+    owner.release()
+    shutil.rmtree(clip.path)
+    at = ("--outputs", str(outputs))
+    for arguments in (("verify", "first", *at), ("verify", "--all", *at)):
+        status, text = shown(capsys, *arguments)
+        assert status == 2
+        assert f"{clip.path} is gone; put it back, or run again to make it anew" in text
+    assert "damaged" in said("status", "first", *at)
+    assert action_of_clip(planned(outputs, OnDamage.STOP)) == (Action.RUN, f"anew, as {clip.path} is gone")

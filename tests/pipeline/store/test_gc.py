@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,58 @@ def test_a_run_that_cannot_be_read_stops_it_for_what_it_needs_is_not_known(tmp_p
         find(tmp_path, {}, **ALL_AGES)
 
 
+def lose_the_record(outputs: Path) -> str:
+    (run_directory(outputs, "second") / "pictures").mkdir()
+    (run_directory(outputs, "second") / RECORD).unlink()
+    return r"runs/second/run.json is gone; run second again, or remove it: unclip rm second --delete"
+
+
+def have_a_file_in_place_of_the_runs(outputs: Path) -> str:
+    shutil.rmtree(outputs / "runs")
+    (outputs / "runs").write_bytes(b"")
+    return "runs is no directory of runs; bring that back"
+
+
+def have_a_link_to_nothing_in_place_of_the_runs(outputs: Path) -> str:
+    shutil.rmtree(outputs / "runs")
+    (outputs / "runs").symlink_to(outputs / "not mounted")
+    return "runs is no directory of runs; bring that back"
+
+
+def lose_the_runs(outputs: Path) -> str:
+    shutil.rmtree(outputs / "runs")
+    return "runs is gone, so that what the runs need is not known; bring it back, or make an empty directory"
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lose_the_record,
+        have_a_file_in_place_of_the_runs,
+        have_a_link_to_nothing_in_place_of_the_runs,
+        lose_the_runs,
+    ],
+)
+def test_where_records_are_lost_nothing_is_removed(
+    tmp_path: Path, two: tuple[Stages, Stages], lose: Callable[[Path], str]
+):
+    line = lose(tmp_path)
+    before = there(tmp_path)
+    with pytest.raises(UserError, match=line):
+        find(tmp_path, {}, **ALL_AGES)
+    with pytest.raises(UserError, match=line):
+        take_away(tmp_path, [], {})
+    assert there(tmp_path) == before != set()
+
+
+def test_where_no_run_is_left_all_goes_that_runs_have_made(tmp_path: Path, two: tuple[Stages, Stages]):
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "begun").mkdir()  # by a command that was killed before it wrote its record
+    collect(tmp_path)
+    assert there(tmp_path) == set()
+
+
 def test_what_is_left_over_beside_an_artifact_goes_unless_its_stage_is_at_work(tmp_path: Path):
     stages = record(tmp_path, "first")
     clip, store = stages["clip"], ArtifactStore(tmp_path)
@@ -285,6 +338,7 @@ def test_a_link_to_an_artifact_goes_and_what_it_leads_to_stays(tmp_path: Path):
     place = ArtifactStore(tmp_path / "b").path(*key_of(stages["clip"]))
     place.parent.mkdir(parents=True)
     place.symlink_to(ArtifactStore(tmp_path / "a").path(*key_of(stages["clip"])))
+    (tmp_path / "b" / "runs").mkdir()
     before = contents(tmp_path / "a")
     collect(tmp_path / "b")
     assert not place.is_symlink()

@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
@@ -11,9 +12,10 @@ from pipeline.config import TrackingMode
 from pipeline.errors import UserError
 from pipeline.tracking.sending import start_sender
 from pipeline.tracking.sync import Synced, main, sync
-from pipeline.tracking.wandb_record import read_record
+from pipeline.tracking.wandb_record import WANDB, read_record
 from pipeline.tracking.wandb_run import Ending
 from pipeline.training.stage import run_stage
+from pipeline.workflow.artifacts import MANIFEST
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Outcome, read_failure
 from tests.support import tiny
@@ -112,6 +114,37 @@ def test_a_failure_does_not_keep_other_stages_from_the_server(
         sync([one.work, other.work], server.address)
     require_every_row_once(server)
     assert f"error: {one.work} has no frozen stage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"{"), lambda path: path.unlink()])
+def test_a_lost_record_of_a_finished_stage_is_told_anew_from_its_artifact(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer, damage: Callable[[Path], None]
+):
+    stage = copied(trained, tmp_path / "outputs")
+    assert sync([stage.work], server.address) == Synced(sent=[stage.work])
+    before = read_record(stage.work)
+    damage(stage.work / WANDB)
+    assert sync([stage.work], server.address) == Synced(sent=[stage.work])
+    after = read_record(stage.work)
+    assert before is not None
+    assert after is not None
+    assert (after.id, after.name, after.project) == (before.id, before.name, before.project)
+    require_every_row_once(server)
+    assert sync([stage.work], server.address) == Synced()
+
+
+def test_a_stage_whose_artifact_is_damaged_does_not_keep_others_from_the_server(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer
+):
+    one, other = copied(trained, tmp_path / "one"), copied(trained, tmp_path / "other")
+    (one.store.path(*one.key) / MANIFEST).write_bytes(b"")
+    assert sync([one.work, other.work], server.address) == Synced(sent=[other.work], left=[one.work])
+    require_every_row_once(server)
+
+
+def test_sync_of_what_is_no_directory_says_so(tmp_path: Path):
+    with pytest.raises(UserError, match=r"there is nothing at .*/nowhere; give the --outputs of your runs"):
+        main(["--outputs", str(tmp_path / "nowhere")])
 
 
 def test_a_stage_at_work_is_left_for_later(tmp_path: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]):
