@@ -2,7 +2,8 @@
 
 Every loop goes on until it is ended, and sends `Row`s. It works on one batch of random inputs, which lies on the
 device, and on captions of the prepared data. A bare loop is what a good engineer writes by hand for one network:
-autocast, fused AdamW, clipping and averages by `torch._foreach`, and nothing else.
+autocast or bf16 in products as the stage has it, fused AdamW, clipping and averages by `torch._foreach`, and nothing
+else.
 """
 
 import time
@@ -23,6 +24,7 @@ from pipeline.config import TrainingStageSettings
 from pipeline.data.place import ShardPlace
 from pipeline.data.prepared import read_prepared
 from pipeline.data.splits import Split
+from pipeline.training.precision import multiply_in_bf16
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.frozen import FrozenStage
 from stages.clip.network import ClipModel, ShortTokenizer, Towers, contrastive_loss, load_clip
@@ -159,11 +161,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Work:
-    """A network that trains, what is called of it, and the loss by that call."""
+    """A network that trains, what is called of it, the loss by that call, and what else is called."""
 
     network: nn.Module
     forward: Callable[..., Any]
     loss: Callable[[Callable[..., Any]], Tensor]
+    frozen: tuple[nn.Module, ...] = ()
 
 
 def clip_work(bench: Bench) -> Work:
@@ -209,7 +212,7 @@ def prior_work(bench: Bench) -> Work:
             text = clip.encode_text(tokens)
         return process.loss(denoise_prior(forward, noised.x_t, noised.timestep, text), noised).mean()
 
-    return Work(network, network, loss)
+    return Work(network, network, loss, (clip,))
 
 
 def decoder_work(bench: Bench) -> Work:
@@ -234,7 +237,7 @@ def decoder_work(bench: Bench) -> Work:
             loss = loss - settings.clip_loss.weight * similarity(clip, x_0_hat, text.embed[:carrying]).mean()
         return loss
 
-    return Work(network, network, loss)
+    return Work(network, network, loss, (clip,))
 
 
 def upsampler_work(bench: Bench) -> Work:
@@ -257,6 +260,7 @@ def plain(bench: Bench, watch: Stopwatch) -> None:
     """The bare loop."""
     work = WORK[bench.frozen.kind](bench)
     work.network.train()
+    multiply_in_bf16((work.network, *work.frozen), bench.frozen.trainer, bench.device.type)
     forward = torch.compile(work.forward) if watch.loop is Loop.COMPILED else work.forward
     parameters = [each for each in work.network.parameters() if each.requires_grad]
     averages = [each.detach().clone() for each in parameters]

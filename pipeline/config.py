@@ -105,11 +105,21 @@ class TrainingStageSettings(Settings):
 
 
 class Precision(StrEnum):
-    """Lightning's names. Precision changes the result, so it is part of every fingerprint."""
+    """Lightning's names, but for `bf16-products`. Precision changes the result, so it is part of every fingerprint.
+
+    `bf16-products` trains in float32, and has linear and convolutional layers multiply in bf16 where there are
+    instructions for it.
+    """
 
     FLOAT32 = "32-true"
+    BFLOAT16_PRODUCTS = "bf16-products"
     BFLOAT16_MIXED = "bf16-mixed"
     FLOAT16_MIXED = "16-mixed"
+
+    @property
+    def of_lightning(self) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+        """What Lightning is told, for what is computed around the products."""
+        return "32-true" if self is Precision.BFLOAT16_PRODUCTS else self.value
 
 
 class StrategyName(StrEnum):

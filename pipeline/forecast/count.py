@@ -128,7 +128,7 @@ def lightning(precision: Precision, accelerator: str = "cpu") -> pl.Trainer:
     return pl.Trainer(
         accelerator=accelerator,
         devices=1,
-        precision=precision.value,
+        precision=precision.of_lightning,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -14,6 +14,7 @@ from pipeline.training.compiling import checkpoint_activations
 from pipeline.training.hardware import accelerator_of
 from pipeline.training.module import LOSS, StageModule
 from pipeline.training.optimizer import build_optimizer
+from pipeline.training.precision import multiply_in_bf16
 from pipeline.workflow.batch_shape import BatchShape, largest_piece
 
 _STEPS_AT_LEAST = 3
@@ -50,6 +51,7 @@ def try_training(rehearsal: Rehearsal, training: Training, shape: BatchShape, tr
     module.hold_at_most(shape.micro_batch_size)
     if trainer.activation_checkpointing is ActivationCheckpointing.BLOCKS:
         checkpoint_activations(module.network, module.block_classes)
+    multiply_in_bf16((module.network, *module.frozen_networks), trainer, device.type)
     optimizer = build_optimizer(module.network, settings.optimizer, module.parameter_ranges, fused=True)
     at_once = shape.micro_batch_size * (shape.accumulation if module.needs_whole_share else 1)
     batch = rehearsal.batch(at_once, training.image_size, training.tokenizer)

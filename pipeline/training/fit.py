@@ -31,7 +31,7 @@ from pipeline.training.hardware import accelerator_of, record_hardware
 from pipeline.training.measurements import Measurements, TrainingClock
 from pipeline.training.module import StageModule
 from pipeline.training.non_finite import NonFiniteGuard
-from pipeline.training.precision import float32_products
+from pipeline.training.precision import float32_products, multiply_in_bf16
 from pipeline.training.processes import process_environment
 from pipeline.training.rows import Rows
 from pipeline.training.strategies.choose import build_strategy
@@ -106,6 +106,7 @@ def fit(context: StageContext, module: StageModule, images: CaptionedImages) -> 
         print(f"resuming from {checkpoint.path.name}, which {checkpoint.writers} processes wrote", flush=True)
     if settings.activation_checkpointing is ActivationCheckpointing.BLOCKS:
         checkpoint_activations(module.network, module.block_classes)
+    multiply_in_bf16((module.network, *module.frozen_networks), settings, accelerator_of(settings))
     with (
         compiled(module, kind, context.frozen.outputs / COMPILER_CACHE),
         float32_products(settings, is_cuda=accelerator_of(settings) == "cuda"),
@@ -138,7 +139,9 @@ def _assemble(
         strategy=strategy,
         plugins=[process_environment(settings.world_size)],
         # A strategy that brings its own precision has it by the same setting.
-        precision=None if isinstance(strategy.precision_plugin, DeepSpeedPrecision) else settings.precision.value,
+        precision=None
+        if isinstance(strategy.precision_plugin, DeepSpeedPrecision)
+        else settings.precision.of_lightning,
         max_steps=module.stage_settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=shape.accumulation,

@@ -15,6 +15,6 @@ def inference_fabric(settings: TrainerSettings) -> Fabric:
     return Fabric(
         accelerator=accelerator_of(settings),
         devices=1,
-        precision=settings.precision.value,
+        precision=settings.precision.of_lightning,
         plugins=[process_environment(world_size=1)],
     )

@@ -39,7 +39,7 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
     It is None in float32 too: torch runs convolutions in TF32 but matrix products in float32, so no single peak holds.
     """
     words = device_name.replace("-", " ").split()
-    if precision is Precision.FLOAT32 or "MIG" in words:
+    if precision in (Precision.FLOAT32, Precision.BFLOAT16_PRODUCTS) or "MIG" in words:
         return None
     # Whole words: an A1000 is no A100.
     name = f" {' '.join(words)} "

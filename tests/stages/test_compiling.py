@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Compile
+from pipeline.config import Compile, Precision
 from pipeline.training.compiling import blocks_of, checkpoint_activations, compiled
-from pipeline.training.precision import CastableNetwork
+from pipeline.training.precision import CastableNetwork, multiply_in_bf16
 from stages.blocks import BLOCKS
 from stages.clip.network import ClipModel, TextEncoding
 from stages.clip.settings import ClipSettings
@@ -26,6 +26,7 @@ from stages.prior.network import build_prior, denoise_prior
 from stages.prior.settings import PriorSettings
 from stages.upsampler.network import build_upsampler, denoise_upsampler
 from stages.upsampler.settings import UpsamplerSettings
+from tests.support import tiny
 from tests.support.tiny_runs import plan_stages
 
 B, MOST = 2, 12
@@ -96,6 +97,17 @@ def test_with_cast_weights_it_is_one_graph_too(trained: dict[str, Trained], stag
     castable = CastableNetwork(network)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), castable.with_cast_weights():
         require_one_graph(lambda: trained[stage].forward(network, MOST))
+
+
+@pytest.mark.parametrize("stage", ["clip", "decoder"])
+def test_with_products_in_bf16_it_is_one_graph_too(
+    trained: dict[str, Trained], stage: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    network = copy.deepcopy(trained[stage].network)
+    precision = {"precision": Precision.BFLOAT16_PRODUCTS}
+    multiply_in_bf16([network], tiny.TRAINER.model_copy(update=precision), "cpu")
+    require_one_graph(lambda: trained[stage].forward(network, MOST))
 
 
 def require_one_graph(call: Callable[[], Tensor]) -> None:

@@ -1,4 +1,7 @@
-"""bf16: weights are cast once a micro-batch, normalisation stays in bf16, and whatever is kept stays float32."""
+"""bf16: weights are cast once a micro-batch, normalisation stays in bf16, and whatever is kept stays float32.
+
+Or products alone are in bf16.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import Precision
 from pipeline.training.compiling import checkpoint_activations
-from pipeline.training.precision import CastableNetwork, float32_products
+from pipeline.training.precision import CastableNetwork, float32_products, multiply_in_bf16
 from pipeline.workflow.progress import Outcome, read_failure
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, are_equal, frozen, run, weights
@@ -137,11 +140,12 @@ def test_a_frozen_network_is_cast_once_but_for_factors_and_vocabularies():
     assert casts == dict.fromkeys(casts, 1) | {"0.weight": 0, "2.bias": 3}
 
 
+@pytest.mark.parametrize("precision", [Precision.BFLOAT16_MIXED, Precision.BFLOAT16_PRODUCTS])
 def test_a_training_in_bf16_that_is_stopped_resumes_to_the_same_bits_and_keeps_all_of_its_state_in_float32(
-    tmp_path: Path,
+    tmp_path: Path, precision: Precision
 ):
     def stage(name: str):
-        return frozen(tmp_path / name, dropout=0.3, micro_batch_size=4, precision=Precision.BFLOAT16_MIXED)
+        return frozen(tmp_path / name, dropout=0.3, micro_batch_size=4, precision=precision)
 
     assert run(stage("whole")) is Outcome.FINISHED, read_failure(stage("whole").work)
     SCRIPT.at_samples, SCRIPT.happens = 40, lambda context: context.interruption.set()
@@ -153,6 +157,66 @@ def test_a_training_in_bf16_that_is_stopped_resumes_to_the_same_bits_and_keeps_a
     assert run(stage("stopped")) is Outcome.FINISHED
     assert are_equal(weights(stage("stopped")), weights(stage("whole")))
     assert {each.dtype for each in weights(stage("whole")).values()} == {torch.float32}
+
+
+class Seen(TorchDispatchMode):
+    """The types that products and norms are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.dtype for each in args if isinstance(each, Tensor)}
+        self.types.setdefault(func.overloadpacket.__name__, set()).update(given)
+        return func(*args, **(kwargs or {}))
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(16, 2))
+
+
+PRODUCTS = tiny.TRAINER.model_copy(update={"precision": Precision.BFLOAT16_PRODUCTS})
+
+
+@pytest.mark.parametrize("instruction", ["avx512_bf16", "amx_bf16"])
+def test_products_alone_are_in_bf16_where_a_processor_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, instruction: str
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, instruction: True})
+    network, x = convolutional(), torch.randn(5, 3, 4, 4)
+    rounded = {name: each.detach().bfloat16() for name, each in network.named_parameters()}
+    hidden = nn.functional.conv2d(x.bfloat16(), rounded["0.weight"], rounded["0.bias"]).float()
+    hidden = network[1:4](hidden)
+    expected = nn.functional.linear(hidden.bfloat16(), rounded["4.weight"], rounded["4.bias"])
+    multiply_in_bf16([network], PRODUCTS, "cpu")
+    with Seen() as seen:
+        made = network(x)
+        made.square().mean().backward()
+    assert made.dtype is torch.float32
+    assert torch.equal(made, expected.float())
+    assert seen.types["convolution"] == seen.types["addmm"] == {torch.bfloat16}
+    assert seen.types["native_group_norm"] == {torch.float32}
+    assert {each.dtype for each in gradients(network)} == {torch.float32}
+    assert len(gradients(network)) == len(list(network.parameters()))
+
+
+def test_a_processor_without_the_instructions_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
+    network, x = convolutional(), torch.randn(5, 3, 4, 4)
+    expected = network(x)
+    multiply_in_bf16([network], PRODUCTS, "cpu")
+    assert torch.equal(network(x), expected)
+
+
+def test_no_other_precision_changes_how_layers_multiply(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    network, x = convolutional(), torch.randn(5, 3, 4, 4)
+    expected = network(x)
+    for precision in set(Precision) - {Precision.BFLOAT16_PRODUCTS}:
+        multiply_in_bf16([network], tiny.TRAINER.model_copy(update={"precision": precision}), "cpu")
+    assert torch.equal(network(x), expected)
 
 
 @pytest.mark.parametrize("precision", list(Precision))

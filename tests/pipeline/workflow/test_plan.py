@@ -135,7 +135,7 @@ def test_precision_counts_in_every_stage_that_computes(tmp_path: Path):
     publish_all(plan(tmp_path))
     made = plan(tmp_path, trainer=TRAINER.model_copy(update={"precision": Precision.BFLOAT16_MIXED}))
     assert actions(made) == {**dict.fromkeys(ALL, "run"), "prepare": "reuse"}
-    assert made["clip"].reason == "changed trainer.precision: 32-true -> bf16-mixed"
+    assert made["clip"].reason == "changed trainer.precision: bf16-products -> bf16-mixed"
 
 
 def test_a_stage_s_own_precision_reruns_that_stage(tmp_path: Path):
