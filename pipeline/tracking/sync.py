@@ -13,11 +13,11 @@ from pipeline.options import command_parser
 from pipeline.tracking.sending import has_all, start_sender
 from pipeline.tracking.wandb_record import WANDB, WandbRecord, begun, read_record, write_record
 from pipeline.tracking.wandb_run import Ending
-from pipeline.workflow.artifacts import ArtifactStore
+from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, read_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
-from pipeline.workflow.record import Replay
+from pipeline.workflow.record import METRICS, Replay
 from pipeline.workflow.runs import read_runs, require_outputs
 
 _SECONDS_TO_ANSWER = 10.0
@@ -95,13 +95,17 @@ def _works(outputs: Path, run: str | None) -> list[Path]:
 def _restored(work: Path) -> WandbRecord | None:
     """What a stage's lost record can be told anew from: its artifact knows the W&B run. None where it had none."""
     artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
-    known = {} if artifact is None else artifact.manifest.tracking
+    known = {} if artifact is None or _has_lost_rows(work, artifact) else artifact.manifest.tracking
     if not isinstance(known.get("wandb_id"), str) or not any((work / FROZEN).glob("*.json")):
         return None
     record = replace(begun(_last_frozen(work)), id=known["wandb_id"])
     write_record(work, record)
     print(f"{work / WANDB} was lost or damaged; it is written anew, for the W&B run of the stage's artifact")
     return record
+
+
+def _has_lost_rows(work: Path, artifact: Artifact) -> bool:
+    return not (work / METRICS).exists() and any(each.path == METRICS for each in artifact.manifest.files)
 
 
 def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:
@@ -112,6 +116,12 @@ def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:
 
 def _lacks(work: Path) -> bool:
     record, replay = read_record(work), Replay(work)
+    artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
+    if record is not None and record.told is None and artifact is not None and _has_lost_rows(work, artifact):
+        raise UserError(
+            f"{work / METRICS} is gone, of which W&B has {record.sent} entries; put it back, or remove {work / WANDB} "
+            "to leave the stage out"
+        )
     for _ in replay.new():
         pass
     return record is not None and (record.sent, record.told) != (replay.count, _ending_of(work).value)

@@ -142,6 +142,18 @@ def test_a_stage_whose_artifact_is_damaged_does_not_keep_others_from_the_server(
     require_every_row_once(server)
 
 
+def test_a_finished_stage_that_lost_its_rows_is_not_told_as_one_without_any(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer
+):
+    stage = copied(trained, tmp_path / "outputs")
+    (stage.work / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=f"metrics.jsonl is gone, .* or remove {stage.work / WANDB} to leave"):
+        sync([stage.work], server.address)
+    (stage.work / WANDB).unlink()
+    assert sync([stage.work], server.address) == Synced()
+    assert server.runs == {}
+
+
 def test_sync_of_what_is_no_directory_says_so(tmp_path: Path):
     with pytest.raises(UserError, match=r"there is nothing at .*/nowhere; give the --outputs of your runs"):
         main(["--outputs", str(tmp_path / "nowhere")])
