@@ -123,7 +123,7 @@ def test_seed_and_precision_count_in_every_stage_that_computes_and_not_in_what_i
     for name, stage in frozen.items():
         assert stage is not None
         counted = {key: stage.identity[key] for key in ("seed", "precision") if key in stage.identity}
-        assert counted == ({} if name == "prepare" else {"seed": 7, "precision": "32-true"}), name
+        assert counted == ({} if name == "prepare" else {"seed": 7, "precision": "bf16-products"}), name
 
 
 def test_the_catalog_imports_no_torch():

@@ -70,7 +70,7 @@ def test_on_a_named_device_time_and_cost_follow_from_peak_share_and_price():
 def test_what_is_not_known_is_left_unknown_with_its_remedy():
     clip = stage(forecast(plan_run(config("forecast.device=h100")), only=["clip"]), "clip")
     assert clip.duration_s is None
-    assert "no peak of h100 in 32-true; set trainer.precision=bf16-mixed" in clip.notes
+    assert "no peak of h100 in bf16-products; set trainer.precision=bf16-mixed" in clip.notes
     assert clip.flops_per_sample is not None
 
 

@@ -1,3 +1,5 @@
+import shutil
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -239,13 +241,18 @@ def test_a_run_killed_between_its_last_checkpoint_and_publishing_publishes_witho
 def test_a_missing_input_is_the_user_s_to_mend(tmp_path: Path):
     stage = frozen(tmp_path)
     run(stage)
-    (tmp_path / "artifacts" / "data" / tiny.DATA / "manifest.json").unlink()
+    data = tmp_path / "artifacts" / "data" / tiny.DATA
     other = stage.model_copy(update={"fingerprint": "2" * 64})
-    assert run_stage(other, Event()) is Outcome.FAILED
-    failure = read_failure(other.work)
-    assert failure is not None
-    assert failure.is_user_error
-    assert "stage learner needs the artifact data/" in failure.message
+    for take_away, line in (
+        ((data / "manifest.json").unlink, f"{data / 'manifest.json'} is gone; run it again with store"),
+        (partial(shutil.rmtree, data), "stage learner needs the artifact data/"),
+    ):
+        take_away()
+        assert run_stage(other, Event()) is Outcome.FAILED
+        failure = read_failure(other.work)
+        assert failure is not None
+        assert failure.is_user_error
+        assert line in failure.message
 
 
 def test_the_order_of_samples_is_independent_of_micro_batches_and_workers(tmp_path: Path):
