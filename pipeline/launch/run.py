@@ -16,7 +16,7 @@ from pipeline.workflow.notify import Event, require_address, tell
 from pipeline.workflow.ownership import Vacancy
 from pipeline.workflow.plan import Action, Plan, plan_run, require_unblocked, several
 from pipeline.workflow.progress import Outcome
-from pipeline.workflow.runs import read_run, run_artifacts
+from pipeline.workflow.runs import make_runs, read_run, run_artifacts
 
 
 def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code: bool = False) -> list[StageOutcome]:
@@ -44,6 +44,7 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
             _require_same_code(plan)
     launcher.check(plans)
     for plan in plans:
+        make_runs(plan.store.outputs)
         for stage in plan.stages:
             if stage.action is Action.REUSE and stage.fingerprint is not None:
                 plan.store.link(stage.name, stage.fingerprint)

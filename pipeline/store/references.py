@@ -16,7 +16,7 @@ from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, StageKey, read_frozen
 from pipeline.workflow.in_use import commands_at_work
 from pipeline.workflow.ownership import at_work
-from pipeline.workflow.runs import RunRecord, earlier_records, keys_of, read_run, run_directory, run_names
+from pipeline.workflow.runs import RunRecord, earlier_records, keys_of, read_run, require_runs, run_directory, run_names
 
 PIN = "pinned"
 """The file in a run's folder that keeps what its earlier configs made, its checkpoints, and the run."""
@@ -63,11 +63,7 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
     where there are artifacts, and no folder of runs.
     """
     names = run_names(outputs)
-    if not run_directory(outputs, "").is_dir() and any(entries(outputs, "artifacts")):
-        raise UserError(
-            f"{run_directory(outputs, '')} is gone, so that what the runs need is not known; bring it back, or make an "
-            "empty directory there if no run is left"
-        )
+    require_runs(outputs)
     inputs, commands = _Inputs(outputs), commands_at_work(outputs)
     records = {name: read_run(outputs, name) for name in names if name not in without}
     pinned = {name for name in names if (run_directory(outputs, name) / PIN).exists()}

@@ -26,10 +26,12 @@ from pipeline.workflow.runs import (
     DamagedRunError,
     RunRecord,
     RunStage,
+    make_runs,
     read_run,
     run_artifacts,
     run_directory,
     store_of,
+    write_run,
 )
 from pipeline.workflow.sealed import write_json_atomically
 
@@ -177,7 +179,7 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
         raise UserError(f"{name!r} is no name of a run")
     if outputs.exists() and not outputs.is_dir():
         raise UserError(f"--outputs {outputs} is a file; give a directory")
-    outputs.mkdir(parents=True, exist_ok=True)
+    make_runs(outputs)
     staging = outputs / f"{PULLING}{name}"
     staging.mkdir(exist_ok=True)
     try:
@@ -190,8 +192,7 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
             store = ArtifactStore(outputs)
             fetched = [_fetch(remote, staging, store, record, stage, say) for stage in record.stages]
             with store_lock(outputs):
-                mine.parent.mkdir(parents=True, exist_ok=True)
-                write_json_atomically(mine, record.model_dump(mode="json"))
+                write_run(mine.parent, record)
             shutil.rmtree(staging)
     except Timeout as error:
         raise UserError(f"another pull of run {name} is at work here; wait for it") from error

@@ -1,6 +1,6 @@
 """`unclip verify`: reads everything that has a digest, whatever was verified before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore
 from pipeline.workflow.checkpoint import checkpoints
 from pipeline.workflow.frozen import FROZEN, StageKey
 from pipeline.workflow.ownership import TAKEN_AWAY, was_published
-from pipeline.workflow.runs import keys_of, read_readable, read_runs, require_outputs, run_names, store_of
+from pipeline.workflow.runs import keys_of, read_readable, read_runs, require_outputs, require_runs, run_names, store_of
 from pipeline.workflow.sealed import DamagedRecordError, read_json
 
 _RECORDS = ("*.json", f"{FROZEN}/*.json", "jobs/*.json", "attempts/*.json")
@@ -23,6 +23,7 @@ def verify(outputs: Path, run: str | None) -> int:
     they are damaged. Raises `UserError` at the end where something is.
     """
     require_outputs(outputs)
+    require_runs(outputs)
     unreadable = []
     if run is None:
         runs, unreadable = read_readable(outputs, run_names(outputs))
@@ -36,8 +37,10 @@ def verify(outputs: Path, run: str | None) -> int:
     for error in unreadable:
         print(error, flush=True)
     needed = {key for record in runs for key in keys_of(record)}
+    made_from = _inputs_of(store, needed)
     for key in [*keys, *sorted(needed.difference(keys))]:
-        for line, is_whole in _findings(store, key, is_needed=key in needed):
+        was_there = key in needed and (key[1] in made_from or was_published(store.work(*key)))
+        for line, is_whole in _findings(store, key, was_there=was_there):
             print(line, flush=True)
             damaged += not is_whole
         work = store.work(*key)
@@ -62,7 +65,13 @@ def _keys(outputs: Path) -> list[StageKey]:
     return list(dict.fromkeys((path.parent.name, path.name) for path in found))
 
 
-def _findings(store: ArtifactStore, key: StageKey, *, is_needed: bool) -> Iterator[tuple[str, bool]]:
+def _inputs_of(store: ArtifactStore, keys: Iterable[StageKey]) -> set[str]:
+    """The fingerprints that these stages were made from, as far as they are here."""
+    artifacts = filter(None, (store.readable(*key) for key in keys))
+    return {each for artifact in artifacts for found in artifact.manifest.inputs.values() for each in found}
+
+
+def _findings(store: ArtifactStore, key: StageKey, *, was_there: bool) -> Iterator[tuple[str, bool]]:
     """Lines about one stage, and whether each is good news."""
     name = f"{key[0]} {key[1][:12]}"
     try:
@@ -78,7 +87,7 @@ def _findings(store: ArtifactStore, key: StageKey, *, is_needed: bool) -> Iterat
             yield f"{name}: whole again, and taken back", True
         elif (damage := store.known_damage(*key)) is not None:
             yield f"{name}: {damage}", False
-        elif is_needed and was_published(store.work(*key)):
+        elif was_there and store.find(*key) is None:
             yield f"{name}: {store.path(*key)} {TAKEN_AWAY}", False
     except UserError as error:
         yield f"{name}: {error}", False

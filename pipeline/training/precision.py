@@ -1,4 +1,4 @@
-"""bf16 with less casting than autocast alone: weights are cast ahead of their use, and normalisation stays in bf16."""
+"""bf16 in products alone; or throughout, with less casting than autocast has: weights are cast ahead of their use."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

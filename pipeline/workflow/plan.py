@@ -307,9 +307,9 @@ def _decide(
         return Action.RESUME, f"from the checkpoint at {samples_seen:,} samples{others}{after_failure}"
     if damage is not None:
         return Action.RUN, f"anew{after_failure}"
-    changed_inputs = [name for name in node.upstream if planned[name].action is not Action.REUSE]
     if was_published(work):
         return Action.RUN, f"anew, as {store.path(node.name, frozen.fingerprint)} is gone"
+    changed_inputs = [name for name in node.upstream if planned[name].action is not Action.REUSE]
     nearest = _nearest(frozen, store)
     if nearest is None:
         return Action.RUN, f"new{after_failure}"

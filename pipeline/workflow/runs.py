@@ -1,7 +1,9 @@
 """A run on disk: `runs/<run.name>/run.json` says which artifact stands for each of its stages."""
 
+import errno
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -101,10 +103,23 @@ def record_run(plan: Plan, *, is_flushed: bool = True) -> Path:
         started_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         code=plan.code.digest,
     )
-    directory.mkdir(parents=True, exist_ok=True)
     _keep_earlier(directory, record)
-    write_json_atomically(directory / RECORD, record.model_dump(mode="json"), is_flushed=is_flushed)
+    write_run(directory, record, is_flushed=is_flushed)
     return directory
+
+
+def write_run(directory: Path, record: RunRecord, *, is_flushed: bool = True) -> None:
+    """Write a run's record. Its folder is never there without one, whoever is killed; the store's lock is held."""
+    values = record.model_dump(mode="json")
+    if directory.is_dir():
+        write_json_atomically(directory / RECORD, values, is_flushed=is_flushed)
+        return
+    if os.path.lexists(directory):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(directory))
+    building = directory.with_name(f".{directory.name}.{os.getpid()}")
+    building.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(building / RECORD, values, is_flushed=is_flushed)
+    building.rename(directory)
 
 
 def _keep_earlier(directory: Path, record: RunRecord) -> None:
@@ -155,6 +170,7 @@ def read_run(outputs: Path, name: str) -> RunRecord:
         return renamed(read_record(_RECORD, path), name)
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
+        require_runs(outputs)
         if name in names:
             raise DamagedRunError(name, f"{path} is gone; {_mended(outputs, name)}") from error
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
@@ -215,7 +231,7 @@ def require_outputs(outputs: Path) -> None:
 
 
 def run_names(outputs: Path) -> list[str]:
-    """Names of all runs under `outputs`, the latest first; of those too whose record is lost, and more is left.
+    """Names of all runs under `outputs`, the latest first; of those too whose record is lost.
 
     Raises `UserError` where `runs` is no directory: nothing is known of any run.
     """
@@ -227,14 +243,26 @@ def run_names(outputs: Path) -> list[str]:
 
 
 def _changed_at(run: Path) -> float | None:
-    """When a run's record was written, or its folder changed that has lost it; None where there was none yet."""
-    try:
+    """When a run's record was written, or its folder changed that has lost it; None of what is no folder."""
+    with suppress(OSError):
         return (run / RECORD).stat().st_mtime
-    except FileNotFoundError:
-        is_run = run.is_dir() and any(not each.name.startswith(".") for each in run.iterdir())
-        return run.stat().st_mtime if is_run else None
-    except NotADirectoryError:  # a file, which is nobody's business
-        return None
+    return run.stat().st_mtime if run.is_dir() else None
+
+
+def require_runs(outputs: Path) -> None:
+    """Raise `UserError` where there are artifacts and no folder of runs: what those need is not known."""
+    runs = run_directory(outputs, "")
+    if not runs.is_dir() and any(outputs.glob("artifacts/*/[0-9a-f]*")):
+        raise UserError(
+            f"{runs} is gone, so that what the runs need is not known; bring it back, or if no run is left: "
+            f"{shlex.join(['mkdir', str(runs)])}"
+        )
+
+
+def make_runs(outputs: Path) -> None:
+    """Have a folder of runs, before there is any artifact. Raises `UserError` where it was lost."""
+    require_runs(outputs)
+    run_directory(outputs, "").mkdir(parents=True, exist_ok=True)
 
 
 def store_of(outputs: Path, records: Sequence[RunRecord]) -> ArtifactStore:
@@ -250,11 +278,16 @@ def store_of(outputs: Path, records: Sequence[RunRecord]) -> ArtifactStore:
 def latest_run(outputs: Path) -> str:
     """The name of the latest run whose record can be read; the demo's where there is none."""
     names = run_names(outputs)
+    damaged: list[DamagedRunError] = []
     for name in names:
         try:
-            return read_run(outputs, name).name
+            found = read_run(outputs, name).name
         except DamagedRunError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
             warn(str(error))
+        return found
     return next(iter(names), "demo")
 
 

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli import EXIT_USER_ERROR, main
 
 
 def said(*arguments: str) -> str:
@@ -16,3 +16,13 @@ def said(*arguments: str) -> str:
         status = main(arguments)
     assert status == 0, output.getvalue()
     return output.getvalue()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that must end with status 2."""
+    assert main(arguments) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith("unclip: ")
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return error

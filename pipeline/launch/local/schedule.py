@@ -1,5 +1,6 @@
 """Runs the stages of plans side by side: each once, after its inputs, as soon as there is room for it."""
 
+import errno
 import os
 import signal
 import time
@@ -206,11 +207,13 @@ class Schedule:
                 self._display.again(each.task.title, failure, again)
                 self._pending.insert(0, each.task)
                 continue
+            if failure is not None and self._starts_again_on_other_inputs(each.task):
+                self._display.again(each.task.title, failure, "once its inputs are made anew")
+                continue
             self._display.finish(each.task.title, each.task.stage, duration_s, outcome, failure)
-            if outcome is not Outcome.FAILED or not self._starts_again_on_other_inputs(each.task):
-                self._settle(each.task, outcome, duration_s, failure)
-                if failure is not None:
-                    tell_of_failure(each.task.frozen, failure)
+            self._settle(each.task, outcome, duration_s, failure)
+            if failure is not None:
+                tell_of_failure(each.task.frozen, failure)
 
     def _end_if_silent(self, running: Running) -> None:
         """End a worker that cannot even say that it hangs: its process is stopped, or something holds all of it."""
@@ -298,8 +301,10 @@ def _failure(ended: Running) -> Failure:
 
 
 def _of_its_folder(frozen: FrozenStage, error: OSError) -> Failure:
-    remedy = "give this user the right to it, or set paths.outputs, and run again"
-    return Failure(f"stage {frozen.stage}: {error}; {remedy}", True, Cause.PERMISSION)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "give this user the right to it, or set paths.outputs, and run again"
+        return Failure(f"stage {frozen.stage}: {error}; {remedy}", True, Cause.PERMISSION)
+    return Failure(f"stage {frozen.stage}: {error}; move away what is in the way, and run again", True, Cause.SETTINGS)
 
 
 def _keep(work: Path, failure: Failure) -> None:

@@ -10,6 +10,9 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.config import OnDamage, StoreSettings
+from pipeline.errors import UserError
+from pipeline.launch.run import start
+from pipeline.terminal.display import Display
 from pipeline.terminal.tables import stage_state
 from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, Artifact, ArtifactStore
 from pipeline.workflow.damage import DamagedArtifactError
@@ -181,6 +184,40 @@ def test_the_manifest_of_another_artifact_of_the_stage_is_damage(outputs: Path, 
     store = ArtifactStore(outputs)
     assert store.readable("decoder", first.manifest.fingerprint) is None
     assert store.own("decoder", second.manifest.fingerprint) is not None
+
+
+def test_an_artifact_of_which_no_work_folder_tells_is_missed_as_others_were_made_from_it(
+    outputs: Path, clip: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As in a store that was pulled."""
+    pulled = tmp_path / "pulled"
+    said("push", "first", str(tmp_path / "remote"), "--outputs", str(outputs))
+    said("pull", "first", str(tmp_path / "remote"), "--outputs", str(pulled))
+    at = ("--outputs", str(pulled))
+    assert shown(capsys, "verify", "first", *at)[0] == 0
+    place = ArtifactStore(pulled).path("clip", clip.manifest.fingerprint)
+    place.rename(tmp_path / "held")
+    for arguments in (("verify", "first", *at), ("verify", "--all", *at)):
+        status, text = shown(capsys, *arguments)
+        assert status == 2
+        assert f"{place} is gone; put it back, or run again to make it anew" in text
+    (tmp_path / "held").rename(place)
+    assert shown(capsys, "verify", "--all", *at)[0] == 0
+
+
+def test_a_store_that_lost_its_runs_is_said_to_have_by_every_command(outputs: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.rmtree(outputs / "runs")
+    at = ("--outputs", str(outputs))
+    remedy = f"bring it back, or if no run is left: mkdir {outputs / 'runs'}"
+    for command in (
+        ("status", "first"), ("verify", "first"), ("verify", "--all"), ("compare", "first"), ("card", "first"),
+        ("rm", "first"), ("mv", "first", "other"), ("gc",), ("du",),
+    ):  # fmt: skip
+        status, text = shown(capsys, *command, *at)
+        assert (status, remedy in text) == (2, True), command
+    with pytest.raises(UserError, match="is gone, so that what the runs need is not known"):
+        start([planned(outputs, OnDamage.STOP)], Display(), waits=True)
+    assert not (outputs / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,12 @@ def lose_the_record(outputs: Path) -> str:
     return r"runs/second/run.json is gone; run second again, or remove it: unclip rm second --delete"
 
 
+def empty_the_folder(outputs: Path) -> str:
+    shutil.rmtree(run_directory(outputs, "second"))
+    run_directory(outputs, "second").mkdir()
+    return r"runs/second/run.json is gone; run second again, or remove it: unclip rm second --delete"
+
+
 def have_a_file_in_place_of_the_runs(outputs: Path) -> str:
     shutil.rmtree(outputs / "runs")
     (outputs / "runs").write_bytes(b"")
@@ -234,13 +240,14 @@ def have_a_link_to_nothing_in_place_of_the_runs(outputs: Path) -> str:
 
 def lose_the_runs(outputs: Path) -> str:
     shutil.rmtree(outputs / "runs")
-    return "runs is gone, so that what the runs need is not known; bring it back, or make an empty directory"
+    return "runs is gone, so that what the runs need is not known; bring it back, or if no run is left: mkdir"
 
 
 @pytest.mark.parametrize(
     "lose",
     [
         lose_the_record,
+        empty_the_folder,
         have_a_file_in_place_of_the_runs,
         have_a_link_to_nothing_in_place_of_the_runs,
         lose_the_runs,
@@ -261,7 +268,6 @@ def test_where_records_are_lost_nothing_is_removed(
 def test_where_no_run_is_left_all_goes_that_runs_have_made(tmp_path: Path, two: tuple[Stages, Stages]):
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "begun").mkdir()  # by a command that was killed before it wrote its record
     collect(tmp_path)
     assert there(tmp_path) == set()
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.config import RunSettings
 from pipeline.errors import UserError
 from pipeline.terminal.tables import stage_state
@@ -117,3 +118,23 @@ def test_a_stage_that_was_killed_is_shown_as_stopped_with_its_checkpoint(tmp_pat
     assert "no checkpoint yet" in state(tmp_path, "clip")[1]
     (clip.frozen.work / "checkpoints" / "samples-000000000008.json").write_text("{}")
     assert "checkpoint at 8 samples" in state(tmp_path, "clip")[1]
+
+
+def test_a_command_that_is_killed_before_its_record_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(_from: Path, _to: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            record(tmp_path, "first")
+    assert run_names(tmp_path) == []
+    record(tmp_path, "first")
+    assert run_names(tmp_path) == ["first"]
+
+
+def test_a_record_that_cannot_be_read_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (record(tmp_path, "first") / "run.json").unlink()
+    assert main(["status", "--outputs", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("run.json is gone") == 1

@@ -97,7 +97,7 @@ def test_a_stage_whose_folder_cannot_be_written_takes_its_own_descendants_alone(
     failure = ended["left"].failure
     assert failure is not None
     assert failure.is_user_error
-    assert f"{left.work / 'frozen'}'; give this user the right to it, or set paths.outputs" in text.getvalue()
+    assert f"{left.work / 'frozen'}'; move away what is in the way, and run again" in text.getvalue()
 
 
 @pytest.mark.slow
