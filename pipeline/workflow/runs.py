@@ -260,8 +260,12 @@ def require_runs(outputs: Path) -> None:
 
 
 def make_runs(outputs: Path) -> None:
-    """Have a folder of runs, before there is any artifact. Raises `UserError` where it was lost."""
-    require_runs(outputs)
+    """Have a folder of runs, before there is any artifact; a warning where it was lost, or artifacts alone are here."""
+    try:
+        require_runs(outputs)
+    except UserError:
+        gc = typed(outputs, "gc")
+        warn(f"{run_directory(outputs, '')} is made anew: what is here is needed by no run now, see {gc}")
     run_directory(outputs, "").mkdir(parents=True, exist_ok=True)
 
 
