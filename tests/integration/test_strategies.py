@@ -33,12 +33,15 @@ COMMON = [
     # Or in so few steps hardly anything moves, and everything agrees.
     *(f"stage.{stage}.optimizer.warmup_samples=0" for stage in STAGES),
 ]
-EXACT = [f"stage.{stage}.optimizer.gradient_clip_norm=null" for stage in STAGES]
-ROUNDED = [
+IN_FLOAT32 = "trainer.precision=32-true"
+EXACT = [IN_FLOAT32, *(f"stage.{stage}.optimizer.gradient_clip_norm=null" for stage in STAGES)]
+ACCUMULATED = [
     "trainer.micro_batch_size=2",
     *(f"stage.{stage}.optimizer.gradient_clip_norm=0.1" for stage in STAGES),
 ]
-BFLOAT16 = ["trainer.precision=bf16-mixed", *ROUNDED]
+ROUNDED = [IN_FLOAT32, *ACCUMULATED]
+BFLOAT16 = ["trainer.precision=bf16-mixed", *ACCUMULATED]
+PRODUCTS = ["trainer.precision=bf16-products", *ACCUMULATED]
 WARM_UP = [f"stage.{stage}.optimizer.warmup_samples={2560 if stage == 'clip' else 1280}" for stage in STAGES]
 """As configured: steps so short that no weight may be off by more than rounding."""
 
@@ -162,8 +165,9 @@ def test_with_accumulation_and_clipping_the_weights_agree_to_rounding(world: Wor
 
 
 @pytest.mark.slow
-def test_in_bf16_the_weights_agree_to_rounding(world: World):
-    planned = run_all(world, "bf16", BFLOAT16, ("prior", "upsampler"), ("ddp", "zero2", "zero3"))
+@pytest.mark.parametrize(("group", "overrides"), [("bf16", BFLOAT16), ("products", PRODUCTS)])
+def test_in_bf16_the_weights_agree_to_rounding(world: World, group: str, overrides: list[str]):
+    planned = run_all(world, group, overrides, ("prior", "upsampler"), ("ddp", "zero2", "zero3"))
     require_agreement(planned, ROUGH)
 
 
