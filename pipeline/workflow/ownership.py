@@ -29,6 +29,8 @@ from pipeline.workflow.sealed import read_or_none, write_json_atomically
 ATTEMPTS = "attempts"
 BEATS_PER_LEASE = 6
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_BEGIN = 600.0
+"""A process may import for so long before its first sign of life, from a slow disk too."""
 SECONDS_UNTIL_GONE = 3600.0
 """After so long without a sign of life a process of another host is none that space is kept for."""
 
@@ -275,18 +277,26 @@ class Pulse:
 
     def __init__(self, work: Path) -> None:
         self._directory = work / ATTEMPTS
-        self._seen: tuple[int, bytes] | None = None
+        self._seen = self._look()
         self._since = self._looked_at = time.monotonic()
+        self._has_been_heard = False
 
     def silent_s(self) -> float:
         """Seconds since the last sign of life, or since this was made."""
         now = time.monotonic()
         if now - self._looked_at >= SECONDS_BETWEEN_LOOKS:
-            attempt, self._looked_at = latest_attempt(self._directory), now
-            seen = attempt, _beat_of(self._directory, attempt)
+            seen, self._looked_at = self._look(), now
             if seen != self._seen:
-                self._seen, self._since = seen, now
+                self._seen, self._since, self._has_been_heard = seen, now, True
         return now - self._since
+
+    def is_lost(self, after_s: float) -> bool:
+        """Whether nothing was heard for so long, or for `SECONDS_TO_BEGIN` before the first sign of life."""
+        return self.silent_s() > (after_s if self._has_been_heard else max(after_s, SECONDS_TO_BEGIN))
+
+    def _look(self) -> tuple[int, bytes]:
+        attempt = latest_attempt(self._directory)
+        return attempt, _beat_of(self._directory, attempt)
 
 
 def at_work(work: Path) -> str | None:

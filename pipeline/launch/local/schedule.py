@@ -217,12 +217,12 @@ class Schedule:
 
     def _end_if_silent(self, running: Running) -> None:
         """End a worker that cannot even say that it hangs: its process is stopped, or something holds all of it."""
-        trainer, silent_s = running.task.frozen.trainer, running.pulse.silent_s()
-        if trainer.hang_after_s is None or silent_s <= max(trainer.hang_after_s, trainer.lease_s):
+        trainer, pulse = running.task.frozen.trainer, running.pulse
+        if trainer.hang_after_s is None or not pulse.is_lost(max(trainer.hang_after_s, trainer.lease_s)):
             return
         message = (
-            f"stage {running.task.frozen.stage}: nothing was heard of its process for {silent_s:.0f} s, and it was "
-            "ended; run again to go on from the last checkpoint, or raise trainer.hang_after_s"
+            f"stage {running.task.frozen.stage}: nothing was heard of its process for {pulse.silent_s():.0f} s, and it "
+            "was ended; run again to go on from the last checkpoint, or raise trainer.hang_after_s"
         )
         _keep(running.task.frozen.work, Failure(message, True, Cause.COLLECTIVE))
         running.worker.kill()

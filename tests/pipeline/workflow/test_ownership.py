@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StageInterrupted
+from pipeline.workflow import ownership
 from pipeline.workflow.ownership import (
     ATTEMPTS,
+    SECONDS_TO_BEGIN,
     Claim,
     JobStart,
     Owner,
     Ownership,
+    Pulse,
     StageLost,
     Vacancy,
     acquire,
@@ -272,6 +275,30 @@ def test_a_stage_is_vacant_unless_a_live_process_has_it(tmp_path: Path):
     assert not vacancy.is_free
     owner.release()
     assert vacancy.is_free
+
+
+def test_a_process_that_imports_is_given_longer_to_be_heard_than_one_that_was_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = [100.0]
+    monkeypatch.setattr(ownership.time, "monotonic", lambda: clock[0])
+    alive = tmp_path / ATTEMPTS / "000001.alive"
+    alive.parent.mkdir()
+    (alive.parent / "000001.json").touch()
+    alive.write_bytes(b"of an earlier attempt")
+    pulse = Pulse(tmp_path)
+    clock[0] += SECONDS_TO_BEGIN - 1
+    assert not pulse.is_lost(after_s=5.0)
+    alive.write_bytes(b"1")
+    clock[0] += 1
+    assert not pulse.is_lost(after_s=5.0)
+    clock[0] += 4
+    assert not pulse.is_lost(after_s=5.0)
+    clock[0] += 2
+    assert pulse.is_lost(after_s=5.0)
+    never = Pulse(tmp_path)
+    clock[0] += SECONDS_TO_BEGIN + 1
+    assert never.is_lost(after_s=5.0)
 
 
 def test_a_process_that_owns_nothing_writes_nothing_and_loses_nothing():

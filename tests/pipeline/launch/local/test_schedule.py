@@ -158,9 +158,11 @@ def test_cancel_has_the_command_of_this_machine_checkpoint_and_stop(tmp_path: Pa
 def test_a_stage_whose_process_was_stopped_is_ended_and_what_is_known_of_it_kept(tmp_path: Path):
     text, plan = io.StringIO(), plan_halves(tmp_path, "a", {"left": {"meets": ["never"]}})
     stages = with_trainer(plan, hang_after_s=3.0, lease_s=1.0)
-    stopper = threading.Thread(target=stop_the_worker_of, args=(tmp_path, "left"), daemon=True)
+    has_ended = threading.Event()
+    stopper = threading.Thread(target=stop_the_worker_of, args=(tmp_path, "left", has_ended), daemon=True)
     stopper.start()
     LAUNCHER.submit([replace(plan, stages=stages)], Display(Console(file=text, width=300)))
+    has_ended.set()
     stopper.join()
     assert "left  FAILED (collective): stage left: nothing was heard of its process for 3 s, and it" in text.getvalue()
     (work,) = (tmp_path / "work" / "left").iterdir()
@@ -169,9 +171,10 @@ def test_a_stage_whose_process_was_stopped_is_ended_and_what_is_known_of_it_kept
     assert failure.cause is Cause.COLLECTIVE
 
 
-def stop_the_worker_of(outputs: Path, stage: str) -> None:
+def stop_the_worker_of(outputs: Path, stage: str, has_ended: threading.Event) -> None:
     while not (outputs / "starts" / stage).exists():
-        time.sleep(0.05)
+        if has_ended.wait(0.05):
+            return
     for worker in psutil.Process().children():
         worker.suspend()
 
