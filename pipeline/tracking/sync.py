@@ -1,5 +1,7 @@
 """`unclip sync`: sends W&B what it lacks of the stages' records, as they were offline, cut off or killed."""
 
+import os
+import shutil
 import tempfile
 import threading
 import urllib.error
@@ -95,13 +97,35 @@ def _works(outputs: Path, run: str | None) -> list[Path]:
 def _restored(work: Path) -> WandbRecord | None:
     """What a stage's lost record can be told anew from: its artifact knows the W&B run. None where it had none."""
     artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
-    known = {} if artifact is None or _has_lost_rows(work, artifact) else artifact.manifest.tracking
-    if not isinstance(known.get("wandb_id"), str) or not any((work / FROZEN).glob("*.json")):
+    wandb_id = None if artifact is None else artifact.manifest.tracking.get("wandb_id")
+    if artifact is None or not isinstance(wandb_id, str):
         return None
-    record = replace(begun(_last_frozen(work)), id=known["wandb_id"])
+    lost = f"{work / WANDB} was lost or damaged"
+    missing = METRICS if _has_lost_rows(work, artifact) else None if any((work / FROZEN).glob("*.json")) else FROZEN
+    if missing is not None:
+        print(f"left out: {lost}, and {work / missing} is gone; the stage's rows are in {artifact.path / METRICS}")
+        return None
+    record = replace(begun(_last_frozen(work)), id=wandb_id)
     write_record(work, record)
-    print(f"{work / WANDB} was lost or damaged; it is written anew, for the W&B run of the stage's artifact")
+    print(f"{lost}; it is written anew, for the W&B run of the stage's artifact")
     return record
+
+
+def _restore_rows(work: Path, artifact: Artifact, record: WandbRecord) -> None:
+    """Take the artifact's rows for those that were lost, before W&B has any: the artifact has no pictures' entries.
+
+    Raises `UserError` where W&B has some, as it counts the entries.
+    """
+    kept = artifact.opened().path / METRICS
+    if record.sent:
+        raise UserError(
+            f"{work / METRICS} is gone, of which W&B has {record.sent} entries; put it back, or remove {work / WANDB} "
+            f"to leave the stage out, whose rows are in {kept}"
+        )
+    beside = work / f".{METRICS}.{os.getpid()}"
+    shutil.copyfile(kept, beside)
+    beside.replace(work / METRICS)
+    print(f"{work / METRICS} was lost; its rows are taken from {kept}, without the pictures made meanwhile")
 
 
 def _has_lost_rows(work: Path, artifact: Artifact) -> bool:
@@ -118,10 +142,7 @@ def _lacks(work: Path) -> bool:
     record, replay = read_record(work), Replay(work)
     artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
     if record is not None and record.told is None and artifact is not None and _has_lost_rows(work, artifact):
-        raise UserError(
-            f"{work / METRICS} is gone, of which W&B has {record.sent} entries; put it back, or remove {work / WANDB} "
-            "to leave the stage out"
-        )
+        _restore_rows(work, artifact, record)
     for _ in replay.new():
         pass
     return record is not None and (record.sent, record.told) != (replay.count, _ending_of(work).value)

@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -12,12 +13,13 @@ from pipeline.config import TrackingMode
 from pipeline.errors import UserError
 from pipeline.tracking.sending import start_sender
 from pipeline.tracking.sync import Synced, main, sync
-from pipeline.tracking.wandb_record import WANDB, read_record
+from pipeline.tracking.wandb_record import WANDB, read_record, write_record
 from pipeline.tracking.wandb_run import Ending
 from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import MANIFEST
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Outcome, read_failure
+from pipeline.workflow.record import METRICS
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, rows, run
 from tests.support.tracked import ALL, UNREACHABLE, again, at_40, crash, is_long_ago, start, stop, tracked, wait_until
@@ -138,19 +140,39 @@ def test_a_stage_whose_artifact_is_damaged_does_not_keep_others_from_the_server(
 ):
     one, other = copied(trained, tmp_path / "one"), copied(trained, tmp_path / "other")
     (one.store.path(*one.key) / MANIFEST).write_bytes(b"")
-    assert sync([one.work, other.work], server.address) == Synced(sent=[other.work], left=[one.work])
+    is_long_ago(one)
+    assert sync([one.work, other.work], server.address) == Synced(sent=[one.work, other.work])
     require_every_row_once(server)
+    assert server.only_run.ended_with == [0]  # of the other
+
+
+def test_a_finished_stage_that_lost_its_rows_is_told_with_those_of_its_artifact(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer, capsys: pytest.CaptureFixture[str]
+):
+    stage = copied(trained, tmp_path / "outputs")
+    (stage.work / METRICS).unlink()
+    assert sync([stage.work], server.address) == Synced(sent=[stage.work])
+    assert f"{stage.work / METRICS} was lost; its rows are taken from" in capsys.readouterr().out
+    assert server.only_run.axis("train/loss") == ALL
+    assert server.only_run.ended_with == [0]
+    assert sync([stage.work], server.address) == Synced()
 
 
 def test_a_finished_stage_that_lost_its_rows_is_not_told_as_one_without_any(
-    tmp_path: Path, trained: FrozenStage, server: WandbServer
+    tmp_path: Path, trained: FrozenStage, server: WandbServer, capsys: pytest.CaptureFixture[str]
 ):
     stage = copied(trained, tmp_path / "outputs")
-    (stage.work / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=f"metrics.jsonl is gone, .* or remove {stage.work / WANDB} to leave"):
+    record = read_record(stage.work)
+    assert record is not None
+    write_record(stage.work, replace(record, sent=3))
+    (stage.work / METRICS).unlink()
+    kept = stage.store.path(*stage.key) / METRICS
+    remedy = f"or remove {stage.work / WANDB} to leave the stage out, whose rows are in {kept}"
+    with pytest.raises(UserError, match=f"metrics.jsonl is gone, of which W&B has 3 entries; put it back, {remedy}"):
         sync([stage.work], server.address)
     (stage.work / WANDB).unlink()
     assert sync([stage.work], server.address) == Synced()
+    assert f"metrics.jsonl is gone; the stage's rows are in {kept}" in capsys.readouterr().out
     assert server.runs == {}
 
 
