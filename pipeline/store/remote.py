@@ -20,6 +20,7 @@ from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, read_
 from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.digests import fault
 from pipeline.workflow.in_use import store_lock
+from pipeline.workflow.ownership import PULLED
 from pipeline.workflow.publish import publish
 from pipeline.workflow.runs import (
     RECORD,
@@ -274,6 +275,9 @@ def _fetch(
         raise _damaged_there(remote, record.name, f"{at}/{damaged.path}")
     store.path(stage, fingerprint).parent.mkdir(parents=True, exist_ok=True)
     published = publish(store, place, artifact.manifest)
+    work = store.work(stage, fingerprint)
+    work.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(work / PULLED, {"run": record.name})
     say(f"{_title(published)}  pulled, {_size(published)}")
     return True
 

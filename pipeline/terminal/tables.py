@@ -99,12 +99,12 @@ def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
         damage = store.known_damage(stage.name, stage.fingerprint)
         if damage is not None:
             return DAMAGED, str(damage)
+    if was_published(work):
+        return DAMAGED, f"{store.path(stage.name, stage.fingerprint)} {TAKEN_AWAY}"
     if progress is None:
         return "waiting", ""
     if progress.phase in (Phase.INTERRUPTED, Phase.FAILED):
         return progress.phase.value, progress_line(progress)
-    if was_published(work):
-        return DAMAGED, f"{store.path(stage.name, stage.fingerprint)} {TAKEN_AWAY}"
     if progress.is_silent:
         samples_seen = latest_checkpoint_samples(work)
         kept = "no checkpoint yet" if samples_seen is None else f"checkpoint at {samples_seen:,} samples"

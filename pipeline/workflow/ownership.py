@@ -265,11 +265,20 @@ TAKEN_AWAY = "is gone; put it back, or run again to make it anew"
 """What is to be said of the artifact of a stage that `was_published`, where there is none."""
 
 
+PULLED = "pulled.json"
+"""In the work directory of a stage whose artifact was fetched: no attempt here tells of it."""
+
+
 def was_published(work: Path) -> bool:
-    """Whether the last attempt at a stage came to its end: where its artifact is not there, somebody took it away."""
+    """Whether the last attempt at a stage came to its end, or its artifact was fetched.
+
+    Where it is not there, somebody took it away.
+    """
     progress = read_progress(work)
+    if progress is None:
+        return (work / PULLED).exists()
     latest = latest_attempt(work / ATTEMPTS)
-    return progress is not None and progress.phase is Phase.PUBLISHING and _is_over(work / ATTEMPTS, latest)
+    return progress.phase is Phase.PUBLISHING and _is_over(work / ATTEMPTS, latest)
 
 
 class Pulse:

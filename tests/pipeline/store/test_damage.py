@@ -190,10 +190,9 @@ def test_the_manifest_of_another_artifact_of_the_stage_is_damage(outputs: Path, 
 def test_an_artifact_of_which_no_work_folder_tells_is_missed_as_others_were_made_from_it(
     outputs: Path, clip: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """As in a store that was pulled."""
-    pulled = tmp_path / "pulled"
-    said("push", "first", str(tmp_path / "remote"), "--outputs", str(outputs))
-    said("pull", "first", str(tmp_path / "remote"), "--outputs", str(pulled))
+    """As in a store that an earlier version pulled."""
+    pulled = pulled_from(outputs, tmp_path)
+    shutil.rmtree(pulled / "work")
     at = ("--outputs", str(pulled))
     assert shown(capsys, "verify", "first", *at)[0] == 0
     place = ArtifactStore(pulled).path("clip", clip.manifest.fingerprint)
@@ -204,6 +203,30 @@ def test_an_artifact_of_which_no_work_folder_tells_is_missed_as_others_were_made
         assert f"{place} is gone; put it back, or run again to make it anew" in text
     (tmp_path / "held").rename(place)
     assert shown(capsys, "verify", "--all", *at)[0] == 0
+
+
+@pytest.mark.parametrize("stage", ["clip", "decoder"])
+def test_an_artifact_that_was_pulled_and_taken_away_is_missed_by_every_command(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+):
+    pulled = pulled_from(outputs, tmp_path)
+    (place,) = (pulled / "artifacts" / stage).iterdir()
+    place.rename(tmp_path / "held")
+    at = ("--outputs", str(pulled))
+    status, text = shown(capsys, "verify", "first", *at)
+    assert (status, f"{place} is gone; put it back, or run again to make it anew" in text) == (2, True)
+    assert f"{stage} " in next(line for line in said("status", "first", *at).splitlines() if "damaged" in line)
+    plan = {each.name: each for each in planned(pulled, OnDamage.STOP).stages}
+    assert (plan[stage].action, plan[stage].reason) == (Action.RUN, f"anew, as {place} is gone")
+    assert "pulled" in said("pull", "first", str(tmp_path / "remote"), *at)
+    assert shown(capsys, "verify", "first", *at)[0] == 0
+
+
+def pulled_from(outputs: Path, beside: Path) -> Path:
+    """Another store, to which the run was pulled."""
+    said("push", "first", str(beside / "remote"), "--outputs", str(outputs))
+    said("pull", "first", str(beside / "remote"), "--outputs", str(beside / "pulled"))
+    return beside / "pulled"
 
 
 def test_a_store_that_lost_its_runs_is_said_to_have_by_every_command(outputs: Path, capsys: pytest.CaptureFixture[str]):
