@@ -121,15 +121,13 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
 
 
 def _plan(arguments: list[str]) -> int:
-    from rich.console import Console
-
     from pipeline.compose import compose_members
     from pipeline.forecast.parameters import require_parameters
     from pipeline.launch.launcher import launcher_of
-    from pipeline.terminal.tables import plan_table
+    from pipeline.terminal.tables import new_console, plan_table
     from pipeline.workflow.plan import plan_run
 
-    console = Console(highlight=False)
+    console = new_console()
     asks_forecast = _FORECAST in arguments
     arguments = [each for each in arguments if each != _FORECAST]
     plans = [plan_run(member.config, member.overrides) for member in compose_members("unclip plan", arguments)]
@@ -197,18 +195,16 @@ def _status(arguments: list[str]) -> int:
     parser = command_parser("status", "Where the stages of a run or sweep stand.")
     parser.add_argument("run", nargs="?", help="name of a run or sweep; without it, the latest run")
     options = parser.parse_args(arguments)
-    from rich.console import Console
-
     from pipeline.launch.launcher import state_tables
     from pipeline.terminal.display import shown_path
-    from pipeline.terminal.tables import unfinished_logs
+    from pipeline.terminal.tables import new_console, unfinished_logs
     from pipeline.workflow.runs import gather_pictures, is_finished, latest_run, read_runs, run_names
 
     outputs = options.outputs
     names = run_names(outputs)
     title = latest_run(outputs) if options.run is None else options.run
     records = read_runs(outputs, title)
-    console = Console(highlight=False)
+    console = new_console()
     tables, notes = state_tables(outputs, records, f"run {title}")
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """A forecast in a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from rich.console import RenderableType
 
@@ -9,31 +10,20 @@ from pipeline.terminal.tables import new_table
 from pipeline.terminal.words import format_bytes, format_duration
 from pipeline.workflow.plan import Action
 
-UNKNOWN = "unknown"
-_COLUMNS = (
-    "stage",
-    "samples",
-    "GFLOP each",
-    "memory",
-    "samples/s",
-    "time",
-    "cost",
-    "shards/s",
-    "artifact",
-    "checkpoints",
-)
+UNKNOWN = "?"
+Number = TypeVar("Number", int, float)
 
 
 def forecast_lines(run: str, forecast: Forecast) -> Iterator[RenderableType]:
     """The table, then what is to be said of each stage, of the disk, and of the sum."""
     target = forecast.target
-    table = new_table(
-        f"forecast of run {run} on {target.name}",
-        *_COLUMNS,
-    )
-    for stage in forecast.stages:
-        table.add_row(stage.name, *_cells(stage, target.price_per_hour))
-    yield table
+    to_do = [stage for stage in forecast.stages if stage.action is not Action.REUSE]
+    if to_do:
+        cells = {stage.name: _cells(stage, target.price_per_hour) for stage in to_do}
+        table = new_table(f"forecast of run {run} on {target.name}", "stage", *cells[to_do[0].name], wraps=True)
+        for name, values in cells.items():
+            table.add_row(name, *values.values())
+        yield table
     for stage in forecast.stages:
         for note in stage.notes:
             yield f"{stage.name}: {note}"
@@ -42,21 +32,31 @@ def forecast_lines(run: str, forecast: Forecast) -> Iterator[RenderableType]:
     yield from _sums(forecast)
 
 
-def _cells(stage: StageForecast, price_per_hour: float | None) -> Iterator[str]:
-    if stage.action is Action.REUSE:
-        yield "finished"
-        yield from [""] * 8
-        return
-    yield UNKNOWN if stage.samples is None else f"{stage.samples:,}"
-    yield UNKNOWN if stage.flops_per_sample is None else f"{stage.flops_per_sample / 1e9:,.3g}"
-    yield UNKNOWN if stage.memory_bytes is None else format_bytes(stage.memory_bytes)
-    yield UNKNOWN if stage.samples_per_s is None else f"{stage.samples_per_s:,.3g}"
-    yield UNKNOWN if stage.duration_s is None else format_duration(stage.duration_s)
+def _cells(stage: StageForecast, price_per_hour: float | None) -> dict[str, str]:
+    """By the column's title."""
     hours = stage.device_hours
-    yield UNKNOWN if hours is None or price_per_hour is None else f"{hours * price_per_hour:,.2f}"
-    yield UNKNOWN if stage.shards_per_s is None else f"{stage.shards_per_s:,.3g}"
-    yield UNKNOWN if stage.artifact_bytes is None else format_bytes(stage.artifact_bytes)
-    yield UNKNOWN if stage.work_bytes is None else format_bytes(stage.work_bytes)
+    cost = (
+        {} if price_per_hour is None else {"cost": _or_unknown(hours, lambda hours: f"{hours * price_per_hour:,.2f}")}
+    )
+    return {
+        "samples": _or_unknown(stage.samples, lambda count: f"{count:,}"),
+        "GFLOP\neach": _or_unknown(stage.flops_per_sample, lambda count: _short(count / 1e9)),
+        "memory": _or_unknown(stage.memory_bytes, format_bytes),
+        "samples\n/s": _or_unknown(stage.samples_per_s, _short),
+        "time": _or_unknown(stage.duration_s, format_duration),
+        **cost,
+        "shards\n/s": _or_unknown(stage.shards_per_s, _short),
+        "artifact": _or_unknown(stage.artifact_bytes, format_bytes),
+        "check-\npoints": _or_unknown(stage.work_bytes, format_bytes),
+    }
+
+
+def _or_unknown(value: Number | None, shown: Callable[[Number], str]) -> str:
+    return UNKNOWN if value is None else shown(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _too_slow(stage: StageForecast) -> str | None:

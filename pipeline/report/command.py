@@ -4,14 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from pipeline.errors import UserError
 from pipeline.report.records import State, read_comparison
 from pipeline.report.select import select_runs
 from pipeline.report.sweep import SweepView, chosen_metric
 from pipeline.report.table import columns, named_columns, table_csv, table_json
 from pipeline.report.terminal import print_comparison, print_effects
+from pipeline.terminal.tables import new_console
 from pipeline.workflow.runs import read_run
 from pipeline.workflow.sealed import warn
 
@@ -53,7 +52,7 @@ def compare(options: argparse.Namespace) -> int:
     elif options.json:
         sys.stdout.write(table_json(comparison))
     else:
-        console = Console(highlight=False)
+        console = new_console()
         print_comparison(console, comparison, options.metric)
         if metric is not None:
             print_effects(console, sweep, metric)

@@ -19,7 +19,7 @@ from pipeline.store.runs import removal_of, remove_runs, rename_run
 from pipeline.store.trash import empty_trash, in_trash
 from pipeline.store.usage import Holding, usage_of
 from pipeline.terminal.display import shown_path
-from pipeline.terminal.tables import new_table
+from pipeline.terminal.tables import new_console, new_table
 from pipeline.terminal.words import format_bytes
 from pipeline.workflow.runs import require_outputs, run_directory
 
@@ -42,7 +42,7 @@ def du(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(usage), indent=2))
         return 0
-    console = Console(highlight=False)
+    console = new_console()
     _show_holdings(console, "runs", usage.runs)
     _show_holdings(console, "sweeps", usage.sweeps)
     for what, size in usage.rest.items():
@@ -90,7 +90,7 @@ def gc(options: argparse.Namespace) -> int:
         outputs, jobs, older_than_s=older_than_s,
         keeps_checkpoints=options.keep_checkpoints, takes_caches=options.caches,
     )  # fmt: skip
-    console = Console(highlight=False)
+    console = new_console()
     _show(console, "goes", [(each, each.why) for each in found.going])
     _show(console, "stays", found.staying)
     trash_bytes = sum(measured(path).size_bytes for path in in_trash(outputs))
@@ -125,7 +125,7 @@ def rm(options: argparse.Namespace) -> int:
     outputs = options.outputs
     jobs = jobs_at_work(outputs)
     removal = removal_of(outputs, options.runs, jobs)
-    console = Console(highlight=False)
+    console = new_console()
     _show(console, "goes", [(each, "no other run needs it") for each in removal.found.going])
     _show(console, "stays", removal.found.staying)
     folders_bytes = sum(measured(run_directory(outputs, name)).size_bytes for name in removal.names)

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.terminal.tables import result_table
+from pipeline.terminal.tables import new_console, result_table
 from pipeline.terminal.words import format_duration, progress_line
 from pipeline.workflow.causes import Cause
 from pipeline.workflow.plan import Action, Plan, PlannedStage
@@ -41,7 +41,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or new_console()
         self._live: Live | None = None
         self._rows: dict[str, _Row] = {}
 

@@ -1,8 +1,11 @@
 """Tables of plans, runs and their stages."""
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from pipeline.terminal.words import format_duration, members_shown, progress_line
@@ -17,6 +20,7 @@ from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts, stages_wi
 DAMAGED = "damaged"
 """The state of what was finished and is not what its manifest says."""
 SHOWN_METRICS = 4
+_COLUMNS_OF_A_FILE = 160
 _WRAPPED = ("why", "needs", "metrics", "progress", "reason", "after", "resources")
 
 
@@ -68,11 +72,17 @@ def unfinished_logs(outputs: Path, records: Sequence[RunRecord]) -> list[Path]:
     return [log for log in logs if log.exists()]
 
 
-def new_table(title: str, *columns: str) -> Table:
-    """An empty table in the style of all of ours."""
+def new_console() -> Console:
+    """What commands print to. In a pipe or a file, tables are as wide as `COLUMNS` says, else wide enough for most."""
+    is_told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if is_told else _COLUMNS_OF_A_FILE)
+
+
+def new_table(title: str, *columns: str, wraps: bool = False) -> Table:
+    """An empty table in the style of all of ours. Numbers go on in a second line only where it `wraps`."""
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column not in _WRAPPED)
+    for place, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=place == 0 or not (wraps or column in _WRAPPED))
     return table
 
 

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.options import OptionParser, command_parser
 from pipeline.report.evaluations import evaluations_directory, new_evaluation
 from pipeline.report.metrics import finite, format_interval, is_bound
+from pipeline.terminal.tables import new_console
 from pipeline.workflow.sealed import write_json_atomically
 from stages.evaluate.request import SECTIONS, Request, given_shards, read_request
 from stages.evaluate.settings import METRICS, encoder_digests
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         evaluations_directory(options.outputs, request.name)
     from stages.evaluate.measure import held_out, measure  # with torch, which a refusal does not wait for
 
-    console = Console(highlight=False)
+    console = new_console()
     found: dict[str, dict[str, float]] = {}
     with held_out(shards) as given, Console(stderr=True).status("") as status:
         for request in requests:
