@@ -25,10 +25,16 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
     `waits` says whether it is to return only when all is over, `accepts_code` whether checkpoints of other code are
     gone on from. Raises `UserError` before anything is written or started, where a run cannot work.
     """
-    plans = _on_whole_inputs(plans, None if waits else display)
     if not plans:
         return []
-    require_unblocked(plans)
+    config = plans[0].config
+    name = config.run.group or config.run.name
+    try:
+        plans = _on_whole_inputs(plans, None if waits else display)
+        require_unblocked(plans)
+    except UserError as failure:
+        tell(config.notify, Event.FAILURE, name, f"{name} did not start: {failure}")
+        raise
     launcher = launcher_of(plans[0].config)
     if launcher.waits is not waits:
         kind = plans[0].config.launch["kind"]
@@ -52,9 +58,7 @@ def start(plans: Sequence[Plan], display: Display, *, waits: bool, accepts_code:
         require_unblocked(in_use)
         outcomes = launcher.submit([plan.with_code() for plan in in_use], display)
         if waits:
-            config = plans[0].config
             ended = Counter(each.outcome.value for each in outcomes)
-            name = config.run.group or config.run.name
             text = f"{name} has ended: {', '.join(f'{number} {outcome}' for outcome, number in ended.items())}"
             tell(config.notify, Event.END, name, text)
             for plan in in_use:

@@ -95,6 +95,17 @@ def test_who_cannot_be_told_costs_a_line_and_a_queue_tells_of_the_end_once(
     assert capsys.readouterr().out.count("notify.command was not told of this") == 2
 
 
+def test_a_run_that_damage_keeps_from_starting_is_told_of(tmp_path: Path, posted: list[dict[str, str]]):
+    made = planned(tmp_path, ["true"], fails=False)
+    start([made], Display(Console(file=io.StringIO())), waits=True)
+    (file,) = tmp_path.glob("artifacts/left/*/said.txt")
+    file.write_text("flipped")
+    with pytest.raises(UserError):
+        start([plan_run(made.config)], Display(Console(file=io.StringIO())), waits=True)
+    assert [each["event"] for each in posted] == ["end", "failure"]
+    assert posted[1]["text"].startswith(f"unclip: trial did not start: {file}")
+
+
 def test_an_address_that_is_none_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = planned(tmp_path, ["true"], fails=False)
     for address in ("file:///etc/passwd", None):
