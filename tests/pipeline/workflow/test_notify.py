@@ -103,7 +103,7 @@ def test_a_run_that_damage_keeps_from_starting_is_told_of(tmp_path: Path, posted
     with pytest.raises(UserError):
         start([plan_run(made.config)], Display(Console(file=io.StringIO())), waits=True)
     assert [each["event"] for each in posted] == ["end", "failure"]
-    assert posted[1]["text"].startswith(f"unclip: trial did not start: {file}")
+    assert posted[1]["text"].startswith(f"unclip: trial did not start: stage left is blocked: {file}")
 
 
 def test_an_address_that_is_none_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
