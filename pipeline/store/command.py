@@ -67,7 +67,7 @@ def add_gc_options(parser: argparse.ArgumentParser) -> None:
     act = parser.add_mutually_exclusive_group()
     act.add_argument("--delete", action="store_true", help="do it; without this, say what would be done")
     parser.add_argument(
-        "--older-than", default=DEFAULT_AGE, metavar="AGE", help=f"as in 30d, 12h or 90m (default: {DEFAULT_AGE})"
+        "--older-than", default=DEFAULT_AGE, metavar="AGE", help=f"as in 4w, 30d, 12h or 90m (default: {DEFAULT_AGE})"
     )
     parser.add_argument("--keep-checkpoints", action="store_true", help="those of finished stages too")
     parser.add_argument("--caches", action="store_true", help="the compiler's cache too")
@@ -210,7 +210,7 @@ def _empty_trash(outputs: Path) -> None:
 def _seconds(age: str) -> float:
     match = re.fullmatch(r"(\d{1,6})([mhdw])", age)
     if match is None:
-        raise UserError(f"--older-than {age}: no age; write 30d, 12h, 90m or 0m")
+        raise UserError(f"--older-than {age}: no age; write 4w, 30d, 12h, 90m or 0m")
     return int(match[1]) * _SECONDS[match[2]]
 
 

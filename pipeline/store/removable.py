@@ -16,11 +16,16 @@ from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.code import DIRECTORY as CODE
 from pipeline.workflow.frozen import StageKey
 from pipeline.workflow.progress import CHECKPOINTS, COMPILER_CACHE
+from pipeline.workflow.runs import BUILDING
 
 _LEFT_OVER = {".building-": "its process has ended", ".damaged-": "another was made in its place"}
 """Names beside artifacts, before `<fingerprint>-<something>`."""
-_TABLES = "submitting/*.stages"
-"""What jobs of several stages were told at their start."""
+_FILES_LEFT_OVER = {
+    f"{PULLING}*": "its pull was stopped",
+    "submitting/*.stages": "its jobs have ended",
+    f"runs/{BUILDING}*.[0-9]*": "its command was stopped",
+}
+"""Pulls at work, what jobs of several stages were told at their start, and folders of runs that were being made."""
 _SNAPSHOT = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}-\d+")
 """One that is whole, or one that was being written by a process of that number."""
 _BLOCK_BYTES = 512
@@ -109,7 +114,7 @@ def removables(
         for path in sorted(outputs.glob(f"artifacts/*/{beginning}*")):
             key = path.parent.name, path.name.removeprefix(beginning).rpartition("-")[0]
             yield Removable(Kind.LEFT_OVER, path, key, why)
-    for pattern, why in ((f"{PULLING}*", "its pull was stopped"), (_TABLES, "its jobs have ended")):
+    for pattern, why in _FILES_LEFT_OVER.items():
         for path in sorted(outputs.glob(pattern)):
             yield Removable(Kind.LEFT_OVER, path, None, why)
     store = ArtifactStore(outputs)

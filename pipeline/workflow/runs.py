@@ -29,6 +29,8 @@ from pipeline.workflow.sealed import (
     write_json_atomically,
 )
 
+BUILDING = "."
+"""Before the name of a run's folder that is not there yet."""
 RECORD = "run.json"
 EARLIER = "earlier"
 """Beside the record: those that later configs of the same run replaced, for the jobs that were queued with them."""
@@ -116,7 +118,7 @@ def write_run(directory: Path, record: RunRecord, *, is_flushed: bool = True) ->
         return
     if os.path.lexists(directory):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(directory))
-    building = directory.with_name(f".{directory.name}.{os.getpid()}")
+    building = directory.with_name(f"{BUILDING}{directory.name}.{os.getpid()}")
     building.mkdir(parents=True, exist_ok=True)
     write_json_atomically(building / RECORD, values, is_flushed=is_flushed)
     building.rename(directory)
@@ -165,6 +167,7 @@ def config_with(outputs: Path, name: str, stage: str, fingerprint: str) -> dict[
 
 def read_run(outputs: Path, name: str) -> RunRecord:
     """A recorded run. Raises `UserError` that lists the runs there are, and `DamagedRunError`."""
+    _require_directories(outputs)
     path = run_directory(outputs, name) / RECORD
     try:
         return renamed(read_record(_RECORD, path), name)
@@ -228,6 +231,13 @@ def require_outputs(outputs: Path) -> None:
     """Raise `UserError` where no directory is: what looks at a whole store would find nothing wrong with it."""
     if not outputs.is_dir():
         raise UserError(f"there is nothing at {outputs}; give the --outputs of your runs")
+    _require_directories(outputs)
+
+
+def _require_directories(outputs: Path) -> None:
+    for path in (run_directory(outputs, ""), outputs / "artifacts", outputs / "work"):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path} is no directory; bring that back, or move this away if there was none")
 
 
 def run_names(outputs: Path) -> list[str]:
@@ -235,9 +245,8 @@ def run_names(outputs: Path) -> list[str]:
 
     Raises `UserError` where `runs` is no directory: nothing is known of any run.
     """
+    _require_directories(outputs)
     runs = run_directory(outputs, "")
-    if os.path.lexists(runs) and not runs.is_dir():
-        raise UserError(f"{runs} is no directory of runs; bring that back, or move this away if there was none")
     found = [(each, path) for path in runs.glob("[!.]*") if (each := _changed_at(path)) is not None]
     return [path.name for _, path in sorted(found, reverse=True)]
 

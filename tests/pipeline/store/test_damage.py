@@ -263,6 +263,21 @@ def test_a_file_or_a_directory_that_is_in_the_way_is_a_line(
     assert str(path) in text
 
 
+@pytest.mark.parametrize("tree", ["artifacts", "work"])
+def test_a_file_in_the_place_of_all_artifacts_or_work_folders_is_said_by_every_command(
+    outputs: Path, capsys: pytest.CaptureFixture[str], tree: str
+):
+    (outputs / tree).rename(outputs / "held")
+    (outputs / tree).write_bytes(b"")
+    for command in (
+        ("status", "first"), ("verify", "first"), ("verify", "--all"), ("compare", "first"), ("card", "first"), ("sync",),
+        ("rm", "first"), ("mv", "first", "other"), ("gc",), ("du",), ("push", "first", str(outputs / "remote")),
+        ("logs", "first", "clip"), ("sample", "first", "a circle"),
+    ):  # fmt: skip
+        status, text = shown(capsys, *command, "--outputs", str(outputs))
+        assert (status, f"{outputs / tree} is no directory; bring that back" in text) == (2, True), (command, text)
+
+
 def test_an_artifact_that_was_taken_away_is_missed_by_every_command(
     outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
 ):

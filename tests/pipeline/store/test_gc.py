@@ -19,7 +19,7 @@ from pipeline.workflow.in_use import recorded
 from pipeline.workflow.plan import Action
 from pipeline.workflow.progress import CHECKPOINTS
 from pipeline.workflow.publish import start_building
-from pipeline.workflow.runs import RECORD, read_run, run_directory
+from pipeline.workflow.runs import BUILDING, RECORD, read_run, run_directory
 from tests.support.fakes import publish
 from tests.support.stores import (
     ALL_AGES,
@@ -229,13 +229,13 @@ def empty_the_folder(outputs: Path) -> str:
 def have_a_file_in_place_of_the_runs(outputs: Path) -> str:
     shutil.rmtree(outputs / "runs")
     (outputs / "runs").write_bytes(b"")
-    return "runs is no directory of runs; bring that back"
+    return "runs is no directory; bring that back"
 
 
 def have_a_link_to_nothing_in_place_of_the_runs(outputs: Path) -> str:
     shutil.rmtree(outputs / "runs")
     (outputs / "runs").symlink_to(outputs / "not mounted")
-    return "runs is no directory of runs; bring that back"
+    return "runs is no directory; bring that back"
 
 
 def lose_the_runs(outputs: Path) -> str:
@@ -285,6 +285,17 @@ def test_what_is_left_over_beside_an_artifact_goes_unless_its_stage_is_at_work(t
     collect(tmp_path)
     assert not building.exists()
     assert not damaged.exists()
+
+
+def test_the_folder_of_a_run_whose_command_was_killed_while_it_made_it_goes(tmp_path: Path):
+    stages = record(tmp_path, "first")
+    building = tmp_path / "runs" / f"{BUILDING}second.4711"
+    building.mkdir()
+    (building / "run.json").write_bytes(b"{")
+    collect(tmp_path)
+    assert not building.exists()
+    assert (tmp_path / "runs" / "first" / "run.json").exists()
+    assert stages
 
 
 def test_the_compiler_s_cache_goes_when_asked_for_and_nothing_is_at_work(tmp_path: Path):

@@ -78,7 +78,7 @@ def test_what_is_held_is_printed_as_a_table_and_as_json(outputs: str, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("gc --older-than 3x", "--older-than 3x: no age; write 30d, 12h, 90m or 0m"),
+        ("gc --older-than 3x", "--older-than 3x: no age; write 4w, 30d, 12h, 90m or 0m"),
         ("gc --older-than -1d", "expected one argument"),
         ("gc --pin nothing", "no run 'nothing' under"),
         ("rm nothing", "no run 'nothing' under"),
