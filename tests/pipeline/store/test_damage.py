@@ -270,8 +270,8 @@ def test_a_file_in_the_place_of_all_artifacts_or_work_folders_is_said_by_every_c
     (outputs / tree).rename(outputs / "held")
     (outputs / tree).write_bytes(b"")
     for command in (
-        ("status", "first"), ("verify", "first"), ("verify", "--all"), ("compare", "first"), ("card", "first"), ("sync",),
-        ("rm", "first"), ("mv", "first", "other"), ("gc",), ("du",), ("push", "first", str(outputs / "remote")),
+        ("status", "first"), ("verify", "first"), ("verify", "--all"), ("compare", "first"), ("card", "first"),
+        ("sync",), ("rm", "first"), ("mv", "first", "other"), ("gc",), ("du",), ("push", "first", str(outputs / "remote")),
         ("logs", "first", "clip"), ("sample", "first", "a circle"),
     ):  # fmt: skip
         status, text = shown(capsys, *command, "--outputs", str(outputs))
