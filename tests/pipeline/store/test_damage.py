@@ -271,8 +271,8 @@ def test_a_file_in_the_place_of_all_artifacts_or_work_folders_is_said_by_every_c
     (outputs / tree).write_bytes(b"")
     for command in (
         ("status", "first"), ("verify", "first"), ("verify", "--all"), ("compare", "first"), ("card", "first"),
-        ("sync",), ("rm", "first"), ("mv", "first", "other"), ("gc",), ("du",), ("push", "first", str(outputs / "remote")),
-        ("logs", "first", "clip"), ("sample", "first", "a circle"),
+        ("sync",), ("rm", "first"), ("mv", "first", "other"), ("gc",), ("du",), ("logs", "first", "clip"),
+        ("push", "first", str(outputs / "remote")), ("sample", "first", "a circle"),
     ):  # fmt: skip
         status, text = shown(capsys, *command, "--outputs", str(outputs))
         assert (status, f"{outputs / tree} is no directory; bring that back" in text) == (2, True), (command, text)
