@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from pipeline.config import (
     ADDED_LATER,
@@ -95,17 +95,24 @@ def clip_network(values: Mapping[str, Any]) -> ClipNetwork:
     return validate(schema, dict(values), "network")
 
 
+LogitScale = Annotated[float, Field(ge=1.0, le=100.0, strict=True, allow_inf_nan=False)]
+
+
 class ClipSettings(TrainingStageSettings):
     """CLIP, trained here, started from a local checkpoint, or (`max_samples: 0`) replaced by it.
 
     `model` is open_clip's name of a model, whose sizes take the place of those of `network`, as those of a folder do.
     `gray_scale_share` of the pictures are shown to the training without their colours (open_clip's `gray_scale_prob`):
     what a caption says beside colours has to be told by them, and what a shape is does not depend on its colour.
+    `initial_logit_scale`, in [1, 100], is the inverse temperature with which the contrastive loss of a new CLIP begins;
+    null: 1 / 0.07. A short training that begins with a high one learns more from captions that nearly fit. SigLIP's
+    loss begins as its authors say.
     """
 
     network: _Network
     loss: ContrastiveLoss
     gray_scale_share: Annotated[Fraction, ADDED_LATER] = 0.0
+    initial_logit_scale: Annotated[LogitScale | None, ADDED_LATER] = None
     model: Annotated[str | None, RUNTIME] = None  # counted as `network`
     checkpoint: Annotated[Path | None, RUNTIME]  # counted by its contents
 

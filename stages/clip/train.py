@@ -1,5 +1,6 @@
 """The stage `clip`: image and text towers, trained together from the first weight (arXiv 2103.00020, 2303.15343)."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from stages.blocks import BLOCKS
 from stages.clip.layers import layers_above
 from stages.clip.network import MAX_LOGIT_SCALE, ClipModel, contrastive_loss, load_clip_source
 from stages.clip.retrieval import retrieval_recall
-from stages.clip.settings import FOREIGN, ClipNumbers, ClipSettings
+from stages.clip.settings import FOREIGN, ClipNumbers, ClipSettings, ContrastiveLoss
 from stages.clip.sources import clip_source
 from stages.weights import bytes_of
 
@@ -95,6 +96,8 @@ def _initial_clip(context: StageContext, settings: ClipSettings) -> ClipModel:
             f"{key}.model={settings.model} has batch normalisation, whose statistics are not trained here; give its "
             f"weights as {key}.checkpoint, or take a ViT"
         )
+    if settings.initial_logit_scale is not None and settings.loss is ContrastiveLoss.CONTRASTIVE:
+        nn.init.constant_(clip.network.logit_scale, math.log(settings.initial_logit_scale))
     return clip
 
 

@@ -1,4 +1,4 @@
-"""CLIP embeddings whose directions differ less in variance."""
+"""CLIP embeddings whose directions all have the same variance."""
 
 import torch
 from torch import Tensor, nn
@@ -7,15 +7,12 @@ MIN_EIGENVALUE_SHARE = 1e-3
 """Directions with less variance than this share of the largest are amplified as if they had it."""
 
 
-POWER = 0.5
-"""0 leaves the variances as they are and 1 makes them equal; 0.5 and 1 were not told apart by the demo's pictures."""
-
-
 class Decorrelation(nn.Module):
-    """ZCA whitening by half, (z - mean) matrix; the identity until it was fitted.
+    """ZCA whitening, (z - mean) matrix; the identity until it was fitted.
 
     The variance of a CLIP's embeddings differs by orders of magnitude between directions, and what is in the small ones
-    (the demo's: where things are) is learned late or never by a network that takes the embeddings as they are.
+    (the demo's: where things are, and what tells a circle from a square) is learned late or never by a network that
+    takes the embeddings as they are.
     """
 
     mean: Tensor
@@ -32,8 +29,7 @@ class Decorrelation(nn.Module):
         embeds = embeds.double()
         variance, directions = torch.linalg.eigh(torch.cov(embeds.T))
         variance = variance.clamp(min=MIN_EIGENVALUE_SHARE * float(variance.max()))
-        scale = variance ** (-POWER / 2)
-        scale *= (variance.mean() / (variance * scale**2).mean()).sqrt()
+        scale = (variance.mean() / variance).sqrt()
         self.mean.copy_(embeds.mean(0))
         self.matrix.copy_(directions @ torch.diag(scale) @ directions.T)
 

@@ -148,7 +148,7 @@ def in_folder(folder: Path, key: str) -> ForeignWeights:
 
 
 DECODER = StageDeclaration(
-    version=3,
+    version=4,
     settings=DecoderSettings,
     run="stages.decoder.train:run",
     rehearse="stages.decoder.train:rehearse",

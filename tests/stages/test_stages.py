@@ -104,6 +104,13 @@ def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_whole_batch(tmp_path: 
         torch.testing.assert_close(pieces[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("asked", "scale"), [("null", 1 / 0.07), ("40.0", 40.0)])
+def test_a_new_clip_begins_with_the_asked_logit_scale(tmp_path: Path, asked: str, scale: float):
+    settings = [f"stage.clip.initial_logit_scale={asked}", "stage.clip.optimizer.learning_rate=1e-9"]
+    rows = rows_of(run_until(tmp_path, "clip", *settings))
+    assert [row["train/logit_scale"] for row in rows if "train/logit_scale" in row] == pytest.approx([scale] * 2)
+
+
 def test_clip_sees_the_asked_share_of_pictures_without_colours_in_training_alone(tmp_path: Path):
     settings = plan_stages(tmp_path, "stage.clip.gray_scale_share=0.25")["clip"].read_settings()
     assert isinstance(settings, ClipSettings)
