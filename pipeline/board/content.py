@@ -90,7 +90,7 @@ class Content:
             key = stage.name, stage.fingerprint
             watched |= {store.work(*key) / METRICS, store.work(*key) / FAILURE}
             with suppress(OSError):  # there is none yet
-                watched |= set(store.path(*key).iterdir())
+                watched |= set(store.path(*key).rglob("*"))
         for path in sorted(watched):
             try:
                 found = path.stat()

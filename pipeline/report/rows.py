@@ -57,7 +57,7 @@ def _content(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         return content[: whole_lines(content)]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # of the last two the artifact's damage tells
         return b""
 
 

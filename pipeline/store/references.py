@@ -10,13 +10,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 from pipeline.launch.launcher import launchers
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, StageKey, read_frozen
 from pipeline.workflow.in_use import commands_at_work
 from pipeline.workflow.ownership import at_work
-from pipeline.workflow.runs import RunRecord, earlier_records, keys_of, read_run, require_runs, run_directory, run_names
+from pipeline.workflow.runs import (
+    RunRecord,
+    earlier_paths,
+    earlier_records,
+    keys_of,
+    read_run,
+    require_runs,
+    run_directory,
+    run_names,
+)
 
 PIN = "pinned"
 """The file in a run's folder that keeps what its earlier configs made, its checkpoints, and the run."""
@@ -73,7 +82,10 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
     for name, record in records.items():
         needed = keys_of(record)
         code.add(record.code or "")
-        for path, replaced in earlier_records(outputs, name).items():
+        known = earlier_records(outputs, name)
+        if name in pinned:
+            _require_all(outputs, name, known)
+        for path, replaced in known.items():
             if name in pinned:
                 needed += keys_of(replaced)
                 code.add(replaced.code or "")
@@ -97,6 +109,17 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
     code |= {each.code or "" for key in goes_on for each in inputs.frozen_of(key)}
     of_keys = {key: tuple(names) for key, names in users.items()}
     return References(records, of_keys, busy, busy_runs, earlier, pinned, code)
+
+
+def _require_all(outputs: Path, name: str, known: Collection[Path]) -> None:
+    """Refuse a pinned run of whose earlier configs one cannot be read."""
+    lost = [path for path in earlier_paths(outputs, name) if path not in known]
+    if lost:
+        unpin = typed(outputs, "gc", "--unpin", name)
+        raise UserError(
+            f"{lost[0]} cannot be read, so that what pinned run {name} keeps is not known; put an intact copy there, "
+            f"or unpin it: {unpin}"
+        )
 
 
 def jobs_at_work(outputs: Path) -> dict[Path, str]:

@@ -7,7 +7,7 @@ what has one is whole; the record of the run comes last.
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -19,14 +19,15 @@ from pipeline.terminal.words import format_bytes
 from pipeline.workflow.artifacts import MANIFEST, Artifact, ArtifactStore, read_artifact
 from pipeline.workflow.damage import DamagedArtifactError
 from pipeline.workflow.digests import fault
-from pipeline.workflow.in_use import store_lock
-from pipeline.workflow.ownership import PULLED
+from pipeline.workflow.in_use import Needs, in_use, store_lock
+from pipeline.workflow.ownership import PULLED, TAKEN_AWAY, was_published
 from pipeline.workflow.publish import publish
 from pipeline.workflow.runs import (
     RECORD,
     DamagedRunError,
     RunRecord,
     RunStage,
+    keys_of,
     make_runs,
     read_run,
     run_artifacts,
@@ -119,6 +120,11 @@ class RemoteStore:
                 isinstance(error, OSError) and is_disk_full(error)
             ):
                 raise
+            if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
+                raise UserError(
+                    f"{self.url}/{name} cannot be {'read' if is_read else 'written'}: a file or directory is in the "
+                    "way there; remove it there, and run this again"
+                ) from error
             place = "that path" if self._is_local else "the address, the network and your credentials"
             raise UserError(
                 f"{self.url}/{name} cannot be reached ({_one_line(error)}); see to {place}, and run it again: it goes "
@@ -164,6 +170,8 @@ def push(outputs: Path, name: str, url: str, say: Say, *, is_anew: bool = False)
     store = store_of(outputs, [record])
     for stage in left:
         damage = store.known_damage(stage.name, stage.fingerprint)
+        if damage is None and was_published(store.work(stage.name, stage.fingerprint)):
+            damage = f"{store.path(stage.name, stage.fingerprint)} {TAKEN_AWAY}"
         if damage is not None:
             raise UserError(f"run {name} is at {remote.url}, without {stage.name}: {damage}")
     names = ", ".join(stage.name for stage in left)
@@ -191,10 +199,13 @@ def pull(outputs: Path, name: str, url: str, say: Say) -> None:
                 rename = typed(outputs, "mv", name, "NEW")
                 raise UserError(f"another run {name} is here; rename it ({rename}), or give another --outputs")
             store = ArtifactStore(outputs)
-            fetched = [_fetch(remote, staging, store, record, stage, say) for stage in record.stages]
-            with store_lock(outputs):
-                write_run(mine.parent, record)
-            shutil.rmtree(staging)
+            with ExitStack() as stack:
+                with store_lock(outputs):
+                    stack.enter_context(in_use(outputs, Needs(runs=[name], stages=keys_of(record), code=[])))
+                fetched = [_fetch(remote, staging, store, record, stage, say) for stage in record.stages]
+                with store_lock(outputs):
+                    write_run(mine.parent, record)
+                shutil.rmtree(staging)
     except Timeout as error:
         raise UserError(f"another pull of run {name} is at work here; wait for it") from error
     left = [stage for stage, is_there in zip(record.stages, fetched, strict=True) if not is_there]
@@ -264,7 +275,7 @@ def _fetch(
         file = place / each.path
         if not file.resolve().is_relative_to(place.resolve()):
             raise UserError(f"{remote.url}/{at} names the file {each.path!r}, which is none of its own; do not use it")
-        if not file.is_file() or file.stat().st_size != each.size:
+        if fault(place, [each]) is not None:  # what a pull before has left is as good as what is fetched now
             try:
                 remote.get(f"{at}/{each.path}", file)
             except FileNotFoundError as error:

@@ -1,15 +1,28 @@
 """`unclip verify`: reads everything that has a digest, whatever was verified before."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore
+from pipeline.workflow.artifacts import CODE_RECORD, SET_ASIDE, ArtifactStore
 from pipeline.workflow.checkpoint import checkpoints
+from pipeline.workflow.code import DIRECTORY as CODE
+from pipeline.workflow.code import edited_in
+from pipeline.workflow.code import read_record as read_code
 from pipeline.workflow.frozen import FROZEN, StageKey
 from pipeline.workflow.ownership import TAKEN_AWAY, was_published
-from pipeline.workflow.runs import keys_of, read_readable, read_runs, require_outputs, require_runs, run_names, store_of
+from pipeline.workflow.runs import (
+    RunRecord,
+    earlier_paths,
+    keys_of,
+    read_readable,
+    read_runs,
+    require_outputs,
+    require_runs,
+    run_names,
+    store_of,
+)
 from pipeline.workflow.sealed import DamagedRecordError, read_json
 
 _RECORDS = ("*.json", f"{FROZEN}/*.json", "jobs/*.json", "attempts/*.json")
@@ -32,10 +45,11 @@ def verify(outputs: Path, run: str | None) -> int:
         runs = read_runs(outputs, run)
         keys = list(dict.fromkeys(key for record in runs for key in keys_of(record)))
     store = store_of(outputs, runs)
-    records: list[Path] = []
-    damaged = len(unreadable)
-    for error in unreadable:
-        print(error, flush=True)
+    records = [path for record in runs for path in earlier_paths(outputs, record.name)]
+    faults = [*map(str, unreadable), *_faults_of_code(outputs, None if run is None else runs)]
+    damaged = len(faults)
+    for fault in faults:
+        print(fault, flush=True)
     needed = {key for record in runs for key in keys_of(record)}
     made_from = _inputs_of(store, needed)
     for key in [*keys, *sorted(needed.difference(keys))]:
@@ -49,7 +63,7 @@ def verify(outputs: Path, run: str | None) -> int:
         try:
             read_json(path)
         except DamagedRecordError as error:
-            is_needed = path.parent.name == FROZEN
+            is_needed = path.parent.name == FROZEN and store.readable(*path.parts[-4:-2]) is None
             remedy = "run it again, which writes it anew" if is_needed else "it is left out, and can be removed"
             print(f"{error}; {remedy}", flush=True)
             damaged += 1
@@ -58,6 +72,18 @@ def verify(outputs: Path, run: str | None) -> int:
     if damaged:
         raise UserError(f"{damaged} damaged; what is done about each stands above")
     return 0
+
+
+def _faults_of_code(outputs: Path, runs: Sequence[RunRecord] | None) -> Iterator[str]:
+    """Of the snapshots of these runs' code, or of all."""
+    snapshots = sorted((outputs / CODE).glob("[0-9a-f]*"))
+    for place in snapshots:
+        if runs is None or any(record.code == place.name for record in runs):
+            record = read_code(place)
+            unknown = f"{place / CODE_RECORD} is gone or damaged; start what was submitted with it again"
+            fault = unknown if record is None else edited_in(place, record["files"])
+            if fault is not None:
+                yield fault
 
 
 def _keys(outputs: Path) -> list[StageKey]:

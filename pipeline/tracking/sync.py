@@ -17,9 +17,9 @@ from pipeline.tracking.wandb_record import WANDB, WandbRecord, begun, read_recor
 from pipeline.tracking.wandb_run import Ending
 from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, read_frozen
-from pipeline.workflow.ownership import acquire
+from pipeline.workflow.ownership import ATTEMPTS, acquire
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
-from pipeline.workflow.record import METRICS, Replay
+from pipeline.workflow.record import METRICS, PICTURE, Replay, read_standing
 from pipeline.workflow.runs import read_runs, require_outputs
 
 _SECONDS_TO_ANSWER = 10.0
@@ -98,12 +98,14 @@ def _restored(work: Path) -> WandbRecord | None:
     """What a stage's lost record can be told anew from: its artifact knows the W&B run. None where it had none."""
     artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
     wandb_id = None if artifact is None else artifact.manifest.tracking.get("wandb_id")
-    if artifact is None or not isinstance(wandb_id, str):
+    if artifact is None or not isinstance(wandb_id, str) or not (work / ATTEMPTS).is_dir():  # it was made elsewhere
         return None
     lost = f"{work / WANDB} was lost or damaged"
     missing = METRICS if _has_lost_rows(work, artifact) else None if any((work / FROZEN).glob("*.json")) else FROZEN
     if missing is not None:
-        print(f"left out: {lost}, and {work / missing} is gone; the stage's rows are in {artifact.path / METRICS}")
+        print(
+            f"left out: {lost}, and {work / missing} is gone or cut; the stage's rows are in {artifact.path / METRICS}"
+        )
         return None
     record = replace(begun(_last_frozen(work)), id=wandb_id)
     write_record(work, record)
@@ -119,17 +121,19 @@ def _restore_rows(work: Path, artifact: Artifact, record: WandbRecord) -> None:
     kept = artifact.opened().path / METRICS
     if record.sent:
         raise UserError(
-            f"{work / METRICS} is gone, of which W&B has {record.sent} entries; put it back, or remove {work / WANDB} "
-            f"to leave the stage out, whose rows are in {kept}"
+            f"{work / METRICS} is gone or cut, of which W&B has {record.sent} entries; put it back, or remove "
+            f"{work / WANDB} to leave the stage out, whose rows are in {kept}"
         )
     beside = work / f".{METRICS}.{os.getpid()}"
     shutil.copyfile(kept, beside)
     beside.replace(work / METRICS)
-    print(f"{work / METRICS} was lost; its rows are taken from {kept}, without the pictures made meanwhile")
+    print(f"{work / METRICS} was lost or cut; its rows are taken from {kept}, without the pictures made meanwhile")
 
 
 def _has_lost_rows(work: Path, artifact: Artifact) -> bool:
-    return not (work / METRICS).exists() and any(each.path == METRICS for each in artifact.manifest.files)
+    """Whether it has fewer than the artifact, which got them all."""
+    here = sum(PICTURE not in entry for entry in read_standing(work))
+    return here < len(read_standing(artifact.path))
 
 
 def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:

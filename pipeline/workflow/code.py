@@ -59,10 +59,13 @@ class Code:
     def keep(self, outputs: Path) -> Path:
         """The snapshot under `outputs`, made if it is not there. Raises `UserError` where it was edited."""
         place = snapshot(outputs, self.digest)
-        if place.exists():
-            edited = next((name for name, content in self.files.items() if _read(place / name) != content), None)
+        record = {"digest": self.digest, **_surroundings(self.sources), "files": self.sha256}
+        if os.path.lexists(place):
+            edited = edited_in(place, self.sha256)
             if edited is not None:
-                raise UserError(f"{place / edited} is not as it was submitted; remove {place} and run again")
+                raise UserError(edited)
+            if read_record(place) is None:  # lost; the files say what it said
+                write_json_atomically(place / RECORD, record)
             return place
         building = place.with_name(f".{self.digest}-{os.getpid()}")
         for name, content in self.files.items():
@@ -70,7 +73,6 @@ class Code:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
             self._take_compiled(name, file)
-        record = {"digest": self.digest, **_surroundings(self.sources), "files": self.sha256}
         write_json_atomically(building / RECORD, record)
         try:
             building.rename(place)
@@ -99,6 +101,15 @@ class Code:
             target = Path(cache_from_source(str(file)))
             target.parent.mkdir(exist_ok=True)
             shutil.copy2(compiled, target)
+
+
+def edited_in(place: Path, digests: Mapping[str, str]) -> str | None:
+    """What is to be said of a snapshot of which a file has another SHA-256 than in `digests`, or is gone; else None."""
+    for name, sha256 in digests.items():
+        content = _read(place / name)
+        if content is None or hashlib.sha256(content).hexdigest() != sha256:
+            return f"{place / name} is not as it was submitted; remove {place} and run again"
+    return None
 
 
 def snapshot(outputs: Path, digest: str) -> Path:
@@ -155,6 +166,9 @@ def require(outputs: Path, digest: str) -> dict[str, Any]:
         raise UserError(
             f"the code of this stage is not at {place} any more; start it again, with the code as it is now"
         )
+    edited = edited_in(place, record["files"])
+    if edited is not None:
+        raise UserError(edited)
     return record
 
 

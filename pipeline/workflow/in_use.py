@@ -61,7 +61,7 @@ def _recorded_in(outputs: Path, plans: Sequence[Plan]) -> Iterator[list[Plan]]:
     with ExitStack() as stack:
         with store_lock(outputs):
             made = [plan if _stands(plan) else plan_run(plan.config, plan.overrides) for plan in plans]
-            stack.enter_context(_in_use(outputs, made))
+            stack.enter_context(in_use(outputs, _needs_of(made)))
             for code in {plan.code.digest: plan.code for plan in made}.values():
                 code.keep(outputs)
             for plan in made:
@@ -71,16 +71,19 @@ def _recorded_in(outputs: Path, plans: Sequence[Plan]) -> Iterator[list[Plan]]:
         yield made
 
 
-@contextmanager
-def _in_use(outputs: Path, plans: Sequence[Plan]) -> Iterator[None]:
-    """To be begun with the lock."""
+def _needs_of(plans: Sequence[Plan]) -> Needs:
     frozen = [stage.frozen for plan in plans for stage in plan.stages if stage.frozen is not None]
     stages = dict.fromkeys(key for each in frozen for key in ((each.stage, each.fingerprint), *each.reads))
-    needs = Needs(
+    return Needs(
         runs=[plan.config.run.name for plan in plans],
         stages=list(stages),
         code=sorted({plan.code.digest for plan in plans}),
     )
+
+
+@contextmanager
+def in_use(outputs: Path, needs: Needs) -> Iterator[None]:
+    """Have nobody take what a command needs. To be begun with the lock."""
     place = outputs / COMMANDS / uuid4().hex
     place.mkdir()
     owner = acquire(place, _LEASE_S, threading.Event())

@@ -147,11 +147,15 @@ def stages_with_members(records: Sequence[RunRecord]) -> list[tuple[RunStage, tu
     return [(stage, tuple(members)) for stage, members in found.values()]
 
 
+def earlier_paths(outputs: Path, name: str) -> list[Path]:
+    """Where the records stand that later configs of the run replaced."""
+    return sorted((run_directory(outputs, name) / EARLIER).glob("*.json"))
+
+
 def earlier_records(outputs: Path, name: str) -> dict[Path, RunRecord]:
     """Those that later configs of the run replaced, the latest first; what cannot be read as one is left out."""
     found = {}
-    paths = (run_directory(outputs, name) / EARLIER).glob("*.json")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in sorted(earlier_paths(outputs, name), key=lambda path: path.lstat().st_mtime, reverse=True):
         record = read_or_none(_RECORD, path, "it is left out")
         if record is not None:
             found[path] = record
@@ -174,6 +178,9 @@ def read_run(outputs: Path, name: str) -> RunRecord:
     except (FileNotFoundError, NotADirectoryError) as error:
         names = run_names(outputs)
         require_runs(outputs)
+        if name in names and not path.parent.is_dir():
+            mended = f"bring that back, or remove this: {typed(outputs, 'rm', name, '--delete')}"
+            raise DamagedRunError(name, f"{path.parent} is no folder of a run; {mended}") from error
         if name in names:
             raise DamagedRunError(name, f"{path} is gone; {_mended(outputs, name)}") from error
         known = f"runs there: {', '.join(names)}" if names else "there is no run yet: start one with `unclip run`"
@@ -252,10 +259,11 @@ def run_names(outputs: Path) -> list[str]:
 
 
 def _changed_at(run: Path) -> float | None:
-    """When a run's record was written, or its folder changed that has lost it; None of what is no folder."""
-    with suppress(OSError):
-        return (run / RECORD).stat().st_mtime
-    return run.stat().st_mtime if run.is_dir() else None
+    """When a run's record was written, or what stands there without one; None where nothing does any more."""
+    for path in (run / RECORD, run):
+        with suppress(OSError):
+            return path.lstat().st_mtime
+    return None
 
 
 def require_runs(outputs: Path) -> None:
@@ -360,6 +368,9 @@ def gather_pictures(outputs: Path, record: RunRecord, directory: Path | None = N
     copies = []
     for stage, artifact in run_artifacts(outputs, record).items():
         for picture in artifact.pictures():
-            copies.append(directory / f"{stage}-{picture.name}")
-            shutil.copyfile(picture, copies[-1])
+            copy = directory / f"{stage}-{picture.name}"
+            if copy.is_symlink():  # not to where it leads
+                copy.unlink()
+            shutil.copyfile(picture, copy)
+            copies.append(copy)
     return copies

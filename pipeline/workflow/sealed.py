@@ -4,6 +4,7 @@ Files that grow have a record a line, which ends with its CRC-32. A record from 
 is read for what it holds.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -46,7 +47,11 @@ def write_json_atomically(path: Path, value: Mapping[str, Any], *, is_flushed: b
         if is_flushed:
             file.flush()
             os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # what is in the way, not what was to come
 
 
 def digest_of(value: Any) -> str:
@@ -55,11 +60,15 @@ def digest_of(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The values of a record. Raises `DamagedRecordError` for any other bytes, and `OSError` as reading does."""
+    """The values of a record. Raises `DamagedRecordError` for anything else there, and `OSError` as reading does."""
     try:
         values = from_json(path.read_bytes())
-    except (ValueError, IsADirectoryError) as error:
-        said = "it is a directory" if isinstance(error, IsADirectoryError) else error
+    except ValueError as error:
+        raise DamagedRecordError(f"{path} cannot be read ({error})") from error
+    except OSError as error:
+        said = {errno.EISDIR: "it is a directory", errno.ELOOP: "it is a link to itself"}.get(error.errno or 0)
+        if said is None:
+            raise
         raise DamagedRecordError(f"{path} cannot be read ({said})") from error
     if not isinstance(values, dict):
         raise DamagedRecordError(f"{path} cannot be read (it holds no record)")

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from pipeline.launch.run import start
 from pipeline.terminal.display import Display
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.code import RECORD, current_code, snapshot
+from pipeline.workflow.frozen import write_frozen
 from pipeline.workflow.plan import Plan, plan_run
-from pipeline.workflow.progress import Outcome
+from pipeline.workflow.progress import Outcome, read_failure
 from pipeline.workflow.runs import read_run
 from tests.support import ROOT
 from tests.support.fakes import run_config
@@ -147,7 +149,9 @@ def test_a_module_that_changed_under_the_same_version_is_pointed_out(own: Path, 
     )
 
 
-def test_code_that_is_gone_or_was_edited_ends_in_a_line(own: Path, tmp_path: Path):
+def test_code_that_was_edited_ends_in_a_line_and_a_record_of_it_that_was_lost_is_written_anew(
+    own: Path, tmp_path: Path
+):
     plan = planned(tmp_path)
     place = plan.code.keep(tmp_path)
     file = place / "own" / "painting" / "work.py"
@@ -156,9 +160,30 @@ def test_code_that_is_gone_or_was_edited_ends_in_a_line(own: Path, tmp_path: Pat
         started(plan)
     (place / RECORD).unlink()
     file.write_text(PACKAGE["painting/work.py"])
-    outcome = started(plan)
-    assert outcome.failure is not None
-    assert f"the code of this stage is not at {place} any more; start it again" in outcome.failure.message
+    assert started(plan).outcome is Outcome.FINISHED
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_worker_refuses_code_that_was_edited_or_lost_since_it_was_submitted(own: Path, tmp_path: Path, is_gone: bool):
+    """As where a queue starts a job again."""
+    plan = planned(tmp_path)
+    place = plan.code.keep(tmp_path)
+    file = place / "own" / "painting" / "work.py"
+    stage = plan.with_code().stages[0].frozen
+    assert stage is not None
+    frozen = write_frozen(stage)
+    if is_gone:
+        (place / RECORD).unlink()
+    else:
+        file.write_text(f"{PACKAGE['painting/work.py']}\n# edited\n")
+    assert subprocess.run([sys.executable, "-m", "pipeline.training.worker", str(frozen.path)]).returncode != 0
+    failure = read_failure(stage.work)
+    assert failure is not None
+    if is_gone:
+        assert f"the code of this stage is not at {place} any more; start it again" in failure.message
+    else:
+        assert failure.message == f"{file} is not as it was submitted; remove {place} and run again"
+    assert not list(tmp_path.glob("artifacts/*/*/manifest.json"))
 
 
 def test_a_package_with_data_in_it_is_refused(own: Path, tmp_path: Path):

@@ -74,6 +74,28 @@ def test_what_is_damaged_while_it_is_open_is_on_the_page_that_is_made_next(
     assert f"{lost.name} is missing" in content.page()
 
 
+def test_what_changes_below_an_artifact_s_folder_makes_another_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small_world.run(tmp_path, "first", weight=0.1)
+    monkeypatch.setattr("pipeline.board.content.SECONDS_FRESH", 0.0)
+    (artifact,) = (tmp_path / "artifacts" / "painter").iterdir()
+    nested = artifact / "network" / "weights.safetensors"
+    nested.parent.mkdir()
+    nested.write_bytes(b"1234")
+    content = Content(tmp_path, [])
+    before = content.now().version
+    assert content.now().version == before
+    nested.write_bytes(b"12")
+    assert content.now().version != before
+
+
+def test_a_directory_in_the_place_of_an_artifact_s_rows_is_damage_and_no_end_of_the_board(tmp_path: Path):
+    small_world.run(tmp_path, "first", weight=0.1)
+    (artifact,) = (tmp_path / "artifacts" / "painter").iterdir()
+    (artifact / "metrics.jsonl").unlink()
+    (artifact / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl" in Content(tmp_path, []).page()
+
+
 def test_nothing_but_the_page_and_its_news_is_served(tmp_path: Path):
     small_world.run(tmp_path, "first", weight=0.1)
     with served(tmp_path) as server:

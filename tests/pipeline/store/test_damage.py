@@ -166,9 +166,12 @@ def test_a_damaged_record_of_a_stage_is_named_with_what_can_be_done(
     (frozen,) = (work / "frozen").glob("*.json")
     frozen.write_bytes(b"\xff")
     status, text = shown(capsys, "verify", "first", "--outputs", str(outputs))
-    assert status == 2
-    assert "it is left out, and can be removed" in text
-    assert "run it again, which writes it anew" in text
+    assert (status, text.count("it is left out, and can be removed")) == (2, 2)
+    frozen.unlink()
+    frozen.symlink_to(frozen)
+    shutil.rmtree(clip.path)  # from now on it is needed
+    text = shown(capsys, "verify", "first", "--outputs", str(outputs))[1]
+    assert f"{frozen} cannot be read (it is a link to itself); run it again, which writes it anew" in text
 
 
 def test_the_manifest_of_another_artifact_of_the_stage_is_damage(outputs: Path, capsys: pytest.CaptureFixture[str]):
@@ -220,6 +223,48 @@ def test_an_artifact_that_was_pulled_and_taken_away_is_missed_by_every_command(
     assert (plan[stage].action, plan[stage].reason) == (Action.RUN, f"anew, as {place} is gone")
     assert "pulled" in said("pull", "first", str(tmp_path / "remote"), *at)
     assert shown(capsys, "verify", "first", *at)[0] == 0
+
+
+def test_what_is_there_in_place_of_a_run_is_named_and_can_be_removed(
+    outputs: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+):
+    at = ("--outputs", str(outputs))
+    held = tmp_path_factory.mktemp("held") / "first"
+    (outputs / "runs" / "first").rename(held)
+    (outputs / "runs" / "first").symlink_to(tmp_path_factory.getbasetemp() / "not mounted")
+    for command in (("verify", "--all"), ("status", "first"), ("du",)):
+        text = shown(capsys, *command, *at)[1]
+        assert f"{outputs / 'runs' / 'first'} is no folder of a run" in text, command
+    assert "removed first" in said("rm", "first", "--delete", *at)
+    held.rename(outputs / "runs" / "first")
+    assert shown(capsys, "verify", "--all", *at)[0] == 0
+
+
+def test_push_does_not_call_an_artifact_that_was_taken_away_unfinished(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pulled = pulled_from(outputs, tmp_path)
+    (place,) = (pulled / "artifacts" / "decoder").iterdir()
+    shutil.rmtree(place)
+    status, text = shown(capsys, "push", "first", str(tmp_path / "another"), "--outputs", str(pulled))
+    assert (status, f"without decoder: {place} is gone; put it back, or run again" in text) == (2, True)
+
+
+def test_verify_reads_the_snapshots_of_code(outputs: Path, capsys: pytest.CaptureFixture[str]):
+    place = planned(outputs, OnDamage.STOP).code.keep(outputs)
+    at = ("--outputs", str(outputs))
+    assert shown(capsys, "verify", "--all", *at)[0] == 0
+    file = place / "pipeline" / "config.py"
+    content = file.read_bytes()
+    file.write_bytes(content + b"\n")
+    assert (
+        f"{file} is not as it was submitted; remove {place} and run again" in shown(capsys, "verify", "--all", *at)[1]
+    )
+    file.write_bytes(content)
+    (place / "code.json").write_bytes(b"{")
+    assert f"{place / 'code.json'} is gone or damaged" in shown(capsys, "verify", "--all", *at)[1]
+    planned(outputs, OnDamage.STOP).code.keep(outputs)
+    assert shown(capsys, "verify", "--all", *at)[0] == 0
 
 
 def pulled_from(outputs: Path, beside: Path) -> Path:

@@ -226,6 +226,26 @@ def empty_the_folder(outputs: Path) -> str:
     return r"runs/second/run.json is gone; run second again, or remove it: unclip rm second --delete"
 
 
+def have_a_file_in_place_of_a_run(outputs: Path) -> str:
+    shutil.rmtree(run_directory(outputs, "second"))
+    run_directory(outputs, "second").write_bytes(b"")
+    return r"runs/second is no folder of a run; bring that back, or remove this: unclip rm second --delete"
+
+
+def have_a_link_to_nothing_in_place_of_a_run(outputs: Path) -> str:
+    shutil.rmtree(run_directory(outputs, "second"))
+    run_directory(outputs, "second").symlink_to(outputs / "not mounted")
+    return r"runs/second is no folder of a run; bring that back, or remove this: unclip rm second --delete"
+
+
+def damage_what_a_pin_keeps(outputs: Path) -> str:
+    finish(record(outputs, "second", weight=0.5).values())
+    pin(outputs, "second", is_pinned=True)
+    (earlier,) = (run_directory(outputs, "second") / "earlier").glob("*.json")
+    earlier.write_bytes(b"{")
+    return f"{earlier} cannot be read, so that what pinned run second keeps is not known; .* unclip gc --unpin second"
+
+
 def have_a_file_in_place_of_the_runs(outputs: Path) -> str:
     shutil.rmtree(outputs / "runs")
     (outputs / "runs").write_bytes(b"")
@@ -248,6 +268,9 @@ def lose_the_runs(outputs: Path) -> str:
     [
         lose_the_record,
         empty_the_folder,
+        have_a_file_in_place_of_a_run,
+        have_a_link_to_nothing_in_place_of_a_run,
+        damage_what_a_pin_keeps,
         have_a_file_in_place_of_the_runs,
         have_a_link_to_nothing_in_place_of_the_runs,
         lose_the_runs,

@@ -119,6 +119,32 @@ def test_what_is_finished_there_and_lost_is_no_unfinished_stage(
     assert contents(theirs, ["artifacts"]) == contents(mine, ["artifacts"])
 
 
+def test_what_a_pull_has_fetched_is_left_by_gc_and_what_a_power_cut_spoilt_of_it_is_fetched_anew(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place, theirs = tmp_path / "there", tmp_path / "theirs"
+    push(mine, "first", str(place), print)
+    get, collected = RemoteStore.get, []
+
+    def get_and_collect(remote: RemoteStore, name: str, file: Path) -> None:
+        if name.startswith("artifacts/decoder/") and not collected:
+            collected.append(said("gc", "--delete", "--older-than", "0m", "--outputs", str(theirs)))
+            raise KeyboardInterrupt
+        get(remote, name, file)
+
+    monkeypatch.setattr(RemoteStore, "get", get_and_collect)
+    with pytest.raises(KeyboardInterrupt):
+        pull(theirs, "first", str(place), print)
+    assert "clip" in {stage for stage, _ in there(theirs)}
+    (staging,) = theirs.glob(f"{PULLING}*")
+    (fingerprint,) = (each.name for each in (place / "artifacts" / "decoder").iterdir())
+    spoilt = ArtifactStore(staging).path("decoder", fingerprint) / "weights.bin"
+    spoilt.parent.mkdir(parents=True)
+    spoilt.write_bytes(bytes((place / "artifacts" / "decoder" / fingerprint / "weights.bin").stat().st_size))
+    pull(theirs, "first", str(place), print)
+    assert contents(theirs, ["artifacts"]) == contents(mine, ["artifacts"])
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_a_pull_mends_what_is_damaged_here(mine: Path, tmp_path: Path, damage: str):
     place, theirs = tmp_path / "there", tmp_path / "theirs"
@@ -162,6 +188,11 @@ def test_a_folder_where_a_file_should_be_there_is_said_in_a_line(
     for _ in range(2):
         line = refused(capsys, "pull", "first", str(place), "--outputs", str(tmp_path / "theirs"))
         assert f"type unclip push first {place} --anew, then pull it again" in line
+    again = refused(capsys, "push", "first", str(place), "--outputs", str(mine), "--anew")
+    assert f"{file.relative_to(place)} cannot be written: a file or directory is in the way there; remove it" in again
+    file.rmdir()
+    push(mine, "first", str(place), print, is_anew=True)
+    pull(tmp_path / "theirs", "first", str(place), print)
 
 
 def test_a_push_without_a_stage_that_is_damaged_ends_with_a_line_on_it(

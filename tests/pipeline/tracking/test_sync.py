@@ -43,6 +43,10 @@ def copied(stage: FrozenStage, outputs: Path) -> FrozenStage:
     return stage.model_copy(update={"outputs": outputs})
 
 
+def cut(rows: Path) -> None:
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:2]))
+
+
 def require_every_row_once(server: WandbServer) -> None:
     assert server.only_run.axis("train/loss") == ALL
     assert [row["_step"] for row in server.only_run.rows] == list(range(len(server.only_run.rows)))
@@ -146,13 +150,18 @@ def test_a_stage_whose_artifact_is_damaged_does_not_keep_others_from_the_server(
     assert server.only_run.ended_with == [0]  # of the other
 
 
+@pytest.mark.parametrize("lose", [Path.unlink, cut, lambda path: path.write_bytes(b"")], ids=["gone", "cut", "empty"])
 def test_a_finished_stage_that_lost_its_rows_is_told_with_those_of_its_artifact(
-    tmp_path: Path, trained: FrozenStage, server: WandbServer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    trained: FrozenStage,
+    server: WandbServer,
+    capsys: pytest.CaptureFixture[str],
+    lose: Callable[[Path], object],
 ):
     stage = copied(trained, tmp_path / "outputs")
-    (stage.work / METRICS).unlink()
+    lose(stage.work / METRICS)
     assert sync([stage.work], server.address) == Synced(sent=[stage.work])
-    assert f"{stage.work / METRICS} was lost; its rows are taken from" in capsys.readouterr().out
+    assert f"{stage.work / METRICS} was lost or cut; its rows are taken from" in capsys.readouterr().out
     assert server.only_run.axis("train/loss") == ALL
     assert server.only_run.ended_with == [0]
     assert sync([stage.work], server.address) == Synced()
@@ -168,12 +177,25 @@ def test_a_finished_stage_that_lost_its_rows_is_not_told_as_one_without_any(
     (stage.work / METRICS).unlink()
     kept = stage.store.path(*stage.key) / METRICS
     remedy = f"or remove {stage.work / WANDB} to leave the stage out, whose rows are in {kept}"
-    with pytest.raises(UserError, match=f"metrics.jsonl is gone, of which W&B has 3 entries; put it back, {remedy}"):
+    with pytest.raises(
+        UserError, match=f"metrics.jsonl is gone or cut, of which W&B has 3 entries; put it back, {remedy}"
+    ):
         sync([stage.work], server.address)
     (stage.work / WANDB).unlink()
     assert sync([stage.work], server.address) == Synced()
-    assert f"metrics.jsonl is gone; the stage's rows are in {kept}" in capsys.readouterr().out
+    assert f"metrics.jsonl is gone or cut; the stage's rows are in {kept}" in capsys.readouterr().out
     assert server.runs == {}
+
+
+def test_of_a_stage_that_was_made_elsewhere_nothing_is_said(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer, capsys: pytest.CaptureFixture[str]
+):
+    """As of one that was pulled."""
+    stage = copied(trained, tmp_path / "outputs")
+    shutil.rmtree(stage.work)
+    stage.work.mkdir()
+    assert sync([stage.work], server.address) == Synced()
+    assert capsys.readouterr().out == ""
 
 
 def test_sync_of_what_is_no_directory_says_so(tmp_path: Path):

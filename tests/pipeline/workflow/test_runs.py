@@ -91,6 +91,18 @@ def state(outputs: Path, name: str) -> tuple[str, str]:
     return stage_state(ArtifactStore(outputs), next(stage for stage in run.stages if stage.name == name))
 
 
+def test_a_gathered_picture_that_became_a_link_is_written_anew(tmp_path: Path):
+    record(tmp_path, "first")
+    publish(plan(tmp_path)["decoder"], b"picture", file="samples.png")
+    run = read_run(tmp_path, "first")
+    copies = gather_pictures(tmp_path, run)
+    copies[0].unlink()
+    copies[0].symlink_to(tmp_path / "not there" / "at all.png")
+    assert gather_pictures(tmp_path, run) == copies
+    assert copies[0].is_file()
+    assert not copies[0].is_symlink()
+
+
 def test_a_stage_s_state_is_read_from_its_files(tmp_path: Path):
     record(tmp_path, "first")
     clip = plan(tmp_path)["clip"]
