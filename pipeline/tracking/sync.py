@@ -131,9 +131,9 @@ def _restore_rows(work: Path, artifact: Artifact, record: WandbRecord) -> None:
 
 
 def _has_lost_rows(work: Path, artifact: Artifact) -> bool:
-    """Whether it has fewer than the artifact, which got them all."""
-    here = sum(PICTURE not in entry for entry in read_standing(work))
-    return here < len(read_standing(artifact.path))
+    """Whether they do not end as those of the artifact, which got them all."""
+    here = [entry for entry in read_standing(work) if PICTURE not in entry]
+    return here[-1:] != read_standing(artifact.path)[-1:]
 
 
 def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:

@@ -59,13 +59,12 @@ class Code:
     def keep(self, outputs: Path) -> Path:
         """The snapshot under `outputs`, made if it is not there. Raises `UserError` where it was edited."""
         place = snapshot(outputs, self.digest)
-        record = {"digest": self.digest, **_surroundings(self.sources), "files": self.sha256}
         if os.path.lexists(place):
             edited = edited_in(place, self.sha256)
             if edited is not None:
                 raise UserError(edited)
             if read_record(place) is None:  # lost; the files say what it said
-                write_json_atomically(place / RECORD, record)
+                self._write_record(place)
             return place
         building = place.with_name(f".{self.digest}-{os.getpid()}")
         for name, content in self.files.items():
@@ -73,7 +72,7 @@ class Code:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
             self._take_compiled(name, file)
-        write_json_atomically(building / RECORD, record)
+        self._write_record(building)
         try:
             building.rename(place)
         except OSError:  # another command was as fast
@@ -90,6 +89,10 @@ class Code:
             if name.startswith(within) and name.endswith(".py") and before.get(name) != now.get(name)
             and not name.startswith(_OF_NO_STAGE)
         )  # fmt: skip
+
+    def _write_record(self, place: Path) -> None:
+        record = {"digest": self.digest, **_surroundings(self.sources), "files": self.sha256}
+        write_json_atomically(place / RECORD, record)
 
     def _take_compiled(self, name: str, file: Path) -> None:
         """Bring what Python has compiled of a module, which is valid for a file of the same age."""
