@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, is_disk_full
-from pipeline.store.references import PIN, read_references
+from pipeline.store.references import read_references
 from pipeline.store.removable import Found, Removable, obstacle, removables, split
 from pipeline.store.trash import delete_in_place, empty_trash, in_trash, set_aside
 from pipeline.workflow.in_use import forget_ended_commands, store_lock
-from pipeline.workflow.runs import read_runs, run_directory
+from pipeline.workflow.runs import PIN, read_runs, run_directory
 
 DEFAULT_AGE = "6h"
 

@@ -10,25 +10,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.errors import UserError, typed
+from pipeline.errors import UserError
 from pipeline.launch.launcher import launchers
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, StageKey, read_frozen
 from pipeline.workflow.in_use import commands_at_work
 from pipeline.workflow.ownership import at_work
 from pipeline.workflow.runs import (
+    PIN,
     RunRecord,
-    earlier_paths,
     earlier_records,
     keys_of,
+    lost_earlier_records,
     read_run,
     require_runs,
     run_directory,
     run_names,
 )
 
-PIN = "pinned"
-"""The file in a run's folder that keeps what its earlier configs made, its checkpoints, and the run."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -84,7 +83,8 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
         code.add(record.code or "")
         known = earlier_records(outputs, name)
         if name in pinned:
-            _require_all(outputs, name, known)
+            for lost in lost_earlier_records(outputs, name, known):
+                raise UserError(lost)
         for path, replaced in known.items():
             if name in pinned:
                 needed += keys_of(replaced)
@@ -109,17 +109,6 @@ def read_references(outputs: Path, jobs: Mapping[Path, str], without: Collection
     code |= {each.code or "" for key in goes_on for each in inputs.frozen_of(key)}
     of_keys = {key: tuple(names) for key, names in users.items()}
     return References(records, of_keys, busy, busy_runs, earlier, pinned, code)
-
-
-def _require_all(outputs: Path, name: str, known: Collection[Path]) -> None:
-    """Refuse a pinned run of whose earlier configs one cannot be read."""
-    lost = [path for path in earlier_paths(outputs, name) if path not in known]
-    if lost:
-        unpin = typed(outputs, "gc", "--unpin", name)
-        raise UserError(
-            f"{lost[0]} cannot be read, so that what pinned run {name} keeps is not known; put an intact copy there, "
-            f"or unpin it: {unpin}"
-        )
 
 
 def jobs_at_work(outputs: Path) -> dict[Path, str]:

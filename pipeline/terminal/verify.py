@@ -14,8 +14,9 @@ from pipeline.workflow.frozen import FROZEN, StageKey
 from pipeline.workflow.ownership import TAKEN_AWAY, was_published
 from pipeline.workflow.runs import (
     RunRecord,
-    earlier_paths,
+    earlier_records,
     keys_of,
+    lost_earlier_records,
     read_readable,
     read_runs,
     require_outputs,
@@ -45,8 +46,10 @@ def verify(outputs: Path, run: str | None) -> int:
         runs = read_runs(outputs, run)
         keys = list(dict.fromkeys(key for record in runs for key in keys_of(record)))
     store = store_of(outputs, runs)
-    records = [path for record in runs for path in earlier_paths(outputs, record.name)]
-    faults = [*map(str, unreadable), *_faults_of_code(outputs, None if run is None else runs)]
+    records: list[Path] = []
+    earlier = ((each.name, earlier_records(outputs, each.name)) for each in runs)
+    lost = [line for name, known in earlier for line in lost_earlier_records(outputs, name, known)]
+    faults = [*map(str, unreadable), *lost, *_faults_of_code(outputs, None if run is None else runs)]
     damaged = len(faults)
     for fault in faults:
         print(fault, flush=True)
@@ -80,7 +83,7 @@ def _faults_of_code(outputs: Path, runs: Sequence[RunRecord] | None) -> Iterator
     for place in snapshots:
         if runs is None or any(record.code == place.name for record in runs):
             record = read_code(place)
-            unknown = f"{place / CODE_RECORD} is gone or damaged; start what was submitted with it again"
+            unknown = f"{place / CODE_RECORD} is gone or damaged; remove {place} and run again"
             fault = unknown if record is None else edited_in(place, record["files"])
             if fault is not None:
                 yield fault

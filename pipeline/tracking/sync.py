@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, read_frozen
 from pipeline.workflow.ownership import ATTEMPTS, acquire
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
-from pipeline.workflow.record import METRICS, PICTURE, Replay, read_standing
+from pipeline.workflow.record import METRICS, PICTURE, Entry, Replay, read_standing
 from pipeline.workflow.runs import read_runs, require_outputs
 
 _SECONDS_TO_ANSWER = 10.0
@@ -101,13 +102,12 @@ def _restored(work: Path) -> WandbRecord | None:
     if artifact is None or not isinstance(wandb_id, str) or not (work / ATTEMPTS).is_dir():  # it was made elsewhere
         return None
     lost = f"{work / WANDB} was lost or damaged"
-    missing = METRICS if _has_lost_rows(work, artifact) else None if any((work / FROZEN).glob("*.json")) else FROZEN
-    if missing is not None:
-        print(
-            f"left out: {lost}, and {work / missing} is gone or cut; the stage's rows are in {artifact.path / METRICS}"
-        )
+    frozen = _last_frozen(work)
+    if frozen is None or _has_lost_rows(work, artifact):
+        missing, rows = work / (FROZEN if frozen is None else METRICS), artifact.path / METRICS
+        print(f"left out: {lost}, and {missing} is gone or damaged; the stage's rows are in {rows}")
         return None
-    record = replace(begun(_last_frozen(work)), id=wandb_id)
+    record = replace(begun(frozen), id=wandb_id)
     write_record(work, record)
     print(f"{lost}; it is written anew, for the W&B run of the stage's artifact")
     return record
@@ -116,14 +116,16 @@ def _restored(work: Path) -> WandbRecord | None:
 def _restore_rows(work: Path, artifact: Artifact, record: WandbRecord) -> None:
     """Take the artifact's rows for those that were lost, before W&B has any: the artifact has no pictures' entries.
 
-    Raises `UserError` where W&B has some, as it counts the entries.
+    Where W&B has some, as it counts the entries, damaged ones are left out, and `UserError` is raised for lost ones.
     """
     kept = artifact.opened().path / METRICS
-    if record.sent:
+    if record.sent and _is_cut(work, artifact):
         raise UserError(
             f"{work / METRICS} is gone or cut, of which W&B has {record.sent} entries; put it back, or remove "
             f"{work / WANDB} to leave the stage out, whose rows are in {kept}"
         )
+    if record.sent:
+        return
     beside = work / f".{METRICS}.{os.getpid()}"
     shutil.copyfile(kept, beside)
     beside.replace(work / METRICS)
@@ -131,9 +133,19 @@ def _restore_rows(work: Path, artifact: Artifact, record: WandbRecord) -> None:
 
 
 def _has_lost_rows(work: Path, artifact: Artifact) -> bool:
-    """Whether they do not end as those of the artifact, which got them all."""
-    here = [entry for entry in read_standing(work) if PICTURE not in entry]
-    return here[-1:] != read_standing(artifact.path)[-1:]
+    """Whether they are not those of the artifact, which got them all."""
+    return _rows(work) != read_standing(artifact.path)
+
+
+def _is_cut(work: Path, artifact: Artifact) -> bool:
+    """Whether lines are gone, as far as their number and the last one tell."""
+    rows = read_standing(artifact.path)
+    lines = (work / METRICS).read_bytes().count(b"\n") if (work / METRICS).exists() else 0
+    return lines < len(rows) or _rows(work)[-1:] != rows[-1:]
+
+
+def _rows(work: Path) -> list[Entry]:
+    return [entry for entry in read_standing(work) if PICTURE not in entry]
 
 
 def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:
@@ -145,7 +157,11 @@ def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:
 def _lacks(work: Path) -> bool:
     record, replay = read_record(work), Replay(work)
     artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
-    if record is not None and record.told is None and artifact is not None and _has_lost_rows(work, artifact):
+    if record is not None and artifact is not None and _has_lost_rows(work, artifact):
+        if record.told == Ending.FINISHED.value:
+            rows = artifact.path / METRICS
+            print(f"{work / METRICS} is gone or damaged; W&B has all of it, and the stage's rows are in {rows}")
+            return False
         _restore_rows(work, artifact, record)
     for _ in replay.new():
         pass
@@ -183,23 +199,27 @@ def _sync_one(work: Path, record: WandbRecord) -> bool:
 
 
 def _send(work: Path, record: WandbRecord) -> None:
+    frozen = _last_frozen(work)
+    if frozen is None:
+        raise UserError(
+            f"{work} has no frozen stage that can be read, from which W&B's config could be told; if the stage is "
+            f"finished, remove {work / WANDB} to leave it out, else run it again"
+        )
     print(f"uploading {record.name} ({work})", flush=True)
     with tempfile.TemporaryFile("w+") as said:
-        if not has_all(start_sender(_last_frozen(work), _ending_of(work), said), _SECONDS_TO_SEND_ONE):
+        if not has_all(start_sender(frozen, _ending_of(work), said), _SECONDS_TO_SEND_ONE):
             said.seek(0)
             last = ["it took too long", *said.read().strip().splitlines()][-1]
             raise UserError(f"{record.name} was not uploaded: {last}; see `wandb login`, then run this again")
 
 
-def _last_frozen(work: Path) -> FrozenStage:
-    files = sorted((work / FROZEN).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise UserError(
-            f"{work} has no frozen stage, from which W&B's config could be told; if the stage is finished, remove "
-            f"{work / WANDB} to leave it out, else run it again"
-        )
-    # Of another host the outputs may have another path here.
-    return read_frozen(files[-1]).model_copy(update={"outputs": work.parents[2]})
+def _last_frozen(work: Path) -> FrozenStage | None:
+    """What the stage was started by last, of what can be read."""
+    for file in sorted((work / FROZEN).glob("*.json"), key=lambda path: -path.lstat().st_mtime):
+        with suppress(UserError, OSError):
+            # Of another host the outputs may have another path here.
+            return read_frozen(file).model_copy(update={"outputs": work.parents[2]})
+    return None
 
 
 def _require(server: str) -> None:

@@ -165,6 +165,8 @@ def require(outputs: Path, digest: str) -> dict[str, Any]:
     """The record of the snapshot that this process runs. Raises `UserError` where it runs any other code."""
     place = snapshot(outputs, digest)
     record = read_record(place)
+    if os.path.lexists(place) and record is None:
+        raise UserError(f"{place / RECORD} is gone or damaged; remove {place} and run again")
     if _ROOT.name != digest or record is None:
         raise UserError(
             f"the code of this stage is not at {place} any more; start it again, with the code as it is now"

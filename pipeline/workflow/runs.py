@@ -32,6 +32,8 @@ from pipeline.workflow.sealed import (
 BUILDING = "."
 """Before the name of a run's folder that is not there yet."""
 RECORD = "run.json"
+PIN = "pinned"
+"""The file in a run's folder that keeps what its earlier configs made, its checkpoints, and the run."""
 EARLIER = "earlier"
 """Beside the record: those that later configs of the same run replaced, for the jobs that were queued with them."""
 PICTURES = "pictures"
@@ -148,8 +150,20 @@ def stages_with_members(records: Sequence[RunRecord]) -> list[tuple[RunStage, tu
 
 
 def earlier_paths(outputs: Path, name: str) -> list[Path]:
-    """Where the records stand that later configs of the run replaced."""
-    return sorted((run_directory(outputs, name) / EARLIER).glob("*.json"))
+    """Where the records stand that later configs of the run replaced; or what is in their folder's place."""
+    folder = run_directory(outputs, name) / EARLIER
+    if os.path.lexists(folder) and not folder.is_dir():
+        return [folder]
+    return sorted(folder.glob("*.json"))
+
+
+def lost_earlier_records(outputs: Path, name: str, known: Collection[Path]) -> list[str]:
+    """What is to be said of those that are not among the `known`, which could be read."""
+    remedy = "it is left out, and can be removed"
+    if (run_directory(outputs, name) / PIN).exists():
+        unpin = typed(outputs, "gc", "--unpin", name)
+        remedy = f"what pinned run {name} keeps is not known: put an intact copy there, or unpin it: {unpin}"
+    return [f"{path} cannot be read; {remedy}" for path in earlier_paths(outputs, name) if path not in known]
 
 
 def earlier_records(outputs: Path, name: str) -> dict[Path, RunRecord]:

@@ -180,7 +180,7 @@ def test_a_worker_refuses_code_that_was_edited_or_lost_since_it_was_submitted(ow
     failure = read_failure(stage.work)
     assert failure is not None
     if is_gone:
-        assert f"the code of this stage is not at {place} any more; start it again" in failure.message
+        assert failure.message == f"{place / RECORD} is gone or damaged; remove {place} and run again"
     else:
         assert failure.message == f"{file} is not as it was submitted; remove {place} and run again"
     assert not list(tmp_path.glob("artifacts/*/*/manifest.json"))

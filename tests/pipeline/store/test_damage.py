@@ -250,6 +250,21 @@ def test_push_does_not_call_an_artifact_that_was_taken_away_unfinished(
     assert (status, f"without decoder: {place} is gone; put it back, or run again" in text) == (2, True)
 
 
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_verify_names_a_damaged_record_of_an_earlier_config_with_what_a_pin_asks_for(
+    outputs: Path, capsys: pytest.CaptureFixture[str], is_pinned: bool
+):
+    at = ("--outputs", str(outputs))
+    record(outputs, "second", weight=0.7)
+    (earlier,) = (outputs / "runs" / "second" / "earlier").glob("*.json")
+    earlier.write_text("{}")
+    if is_pinned:
+        (outputs / "runs" / "second" / "pinned").touch()
+    status, text = shown(capsys, "verify", "--all", *at)
+    remedy = "put an intact copy there, or unpin it: unclip gc" if is_pinned else "it is left out, and can be removed"
+    assert (status, f"{earlier} cannot be read" in text, remedy in text) == (2, True, True)
+
+
 def test_verify_reads_the_snapshots_of_code(outputs: Path, capsys: pytest.CaptureFixture[str]):
     place = planned(outputs, OnDamage.STOP).code.keep(outputs)
     at = ("--outputs", str(outputs))
@@ -262,7 +277,10 @@ def test_verify_reads_the_snapshots_of_code(outputs: Path, capsys: pytest.Captur
     )
     file.write_bytes(content)
     (place / "code.json").write_bytes(b"{")
-    assert f"{place / 'code.json'} is gone or damaged" in shown(capsys, "verify", "--all", *at)[1]
+    assert (
+        f"{place / 'code.json'} is gone or damaged; remove {place} and run again"
+        in shown(capsys, "verify", "--all", *at)[1]
+    )
     planned(outputs, OnDamage.STOP).code.keep(outputs)
     assert shown(capsys, "verify", "--all", *at)[0] == 0
 

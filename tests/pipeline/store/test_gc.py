@@ -243,7 +243,16 @@ def damage_what_a_pin_keeps(outputs: Path) -> str:
     pin(outputs, "second", is_pinned=True)
     (earlier,) = (run_directory(outputs, "second") / "earlier").glob("*.json")
     earlier.write_bytes(b"{")
-    return f"{earlier} cannot be read, so that what pinned run second keeps is not known; .* unclip gc --unpin second"
+    return f"{earlier} cannot be read; what pinned run second keeps is not known: .* unclip gc --unpin second"
+
+
+def link_what_a_pin_keeps_to_nothing(outputs: Path) -> str:
+    finish(record(outputs, "second", weight=0.5).values())
+    pin(outputs, "second", is_pinned=True)
+    earlier = run_directory(outputs, "second") / "earlier"
+    shutil.rmtree(earlier)
+    earlier.symlink_to(outputs / "not mounted")
+    return f"{earlier} cannot be read; what pinned run second keeps is not known: .* unclip gc --unpin second"
 
 
 def have_a_file_in_place_of_the_runs(outputs: Path) -> str:
@@ -271,6 +280,7 @@ def lose_the_runs(outputs: Path) -> str:
         have_a_file_in_place_of_a_run,
         have_a_link_to_nothing_in_place_of_a_run,
         damage_what_a_pin_keeps,
+        link_what_a_pin_keeps_to_nothing,
         have_a_file_in_place_of_the_runs,
         have_a_link_to_nothing_in_place_of_the_runs,
         lose_the_runs,

@@ -47,6 +47,10 @@ def cut(rows: Path) -> None:
     rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:2]))
 
 
+def behead(rows: Path) -> None:
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[2:]))
+
+
 def require_every_row_once(server: WandbServer) -> None:
     assert server.only_run.axis("train/loss") == ALL
     assert [row["_step"] for row in server.only_run.rows] == list(range(len(server.only_run.rows)))
@@ -150,7 +154,7 @@ def test_a_stage_whose_artifact_is_damaged_does_not_keep_others_from_the_server(
     assert server.only_run.ended_with == [0]  # of the other
 
 
-@pytest.mark.parametrize("lose", [Path.unlink, cut, lambda path: path.write_bytes(b"")], ids=["gone", "cut", "empty"])
+@pytest.mark.parametrize("lose", [Path.unlink, cut, behead, lambda path: path.write_bytes(b"")])
 def test_a_finished_stage_that_lost_its_rows_is_told_with_those_of_its_artifact(
     tmp_path: Path,
     trained: FrozenStage,
@@ -183,7 +187,40 @@ def test_a_finished_stage_that_lost_its_rows_is_not_told_as_one_without_any(
         sync([stage.work], server.address)
     (stage.work / WANDB).unlink()
     assert sync([stage.work], server.address) == Synced()
-    assert f"metrics.jsonl is gone or cut; the stage's rows are in {kept}" in capsys.readouterr().out
+    assert f"metrics.jsonl is gone or damaged; the stage's rows are in {kept}" in capsys.readouterr().out
+    assert server.runs == {}
+
+
+def test_rows_that_are_lost_after_all_was_sent_are_said_and_nothing_is_sent_again(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer, capsys: pytest.CaptureFixture[str]
+):
+    stage = copied(trained, tmp_path / "outputs")
+    assert sync([stage.work], server.address) == Synced(sent=[stage.work])
+    (stage.work / METRICS).write_bytes(b"")
+    assert sync([stage.work], server.address) == Synced()
+    assert f"{stage.work / METRICS} is gone or damaged; W&B has all of it" in capsys.readouterr().out
+    assert server.only_run.ended_with == [0]
+
+
+def test_rows_that_are_cut_after_a_stopped_start_was_told_of_are_not_told_as_all(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer
+):
+    stage = copied(trained, tmp_path / "outputs")
+    record = read_record(stage.work)
+    assert record is not None
+    write_record(stage.work, replace(record, sent=1, told=Ending.INTERRUPTED.value))
+    cut(stage.work / METRICS)
+    with pytest.raises(UserError, match=r"metrics.jsonl is gone or cut, of which W&B has 1 entries"):
+        sync([stage.work], server.address)
+    assert server.runs == {}
+
+
+def test_a_damaged_frozen_stage_is_as_one_that_is_lost(tmp_path: Path, trained: FrozenStage, server: WandbServer):
+    stage = copied(trained, tmp_path / "outputs")
+    for file in (stage.work / "frozen").glob("*.json"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"no frozen stage that can be read, .*remove {stage.work / WANDB} to leave"):
+        sync([stage.work], server.address)
     assert server.runs == {}
 
 
