@@ -5,11 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.workflow.artifacts import CODE_RECORD, SET_ASIDE, ArtifactStore
+from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore
 from pipeline.workflow.checkpoint import checkpoints
 from pipeline.workflow.code import DIRECTORY as CODE
-from pipeline.workflow.code import edited_in
-from pipeline.workflow.code import read_record as read_code
+from pipeline.workflow.code import fault_of
 from pipeline.workflow.frozen import FROZEN, StageKey
 from pipeline.workflow.ownership import TAKEN_AWAY, was_published
 from pipeline.workflow.runs import (
@@ -79,14 +78,10 @@ def verify(outputs: Path, run: str | None) -> int:
 
 def _faults_of_code(outputs: Path, runs: Sequence[RunRecord] | None) -> Iterator[str]:
     """Of the snapshots of these runs' code, or of all."""
-    snapshots = sorted((outputs / CODE).glob("[0-9a-f]*"))
-    for place in snapshots:
-        if runs is None or any(record.code == place.name for record in runs):
-            record = read_code(place)
-            unknown = f"{place / CODE_RECORD} is gone or damaged; remove {place} and run again"
-            fault = unknown if record is None else edited_in(place, record["files"])
-            if fault is not None:
-                yield fault
+    for place in sorted((outputs / CODE).glob("[0-9a-f]*")):
+        is_asked_for = runs is None or any(record.code == place.name for record in runs)
+        if is_asked_for and (fault := fault_of(place)) is not None:
+            yield fault
 
 
 def _keys(outputs: Path) -> list[StageKey]:

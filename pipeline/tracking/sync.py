@@ -1,7 +1,6 @@
 """`unclip sync`: sends W&B what it lacks of the stages' records, as they were offline, cut off or killed."""
 
 import os
-import shutil
 import tempfile
 import threading
 import urllib.error
@@ -20,8 +19,9 @@ from pipeline.workflow.artifacts import Artifact, ArtifactStore
 from pipeline.workflow.frozen import FROZEN, FrozenStage, read_frozen
 from pipeline.workflow.ownership import ATTEMPTS, acquire
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
-from pipeline.workflow.record import METRICS, PICTURE, Entry, Replay, read_standing
+from pipeline.workflow.record import AXIS, METRICS, PICTURE, Entry, Replay, read_standing
 from pipeline.workflow.runs import read_runs, require_outputs
+from pipeline.workflow.sealed import sealed_line
 
 _SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_SEND_ONE = 3600.0
@@ -113,23 +113,24 @@ def _restored(work: Path) -> WandbRecord | None:
     return record
 
 
-def _restore_rows(work: Path, artifact: Artifact, record: WandbRecord) -> None:
-    """Take the artifact's rows for those that were lost, before W&B has any: the artifact has no pictures' entries.
+def _mend_rows(work: Path, artifact: Artifact, record: WandbRecord) -> None:
+    """Before W&B has any entry, take the artifact's rows for those that were lost; the pictures that are known stay.
 
-    Where W&B has some, as it counts the entries, damaged ones are left out, and `UserError` is raised for lost ones.
+    W&B counts the entries. So where it has some, damaged ones are left out, and `UserError` is raised for lost ones.
     """
     kept = artifact.opened().path / METRICS
-    if record.sent and _is_cut(work, artifact):
+    if not record.sent:
+        pictures = [entry for entry in read_standing(work) if PICTURE in entry]
+        entries = sorted([*read_standing(artifact.path), *pictures], key=lambda entry: entry[AXIS])
+        beside = work / f".{METRICS}.{os.getpid()}"
+        beside.write_bytes(b"".join(map(sealed_line, entries)))
+        beside.replace(work / METRICS)
+        print(f"{work / METRICS} was lost or damaged; its rows are taken from {kept}")
+    elif _is_cut(work, artifact):
         raise UserError(
             f"{work / METRICS} is gone or cut, of which W&B has {record.sent} entries; put it back, or remove "
             f"{work / WANDB} to leave the stage out, whose rows are in {kept}"
         )
-    if record.sent:
-        return
-    beside = work / f".{METRICS}.{os.getpid()}"
-    shutil.copyfile(kept, beside)
-    beside.replace(work / METRICS)
-    print(f"{work / METRICS} was lost or cut; its rows are taken from {kept}, without the pictures made meanwhile")
 
 
 def _has_lost_rows(work: Path, artifact: Artifact) -> bool:
@@ -156,16 +157,18 @@ def _kept_by_earlier_versions(works: Sequence[Path]) -> list[Path]:
 
 def _lacks(work: Path) -> bool:
     record, replay = read_record(work), Replay(work)
+    for _ in replay.new():
+        pass
+    if record is None or (record.sent, record.told) == (replay.count, _ending_of(work).value):
+        return False
     artifact = ArtifactStore(work.parents[2]).readable(work.parent.name, work.name)
-    if record is not None and artifact is not None and _has_lost_rows(work, artifact):
+    if artifact is not None and _has_lost_rows(work, artifact):
         if record.told == Ending.FINISHED.value:
             rows = artifact.path / METRICS
             print(f"{work / METRICS} is gone or damaged; W&B has all of it, and the stage's rows are in {rows}")
             return False
-        _restore_rows(work, artifact, record)
-    for _ in replay.new():
-        pass
-    return record is not None and (record.sent, record.told) != (replay.count, _ending_of(work).value)
+        _mend_rows(work, artifact, record)
+    return True
 
 
 def _ending_of(work: Path) -> Ending:

@@ -60,7 +60,7 @@ class Code:
         """The snapshot under `outputs`, made if it is not there. Raises `UserError` where it was edited."""
         place = snapshot(outputs, self.digest)
         if os.path.lexists(place):
-            edited = edited_in(place, self.sha256)
+            edited = _edited_in(place, self.sha256)
             if edited is not None:
                 raise UserError(edited)
             if read_record(place) is None:  # lost; the files say what it said
@@ -106,8 +106,15 @@ class Code:
             shutil.copy2(compiled, target)
 
 
-def edited_in(place: Path, digests: Mapping[str, str]) -> str | None:
-    """What is to be said of a snapshot of which a file has another SHA-256 than in `digests`, or is gone; else None."""
+def fault_of(place: Path) -> str | None:
+    """What is to be said of a snapshot that is not as it was submitted; None of one that is."""
+    record = read_record(place)
+    if record is None:
+        return f"{place / RECORD} is gone or damaged; remove {place} and run again"
+    return _edited_in(place, record["files"])
+
+
+def _edited_in(place: Path, digests: Mapping[str, str]) -> str | None:
     for name, sha256 in digests.items():
         content = _read(place / name)
         if content is None or hashlib.sha256(content).hexdigest() != sha256:
@@ -164,16 +171,14 @@ def become_submitted(frozen: Path) -> None:
 def require(outputs: Path, digest: str) -> dict[str, Any]:
     """The record of the snapshot that this process runs. Raises `UserError` where it runs any other code."""
     place = snapshot(outputs, digest)
+    fault = fault_of(place) if os.path.lexists(place) else None
+    if fault is not None:
+        raise UserError(fault)
     record = read_record(place)
-    if os.path.lexists(place) and record is None:
-        raise UserError(f"{place / RECORD} is gone or damaged; remove {place} and run again")
     if _ROOT.name != digest or record is None:
         raise UserError(
             f"the code of this stage is not at {place} any more; start it again, with the code as it is now"
         )
-    edited = edited_in(place, record["files"])
-    if edited is not None:
-        raise UserError(edited)
     return record
 
 

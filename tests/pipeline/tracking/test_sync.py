@@ -19,7 +19,7 @@ from pipeline.training.stage import run_stage
 from pipeline.workflow.artifacts import MANIFEST
 from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import Outcome, read_failure
-from pipeline.workflow.record import METRICS
+from pipeline.workflow.record import AXIS, METRICS, append, read_standing
 from tests.support import tiny
 from tests.support.tiny import SCRIPT, rows, run
 from tests.support.tracked import ALL, UNREACHABLE, again, at_40, crash, is_long_ago, start, stop, tracked, wait_until
@@ -165,7 +165,7 @@ def test_a_finished_stage_that_lost_its_rows_is_told_with_those_of_its_artifact(
     stage = copied(trained, tmp_path / "outputs")
     lose(stage.work / METRICS)
     assert sync([stage.work], server.address) == Synced(sent=[stage.work])
-    assert f"{stage.work / METRICS} was lost or cut; its rows are taken from" in capsys.readouterr().out
+    assert f"{stage.work / METRICS} was lost or damaged; its rows are taken from" in capsys.readouterr().out
     assert server.only_run.axis("train/loss") == ALL
     assert server.only_run.ended_with == [0]
     assert sync([stage.work], server.address) == Synced()
@@ -189,6 +189,20 @@ def test_a_finished_stage_that_lost_its_rows_is_not_told_as_one_without_any(
     assert sync([stage.work], server.address) == Synced()
     assert f"metrics.jsonl is gone or damaged; the stage's rows are in {kept}" in capsys.readouterr().out
     assert server.runs == {}
+
+
+def test_pictures_that_are_known_stay_where_rows_are_taken_from_the_artifact(
+    tmp_path: Path, trained: FrozenStage, server: WandbServer
+):
+    stage = copied(trained, tmp_path / "outputs")
+    rows = read_standing(stage.work)
+    picture = {"picture": "samples", AXIS: rows[0][AXIS], "file": "gone.png", "captions": ["a"]}
+    append(stage.work, picture)
+    content = (stage.work / METRICS).read_bytes()
+    (stage.work / METRICS).write_bytes(content.replace(b'"', b"!", 1))
+    assert sync([stage.work], server.address) == Synced(sent=[stage.work])
+    assert read_standing(stage.work) == [rows[0], picture, *rows[1:]]
+    assert server.only_run.axis("train/loss") == ALL
 
 
 def test_rows_that_are_lost_after_all_was_sent_are_said_and_nothing_is_sent_again(

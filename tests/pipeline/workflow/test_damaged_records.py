@@ -202,3 +202,12 @@ def test_records_from_before_there_were_digests_may_hold_any_values(
         else:
             path.write_text(json.dumps(with_another_value(read_json(path), rng)))
         answers(outputs, capsys)
+
+
+def test_what_is_in_a_record_s_way_is_named_and_nothing_is_left_beside_it(tmp_path: Path):
+    record = tmp_path / "run.json"
+    record.mkdir()
+    with pytest.raises(IsADirectoryError) as raised:
+        write_json_atomically(record, {"a": 1})
+    assert raised.value.filename == str(record)
+    assert list(tmp_path.iterdir()) == [record]
