@@ -149,7 +149,8 @@ def collecting(
 
     def collect() -> None:
         while not is_over.wait(own.uniform(0, longest_pause_s)) and not faults:
-            published = [path.parent for path in outputs.glob(f"artifacts/*/*/{MANIFEST}")]
+            # What begins with a dot is being built: it has its manifest for a moment before it is renamed.
+            published = [path.parent for path in outputs.glob(f"artifacts/*/[!.]*/{MANIFEST}")]
             there = {path: path.stat().st_ino for path in published if path not in orphans}
             faults.extend(f"{path} was taken" for path, inode in seen.items() if there.get(path) != inode)
             seen.update(there)

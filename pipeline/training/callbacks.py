@@ -64,7 +64,12 @@ class SeedEveryStep(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(named_seed(self._seed, f"rank {trainer.global_rank}", batch_idx))
+        seed = named_seed(self._seed, f"rank {trainer.global_rank}", batch_idx)
+        if pl_module.device.type == "cpu":
+            # What torch.manual_seed does besides is for devices, and takes as long as a layer of a small network.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
 
 class Validation(StepBoundary):

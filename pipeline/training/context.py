@@ -25,7 +25,7 @@ from pipeline.workflow.ownership import Ownership, StageLost
 from pipeline.workflow.progress import Phase, Progress, read_progress, write_progress
 
 HEARTBEAT_SECONDS = 5.0
-SECONDS_BETWEEN_WRITES = 0.25
+SECONDS_BETWEEN_WRITES = 1.0
 
 S = TypeVar("S", bound=Settings)
 
@@ -71,7 +71,7 @@ class ProgressWriter:
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of `Progress`; written at once with a new phase, else at most four times a second."""
+        """Change fields of `Progress`; written at once with a new phase, else at most once a second."""
         with self._lock:
             is_new_phase = changes.get("phase", self._progress.phase) is not self._progress.phase
             is_due = is_new_phase or time.time() - self._progress.updated_at >= SECONDS_BETWEEN_WRITES

@@ -72,7 +72,7 @@ class AdamWithEma(AdamW):
             if EMA not in state:
                 state[EMA] = parameter.detach().clone()
             averages.append(state[EMA])
-            weights.append(parameter.detach())
+            weights.append(parameter)
             steps = state["step"]
         share = 1.0 - ((1.0 + steps.double()) / (10.0 + steps.double())).clamp(max=self.ema_decay)
         if self.found_inf is not None:

@@ -4,6 +4,7 @@ import io
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -273,8 +274,12 @@ class _ReplicatedStrategy(PortableStrategy):
             yield fragment.name, fragment.averaged(self.adamw).view(trained[fragment.name].shape)
 
     def gradient_norm(self) -> Tensor:
-        gradients = [each.grad for each in trained_parameters(self.network).values() if each.grad is not None]
-        return get_total_norm(gradients)
+        return get_total_norm([each.grad for each in self._trained if each.grad is not None])
+
+    @cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        # Once, and not at each step: it walks through all modules.
+        return list(trained_parameters(self.network).values())
 
 
 class PlainStrategy(_ReplicatedStrategy, SingleDeviceStrategy):

@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor
 
 from pipeline.config import NotifySettings
+from pipeline.workflow.causes import Cause, read_ends
 from pipeline.workflow.frozen import FrozenStage
 from tests.support import tiny, world
 from tests.support.processes import MEMORY_CGROUP, exhaust_memory_limit
@@ -60,18 +61,18 @@ WITH_LIMITS = pytest.mark.skipif(
     not os.access(MEMORY_CGROUP, os.W_OK), reason="the memory cgroup, version 1, is needed"
 )
 DISTURBANCES = (
-    pytest.param(exhaust_the_memory, marks=[pytest.mark.slow, WITH_LIMITS]),
-    pytest.param(requeue, marks=pytest.mark.slow),
-    pytest.param(signal_the_steps, marks=pytest.mark.slow),
-    pytest.param(signal_the_script, marks=pytest.mark.slow),
-    preempt,
-    pytest.param(set_the_node_down, marks=pytest.mark.slow),
+    pytest.param(exhaust_the_memory, Cause.OUT_OF_MEMORY, marks=[pytest.mark.slow, WITH_LIMITS]),
+    pytest.param(requeue, Cause.STOPPED, marks=pytest.mark.slow),
+    pytest.param(signal_the_steps, Cause.STOPPED, marks=pytest.mark.slow),
+    pytest.param(signal_the_script, Cause.STOPPED, marks=pytest.mark.slow),
+    (preempt, Cause.STOPPED),
+    pytest.param(set_the_node_down, Cause.NODE_FAILURE, marks=pytest.mark.slow),
 )
 
 
-@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda disturb: disturb.__name__)
-def test_a_disturbed_job_ends_with_the_undisturbed_weights(
-    disturb: Callable[[FrozenStage, str], None], expected: dict[str, Tensor], tmp_path: Path
+@pytest.mark.parametrize(("disturb", "cause"), DISTURBANCES, ids=lambda each: getattr(each, "__name__", None))
+def test_a_disturbed_job_ends_with_the_undisturbed_weights_and_its_record_has_the_cause(
+    disturb: Callable[[FrozenStage, str], None], cause: Cause, expected: dict[str, Tensor], tmp_path: Path
 ):
     learner, job_id = world.submitted_learner(tmp_path, step_s=0.2)
     world.wait("two checkpoints", lambda: world.is_training(learner))
@@ -80,6 +81,7 @@ def test_a_disturbed_job_ends_with_the_undisturbed_weights(
     world.wait_for_end(learner, job_id)
     assert tiny.are_equal(world.weights_under(tmp_path), expected)
     assert "resuming from samples-" in world.log_of(learner)
+    assert read_ends(learner.work)[0].cause is cause
 
 
 @pytest.mark.slow
@@ -100,6 +102,7 @@ def test_a_signal_of_any_form_in_the_seconds_in_which_a_step_starts_costs_nothin
         world.wait(f"the end of start {number + 1}", lambda number=number: world.restarts_of(job_id) > number)
     world.wait_for_end(learner, job_id)
     assert tiny.are_equal(world.weights_under(tmp_path), expected)
+    assert {each.cause for each in read_ends(learner.work)[:-1]} <= {Cause.STOPPED}
     world.wait("the dependent job", lambda: world.state_of(reader) == "COMPLETED")
 
 
