@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import json
 import socket
+import sys
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -74,6 +75,11 @@ class BoardServer(ThreadingHTTPServer):
         super().__init__((address, port), _Handler)
         self.content = content
         self.token = None if ipaddress.ip_address(address).is_loopback else token_urlsafe(24)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing where a browser went away before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # pyright: ignore[reportArgumentType]
 
     @property
     def url(self) -> str:

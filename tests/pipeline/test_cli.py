@@ -326,4 +326,5 @@ def test_the_dry_run_shows_jobs_and_scripts_and_writes_nothing(capsys: pytest.Ca
     assert re.search(r"# decoder-\w{12}\nsbatch --job-name=decoder-\w{12} .*--gpus-per-node=1 .*--array=0-1 ", shown)
     waits = r"afterok:JOB_OF_prepare-\w{12},aftercorr:JOB_OF_clip-\w{12}:JOB_OF_embed-\w{12}"
     assert re.search(rf"sbatch --job-name=decoder-.* --dependency={waits} SCRIPT ", shown)
+    assert "SCRIPT, STAGES and JOB_OF_... stand for what is known once" in shown
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ SUBMIT = "sbatch"
 JobId = str
 """As Slurm takes it anywhere: `123`, and `123_4` for a task of an array."""
 _TIMEOUT_S = 120.0
+_PATIENT_S = 10.0
+"""After which it is said what is waited for."""
 _COMPLETING = "COMPLETING"
 _OVER = {
     "BOOT_FAIL",
@@ -185,7 +188,10 @@ def _output(program: str, *arguments: str) -> str:
 
 
 def _bytes_of(program: str, *arguments: str) -> bytes:
+    is_slow = threading.Timer(_PATIENT_S, warn, [f"waiting for an answer of {program}, for {_TIMEOUT_S:.0f} s at most"])
+    is_slow.daemon = True
     try:
+        is_slow.start()
         done = subprocess.run(
             [program, *arguments], capture_output=True, check=False, timeout=_TIMEOUT_S,
             stdin=subprocess.DEVNULL, env=environment_of_jobs(os.environ),
@@ -197,6 +203,8 @@ def _bytes_of(program: str, *arguments: str) -> bytes:
         ) from error
     except subprocess.TimeoutExpired as error:
         raise LauncherUnavailableError(f"{program} gave no answer in {_TIMEOUT_S:.0f} s; try again") from error
+    finally:
+        is_slow.cancel()
     if done.returncode != 0:
         said = " ".join(line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip())
         raise UserError(f"{said or f'{program} failed with status {done.returncode}'}")

@@ -17,6 +17,7 @@ class PlannedJob:
     """A stage that is to be a job. `needs` are the stages before it that are not finished.
 
     `place` is that of the first of its members among those submitted, which is its task in an array.
+    `time_limit_key` is where its time limit stands.
     """
 
     stage: FrozenStage
@@ -25,6 +26,7 @@ class PlannedJob:
     resources: SlurmResources
     needs: tuple[StageKey, ...]
     place: int
+    time_limit_key: str
 
     @cached_property
     def batch(self) -> BatchJob:

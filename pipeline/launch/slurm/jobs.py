@@ -80,8 +80,16 @@ def new_token() -> str:
 def write_record(work: Path, record: JobRecord, *, is_flushed: bool = True) -> None:
     """Write a record, in place of the one of the same number."""
     (work / JOBS).mkdir(parents=True, exist_ok=True)
-    path = work / JOBS / f"{record.number:04}.json"
-    write_json_atomically(path, record.model_dump(mode="json"), is_flushed=is_flushed)
+    write_json_atomically(_path_of(work, record), record.model_dump(mode="json"), is_flushed=is_flushed)
+
+
+def remove_record(work: Path, record: JobRecord) -> None:
+    """Take back the record of a job that Slurm has refused."""
+    _path_of(work, record).unlink()
+
+
+def _path_of(work: Path, record: JobRecord) -> Path:
+    return work / JOBS / f"{record.number:04}.json"
 
 
 def mark_left_out(work: Path, job_id: JobId) -> Path:

@@ -115,6 +115,11 @@ class SlurmLaunch(SlurmResources, LaunchSettings):
     max_parallel: Positive | None
     stages: dict[str, dict[str, Any]]
 
+    def key_of(self, resource: str, stage: str, kind: str) -> str:
+        """Where the value of a stage's resource stands, such as `launch.time_limit_min`."""
+        own = next((name for name in (stage, kind) if resource in self.stages.get(name, {})), None)
+        return f"launch.{resource}" if own is None else f"launch.stages.{own}.{resource}"
+
     def resources_of(self, stage: str, kind: str) -> SlurmResources:
         """The resources of one stage: the profile's, then its kind's, then its own."""
         common = {name: getattr(self, name) for name in SlurmResources.model_fields}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from pipeline.config import RunConfig, validate
 from pipeline.errors import UserError
 from pipeline.launch.identity import this_process
+from pipeline.launch.launcher import LauncherUnavailableError
 from pipeline.launch.slurm import commands
 from pipeline.launch.slurm.commands import JobId
 from pipeline.launch.slurm.groups import Group, PlannedJob, groups, rounds
@@ -23,6 +25,7 @@ from pipeline.launch.slurm.jobs import (
     mark_left_out,
     new_token,
     release_held,
+    remove_record,
     write_record,
 )
 from pipeline.launch.slurm.lanes import Lanes
@@ -36,6 +39,8 @@ SUBMITTING = "submitting"
 _LEASE_S = 60.0
 _SECONDS_FOR_AN_ENDING_JOB = 60.0
 _SECONDS_BETWEEN_LOOKS = 1.0
+_NO_ANSWER = re.compile("timed out|unable to contact", re.IGNORECASE)
+"""Where sbatch says this, there may be a job all the same."""
 
 
 class Submission(StrEnum):
@@ -82,7 +87,10 @@ def plan_jobs(plans: Sequence[Plan]) -> list[PlannedJob]:
             resources = launch.resources_of(stage.name, stage.kind)
             needs = dict.fromkeys(key for key in frozen.needs if key in wanted_by)
             members = tuple(wanted_by[_key(stage)])
-            jobs[_key(stage)] = PlannedJob(frozen, frozen.group, members, resources, tuple(needs), place)
+            jobs[_key(stage)] = PlannedJob(
+                frozen, frozen.group, members, resources, tuple(needs), place,
+                launch.key_of("time_limit_min", stage.name, stage.kind),
+            )  # fmt: skip
     return list(jobs.values())
 
 
@@ -179,6 +187,10 @@ def _submit(group: Group, known: Mapping[Path, KnownJob], done: dict[StageKey, S
     try:
         number = commands.submit(_write_script(first), batch.arguments, options)
     except UserError as error:
+        is_answer = not isinstance(error, LauncherUnavailableError) and _NO_ANSWER.search(str(error)) is None
+        if is_answer:  # what stood before it counts again
+            for job in group.jobs:
+                remove_record(job.stage.work, records[job.key])
         submitted = sum(each.submission is Submission.SUBMITTED for each in done.values())
         kept = f"; jobs before it: {submitted} submitted, and the same command goes on from them"
         raise type(error)(f"stage {first.key[0]}: {error}{kept if submitted else ''}") from error
@@ -262,11 +274,10 @@ def _check_time_limits(jobs: Sequence[PlannedJob]) -> None:
         known = [limits[name] for name in partitions if name in limits]
         longest = max((limit or asked for limit in known), default=asked)
         if asked > longest:
-            stage = job.stage.stage
             raise UserError(
-                f"launch.time_limit_min={asked} of stage {stage} is more than partition "
+                f"{job.time_limit_key}={asked} of stage {job.stage.stage} is more than partition "
                 f"{job.resources.partition or 'of default'} allows (MaxTime is {longest} min); use "
-                f"launch.stages.{stage}.time_limit_min={longest} or less: a stage goes on in another start"
+                f"{job.time_limit_key}={longest} or less: a stage goes on in another start"
             )
 
 

@@ -82,7 +82,7 @@ def scripts_text(groups: Sequence[Group]) -> str:
     scripts: dict[str, list[Group]] = {}
     for group in groups:
         scripts.setdefault(group.jobs[0].batch.script, []).append(group)
-    parts = []
+    parts = ["# SCRIPT, STAGES and JOB_OF_... stand for what is known once `unclip submit` has asked Slurm\n"]
     for script, sharing in scripts.items():
         firsts = {group.jobs[0].stage.stage: group for group in reversed(sharing)}
         for name, group in reversed(firsts.items()):

@@ -13,6 +13,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import StrategyName
 from pipeline.errors import UserError
+from pipeline.launch.slurm.jobs import latest_record
 from pipeline.launch.slurm.status import cancel_runs, job_statuses
 from pipeline.launch.slurm.submit import Submission, SubmittedStage
 from pipeline.store.references import jobs_at_work
@@ -209,6 +210,12 @@ def test_what_slurm_refuses_is_said_in_its_words_and_what_was_submitted_is_taken
     again = world.submit(world.plan(tmp_path, steps=4))
     assert again["learner"].submission is Submission.SUBMITTED
     cancel_runs(tmp_path, read_runs(tmp_path, "trial"))
+    before = latest_record(again["learner"].job.stage.work)
+    with pytest.raises(UserError, match="bogus"):
+        world.submit(world.plan(tmp_path, steps=4, launch={"sbatch_arguments": ["--bogus"]}))
+    assert latest_record(again["learner"].job.stage.work) == before
+    assert before is not None
+    assert before.job_id == again["learner"].job_id
 
 
 def test_more_time_than_the_partition_gives_is_refused_before_anything_is_submitted(tmp_path: Path):
@@ -217,6 +224,9 @@ def test_more_time_than_the_partition_gives_is_refused_before_anything_is_submit
         UserError, match=r"time_limit_min=1506 of stage learner .* short .*1505 min.*learner.time_limit"
     ):
         world.submit(world.plan(tmp_path, steps=4, launch=asks))
+    of_all = {"partition": "short", "time_limit_min": 1506}
+    with pytest.raises(UserError, match=r"use launch\.time_limit_min=1505 or less"):
+        world.submit(world.plan(tmp_path, steps=4, launch=of_all))
     assert not (tmp_path / "work").exists()
     asks["stages"] = {"learner": {"time_limit_min": 1505}}
     world.submit(world.plan(tmp_path, steps=4, launch={**asks, "sbatch_arguments": ["--hold"]}))

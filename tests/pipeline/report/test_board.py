@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import socket
+import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -103,6 +106,23 @@ def test_nothing_but_the_page_and_its_news_is_served(tmp_path: Path):
             assert status_of(f"{server.url}{path}") == 404
         with urllib.request.urlopen(f"{server.url}now", timeout=30) as answer:
             assert "All that was started is finished." in json.loads(answer.read())["html"]
+
+
+def test_a_browser_that_goes_away_before_its_answer_leaves_nothing_on_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    small_world.run(tmp_path, "first", weight=0.1)
+    capfd.readouterr()
+    with served(tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", int(server.server_address[1]))) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost:1\r\n\r\n")
+            # Closed so, it is reset at once, and not when all was read.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert status_of(server.url) == 200
+        # The page is made once; the thread of the first question writes before or right after that.
+        while any("process_request_thread" in each.name for each in threading.enumerate()):
+            time.sleep(0.01)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_page_of_another_name_that_leads_here_gets_nothing(tmp_path: Path):

@@ -1,8 +1,14 @@
 """What Slurm answers, whatever other people's jobs are called."""
 
+import os
 import random
+from pathlib import Path
 
-from pipeline.launch.slurm.commands import _FIELDS, QueuedJob, read_queue
+import pytest
+
+from pipeline.launch.launcher import LauncherUnavailableError
+from pipeline.launch.slurm import commands
+from pipeline.launch.slurm.commands import _FIELDS, QueuedJob, read_queue, squeue
 
 
 def test_a_queue_is_read_whatever_bytes_names_and_comments_hold():
@@ -21,3 +27,17 @@ def test_a_queue_is_read_whatever_bytes_names_and_comments_hold():
             name, comment = (own[name].decode(errors="replace").strip() for name in ("Name", "Comment"))
             expected.append(QueuedJob("7_3", job_id, "PENDING", "", "1-00:00:00", 3, name, comment))
         assert read_queue(written) == expected
+
+
+def test_a_slow_answer_is_said_to_be_waited_for_and_after_a_while_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    slow = tmp_path / "squeue"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(commands, "_PATIENT_S", 0.1)
+    monkeypatch.setattr(commands, "_TIMEOUT_S", 2.0)
+    with pytest.raises(LauncherUnavailableError, match="squeue gave no answer in 2 s; try again"):
+        squeue("--me")
+    assert "waiting for an answer of squeue, for 2 s at most" in capsys.readouterr().err
