@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" for {error.filename}" if error.filename else ""
         if is_disk_full(error):
             print(f"unclip: no space is left{where}; free some and run the same command again", file=sys.stderr)
-        elif error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO):
             print(f"unclip: {error.strerror}{where}: a file or directory is in the way; move it away", file=sys.stderr)
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             print(f"unclip: there is no right to write or read{where}; get it, or set paths.outputs", file=sys.stderr)

@@ -22,6 +22,7 @@ from pipeline.terminal.words import format_duration
 from pipeline.workflow.artifacts import Artifact
 from pipeline.workflow.declaration import Catalog, StageDeclaration, resolve
 from pipeline.workflow.runs import PICTURES, gather_pictures, run_directory
+from pipeline.workflow.sealed import opened
 
 CARD = "README.md"
 _ANY_CAPTION = "a caption of your own"
@@ -120,7 +121,7 @@ def _caption(run: RunReport) -> str:
     for stage in run.stages:
         path = latest_grid(stage) if stage.is_finished else None
         if path is not None:
-            with suppress(Exception), Image.open(path) as image:  # Pillow raises all sorts
+            with suppress(Exception), opened(path) as file, Image.open(file) as image:  # Pillow raises all sorts
                 layout = read_layout(image)
                 if layout is not None and layout.captions:
                     return " ".join(layout.captions[0].split())

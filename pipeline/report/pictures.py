@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.picture_grid import GridLayout, read_layout
 from pipeline.report.records import Comparison, StageReport
+from pipeline.workflow.sealed import opened
 
 SAMPLES = "samples"
 PICTURES_OF_A_PAGE = 2400
@@ -91,7 +92,7 @@ def _table(comparison: Comparison, name: str, sources: list[tuple[StageReport, P
     for stage, path in sources:
         users = comparison.users[stage.fingerprint]
         try:
-            with Image.open(path) as image:
+            with opened(path) as file, Image.open(file) as image:
                 layout = read_layout(image)
                 if layout is None:
                     whole.append((users, _encoded("", image.convert("RGB"), is_enlarged=False)))

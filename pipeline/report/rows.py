@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.workflow.record import MEASURED, PICTURE, RESUMES, entries, standing, whole_lines
+from pipeline.workflow.sealed import NO_FILE, content_of
 
 ELAPSED = f"{MEASURED}elapsed_s"
 VALIDATION = "validation/"
@@ -55,10 +56,12 @@ def is_finite_number(value: object) -> bool:
 def _content(path: Path) -> bytes:
     """Its whole lines."""
     try:
-        content = path.read_bytes()
-        return content[: whole_lines(content)]
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # of the last two the artifact's damage tells
-        return b""
+        content = content_of(path)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError) and error.errno not in NO_FILE:
+            raise
+        return b""  # of what is in the place of a file the artifact's damage tells
+    return content[: whole_lines(content)]
 
 
 def _is_long(content: bytes, limit: int) -> bool:

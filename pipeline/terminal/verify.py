@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import SET_ASIDE, ArtifactStore
-from pipeline.workflow.checkpoint import checkpoints
+from pipeline.workflow.checkpoint import checkpoints, said_of_damaged
 from pipeline.workflow.code import DIRECTORY as CODE
 from pipeline.workflow.code import fault_of
 from pipeline.workflow.frozen import FROZEN, StageKey
@@ -115,8 +115,12 @@ def _findings(store: ArtifactStore, key: StageKey, *, was_there: bool) -> Iterat
             yield f"{name}: {store.path(*key)} {TAKEN_AWAY}", False
     except UserError as error:
         yield f"{name}: {error}", False
-    for path, checkpoint in checkpoints(store.work(*key)):
+    found = list(checkpoints(store.work(*key)))
+    for place, (path, checkpoint) in enumerate(found):
         if checkpoint is not None:
             yield f"{name}: checkpoint at {checkpoint.samples_seen:,} samples is whole", True
         elif path.exists():  # a stage at work removes old ones
-            yield f"{name}: {path} is damaged; the one before it is used", False
+            yield (
+                f"{name}: {said_of_damaged(path, next((each for _, each in found[place:] if each is not None), None))}",
+                False,
+            )

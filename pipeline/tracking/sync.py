@@ -21,7 +21,7 @@ from pipeline.workflow.ownership import ATTEMPTS, acquire
 from pipeline.workflow.progress import SECONDS_UNTIL_SILENT, Phase, read_progress
 from pipeline.workflow.record import AXIS, METRICS, PICTURE, Entry, Replay, read_standing
 from pipeline.workflow.runs import read_runs, require_outputs
-from pipeline.workflow.sealed import sealed_line
+from pipeline.workflow.sealed import content_of, sealed_line
 
 _SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_SEND_ONE = 3600.0
@@ -141,7 +141,7 @@ def _has_lost_rows(work: Path, artifact: Artifact) -> bool:
 def _is_cut(work: Path, artifact: Artifact) -> bool:
     """Whether lines are gone, as far as their number and the last one tell."""
     rows = read_standing(artifact.path)
-    lines = (work / METRICS).read_bytes().count(b"\n") if (work / METRICS).exists() else 0
+    lines = content_of(work / METRICS).count(b"\n") if (work / METRICS).is_file() else 0
     return lines < len(rows) or _rows(work)[-1:] != rows[-1:]
 
 

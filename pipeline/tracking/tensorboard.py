@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.workflow.record import AXIS, PICTURE, Entry
+from pipeline.workflow.sealed import opened
 
 DIRECTORY = "tensorboard"
 
@@ -47,7 +48,8 @@ class TensorBoard:
             return
         name, file = entry[PICTURE], self._work / entry["file"]
         if file.exists():
-            with suppress(Exception), Image.open(file) as image:  # Pillow raises all sorts for what is no picture
+            # Pillow raises all sorts for what is no picture.
+            with suppress(Exception), opened(file) as content, Image.open(content) as image:
                 self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
             self._writer.add_text(f"{name}/captions", "\n".join(f"- {each}" for each in entry["captions"]), step)
 

@@ -18,6 +18,7 @@ from pipeline.workflow.frozen import FrozenStage
 from pipeline.workflow.progress import EXIT_INTERRUPTED
 from pipeline.workflow.record import AXIS, PICTURE, Entry, Replay
 from pipeline.workflow.runs import config_with
+from pipeline.workflow.sealed import opened
 
 SCRATCH = "wandb-scratch"
 """In the work directory: files of W&B's client, of which nothing is needed once its process has ended."""
@@ -79,7 +80,8 @@ class WandbRun:
         if PICTURE not in entry:
             return entry
         content: dict[str, Any] = {AXIS: entry[AXIS]}
-        with suppress(Exception), Image.open(self._frozen.work / entry["file"]) as image:  # Pillow raises all sorts
+        place = self._frozen.work / entry["file"]
+        with suppress(Exception), opened(place) as file, Image.open(file) as image:  # Pillow raises all sorts
             content[entry[PICTURE]] = wandb.Image(image, caption="\n".join(entry["captions"]))
         return content
 

@@ -1,5 +1,6 @@
 """What stages publish: `artifacts/<stage>/<fingerprint>/`, complete with its manifest or not there at all."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -197,7 +198,7 @@ class ArtifactStore:
         """
         directory = self.path(stage, fingerprint)
         try:
-            inode = (directory / MANIFEST).stat().st_ino
+            inode = (directory / MANIFEST).lstat().st_ino
         except (FileNotFoundError, NotADirectoryError):
             return None
         artifact = None
@@ -246,7 +247,7 @@ class ArtifactStore:
         if artifact is not None:
             found = size_fault(directory, artifact.manifest.files)
             return None if found is None else DamagedArtifactError(found, remedy_at(directory))
-        if (directory / SET_ASIDE).exists():
+        if os.path.lexists(directory / SET_ASIDE):
             found = remembered(self.work(stage, fingerprint)) or f"{directory} was found damaged"
             return DamagedArtifactError(found, remedy_at(directory), f": stage {stage} is set aside")
         lost = _lost_manifest(directory)
@@ -362,7 +363,7 @@ def _content_at(directory: Path, _inode: int, _mtime_ns: int) -> str | None:
 
 def _lost_manifest(directory: Path) -> str | None:
     """In words, that an artifact's directory has no manifest of any name: what is made lies beside it until it has."""
-    is_lost = directory.is_dir() and not any((directory / name).exists() for name in (MANIFEST, SET_ASIDE))
+    is_lost = directory.is_dir() and not any(os.path.lexists(directory / name) for name in (MANIFEST, SET_ASIDE))
     return f"{directory / MANIFEST} is gone" if is_lost else None
 
 
@@ -374,7 +375,7 @@ def _set_aside(directory: Path, inode: int) -> bool:
         return True
     try:
         manifest.rename(aside)
-        if aside.stat().st_ino != inode:  # meanwhile another process has set it aside and made it anew
+        if aside.lstat().st_ino != inode:  # meanwhile another process has set it aside and made it anew
             aside.rename(manifest)
     except FileNotFoundError:  # another process was faster
         return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.workflow.sealed import read_line, sealed_line, warn_of_damaged_lines
+from pipeline.workflow.sealed import lines_of, read_line, sealed_line, warn_of_damaged_lines
 
 ENDS = "ends.jsonl"
 
@@ -71,7 +71,7 @@ def read_ends(work: Path) -> list[End]:
     found: dict[tuple[str, int], End] = {}
     damaged = 0
     try:
-        lines = (work / ENDS).read_bytes().splitlines()
+        lines = lines_of(work / ENDS).splitlines()
     except OSError:
         return []
     for line in lines:

@@ -1,6 +1,6 @@
 """Checkpoints as they lie on disk: a directory, and beside it a record with the digests of its files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -55,10 +55,24 @@ def checkpoints(work: Path) -> Iterator[tuple[Path, Checkpoint | None]]:
 
 def latest_checkpoint(work: Path) -> Checkpoint | None:
     """The newest checkpoint whose files match its record. A damaged one is skipped, with a warning in the log."""
+    damaged = []
     for path, checkpoint in checkpoints(work):
         if checkpoint is not None:
+            _warn_of_damaged(damaged, checkpoint)
             if size_of_rows(work) < checkpoint.rows_bytes:
                 warn(f"{work / METRICS} lost rows from before {checkpoint.samples_seen:,} samples; the others are kept")
             return checkpoint
-        warn(f"checkpoint {path} is damaged and passed over; the one before it is used")
+        damaged.append(path)
+    _warn_of_damaged(damaged, None)
     return None
+
+
+def said_of_damaged(path: Path, instead: Checkpoint | None) -> str:
+    """That a checkpoint is damaged, and what is used in its place."""
+    used = "none before it is whole, and the stage begins anew" if instead is None else "the one before it is used"
+    return f"{path} is damaged and passed over; {used}"
+
+
+def _warn_of_damaged(paths: Iterable[Path], instead: Checkpoint | None) -> None:
+    for path in paths:
+        warn(f"checkpoint {said_of_damaged(path, instead)}")

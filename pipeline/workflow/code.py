@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.workflow.artifacts import CODE_RECORD as RECORD
 from pipeline.workflow.declaration import Catalog, resolve
-from pipeline.workflow.sealed import DamagedRecordError, read_json, warn, write_json_atomically
+from pipeline.workflow.sealed import DamagedRecordError, content_of, read_json, warn, write_json_atomically
 
 DIRECTORY = "code"
 UNKNOWN = "unknown"
@@ -278,6 +278,6 @@ def _files(top: str, place: Path) -> Iterator[tuple[str, bytes]]:
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return content_of(path)
     except OSError:
         return None

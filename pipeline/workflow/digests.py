@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config import Settings
 from pipeline.errors import UserError
-from pipeline.workflow.sealed import read_or_none, write_json_atomically
+from pipeline.workflow.sealed import opened, read_or_none, write_json_atomically
 
 _THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -41,7 +41,7 @@ _VERIFIED = TypeAdapter(Verified)
 
 def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's contents."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -133,7 +133,10 @@ def _alone(memory: Path | None) -> Iterator[None]:
         if memory is not None:
             with suppress(OSError):
                 memory.mkdir(parents=True, exist_ok=True)
-                fcntl.flock(stack.enter_context(_of_this_host(memory).with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+                path = _of_this_host(memory).with_suffix(".lock")
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)  # which waits for no pipe either
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

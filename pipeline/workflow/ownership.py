@@ -344,7 +344,7 @@ def _beat_of(directory: Path, attempt: int) -> bytes:
 
 
 def _is_over(directory: Path, attempt: int) -> bool:
-    return (directory / f"{attempt:06}.over").exists()
+    return os.path.lexists(directory / f"{attempt:06}.over")
 
 
 def _read_claim(directory: Path, attempt: int) -> Claim | None:

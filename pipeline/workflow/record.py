@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import INTEGER_LIMIT
-from pipeline.workflow.sealed import read_line, sealed_line, warn_of_damaged_lines
+from pipeline.workflow.sealed import content_of, lines_of, read_line, sealed_line, warn_of_damaged_lines
 
 METRICS = "metrics.jsonl"
 AXIS = "samples_seen"
@@ -47,7 +47,7 @@ def resume(work: Path, samples_seen: int) -> None:
     path = work / METRICS
     if not path.exists():
         return
-    content = path.read_bytes()
+    content = content_of(path)
     end = whole_lines(content)
     if end < len(content):
         os.truncate(path, end)
@@ -118,7 +118,7 @@ def standing(found: Iterable[Entry]) -> list[Entry]:
 def read_standing(work: Path) -> list[Entry]:
     """The rows and pictures that stand in the record of that work directory; none without a record."""
     path = work / METRICS
-    content = path.read_bytes() if path.exists() else b""
+    content = lines_of(path)
     return standing(entries(content[: whole_lines(content)].splitlines(), path))
 
 
@@ -148,11 +148,7 @@ class Replay:
 
     def new(self) -> Iterator[tuple[int, Entry]]:
         """Steps and entries that were added since the last call."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._read)
-            content = file.read()
+        content = lines_of(self._path, self._read)
         end = whole_lines(content)
         self._read += end
         for entry in _entries(content[:end].splitlines(), self._path):

@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Mapping
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,11 @@ from pipeline.errors import UserError
 
 SEAL = "sha256"
 """The key of a record's digest, SHA-256 (hex) of its other values."""
+
+NO_FILE = {
+    errno.EISDIR: "it is a directory", errno.ELOOP: "it is a link to itself", errno.ENXIO: "it is a pipe or a device",
+}  # fmt: skip
+"""What is in the place of a file that cannot be read, by the error that says so."""
 
 _CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
 
@@ -59,14 +66,46 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def opened(path: Path) -> BufferedReader:
+    """A file to read. Raises `OSError` for a directory, and for a pipe or a device, which one could wait for."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    kind = os.fstat(file).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(file, "rb")
+    os.close(file)
+    error = errno.EISDIR if stat.S_ISDIR(kind) else errno.ENXIO
+    raise OSError(error, NO_FILE[error], str(path))
+
+
+def content_of(path: Path) -> bytes:
+    """All of a file. Raises `OSError` as `opened` does."""
+    with opened(path) as file:
+        return file.read()
+
+
+def lines_of(path: Path, start: int = 0) -> bytes:
+    """A file that grows, from that byte on; nothing where there is none, or where it is no file, which a line says."""
+    try:
+        with opened(path) as file:
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        warn(f"{path} cannot be read ({NO_FILE[error.errno]}); what it said is left out")
+        return b""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The values of a record. Raises `DamagedRecordError` for anything else there, and `OSError` as reading does."""
     try:
-        values = from_json(path.read_bytes())
+        values = from_json(content_of(path))
     except ValueError as error:
         raise DamagedRecordError(f"{path} cannot be read ({error})") from error
     except OSError as error:
-        said = {errno.EISDIR: "it is a directory", errno.ELOOP: "it is a link to itself"}.get(error.errno or 0)
+        said = NO_FILE.get(error.errno or 0)
         if said is None:
             raise
         raise DamagedRecordError(f"{path} cannot be read ({said})") from error

@@ -1,6 +1,7 @@
 """Whatever bytes a file of a store holds: a reader gives the same answer, refuses in a line, or falls back with one."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from pipeline.workflow.ownership import Vacancy
 from pipeline.workflow.progress import Failure, read_failure, read_hardware, read_progress, write_failure
 from pipeline.workflow.record import Replay, read_standing, resume
 from pipeline.workflow.runs import config_with, read_run
-from pipeline.workflow.sealed import read_json, warn, write_json_atomically
+from pipeline.workflow.sealed import NO_FILE, read_json, warn, write_json_atomically
 from tests.support import small_world
 
 RUN, PAUSED = "whole", "paused"
@@ -159,6 +160,10 @@ def answers(outputs: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, tupl
             given = repr(read())
         except UserError as error:
             given, refusal = "", str(error)
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            given, refusal = "", str(error)
         shown = capsys.readouterr()
         assert len(refusal.splitlines()) <= 1
         found[name] = f"{given}\n{shown.out}", refusal + shown.err
@@ -202,6 +207,31 @@ def test_records_from_before_there_were_digests_may_hold_any_values(
         else:
             path.write_text(json.dumps(with_another_value(read_json(path), rng)))
         answers(outputs, capsys)
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("make", [Path.mkdir, a_pipe, a_link_to_itself])
+def test_what_is_in_the_place_of_a_file_is_noticed_or_changes_no_answer_and_nobody_waits_for_it(
+    restored: Callable[[], Path], make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+):
+    before = answers(restored(), capsys)
+    rng = random.Random(make.__name__)
+    for _ in range(TRIALS):
+        outputs = restored()
+        path = rng.choice([each for each in sorted(outputs.rglob("*")) if each.is_file() and each.name not in NOT_READ])
+        path.unlink()
+        make(path)
+        for name, (answer, said) in answers(outputs, capsys).items():
+            is_told = said or "damaged" in answer
+            assert answer == before[name][0] or is_told, (name, path)
 
 
 def test_what_is_in_a_record_s_way_is_named_and_nothing_is_left_beside_it(tmp_path: Path):
