@@ -21,7 +21,7 @@ from pipeline.store.usage import Holding, usage_of
 from pipeline.terminal.display import shown_path
 from pipeline.terminal.tables import new_console, new_table
 from pipeline.terminal.words import format_bytes
-from pipeline.workflow.runs import require_outputs, run_directory
+from pipeline.workflow.runs import read_runs, require_outputs, run_directory
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SHOWN = 40
@@ -155,26 +155,28 @@ def mv(options: argparse.Namespace) -> int:
 
 def add_push_options(parser: argparse.ArgumentParser) -> None:
     """What `unclip push` takes beside `--outputs`."""
-    parser.add_argument("run", help="name of a run")
+    parser.add_argument("run", help="name of a run or sweep")
     parser.add_argument("url", help="where to: s3://BUCKET/PREFIX, a directory, or any other URL of fsspec's")
     parser.add_argument("--anew", action="store_true", help="what is there too, as where a file there is damaged")
 
 
 def push(options: argparse.Namespace) -> int:
     """Copy it there."""
-    remote.push(options.outputs, options.run, options.url, print, is_anew=options.anew)
+    for record in read_runs(options.outputs, options.run):
+        remote.push(options.outputs, record.name, options.url, print, is_anew=options.anew)
     return 0
 
 
 def add_pull_options(parser: argparse.ArgumentParser) -> None:
     """What `unclip pull` takes beside `--outputs`."""
-    parser.add_argument("run", help="name of a run that was pushed")
+    parser.add_argument("run", help="name of a run or sweep that was pushed")
     parser.add_argument("url", help="where it was pushed to")
 
 
 def pull(options: argparse.Namespace) -> int:
     """Fetch it."""
-    remote.pull(options.outputs, options.run, options.url, print)
+    for name in remote.runs_at(options.url, options.run):
+        remote.pull(options.outputs, name, options.url, print)
     return 0
 
 

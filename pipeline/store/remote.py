@@ -27,6 +27,7 @@ from pipeline.workflow.runs import (
     DamagedRunError,
     RunRecord,
     RunStage,
+    is_member,
     keys_of,
     make_runs,
     read_run,
@@ -45,6 +46,10 @@ PULLING = ".pulling-"
 Say = Callable[[str], None]
 
 
+class NoFileError(FileNotFoundError):
+    """A directory is in the place of a file."""
+
+
 class RemoteStore:
     """A store at a URL: `s3://bucket/prefix`, a path, or whatever else fsspec has a file system for."""
 
@@ -52,16 +57,21 @@ class RemoteStore:
         """Raises `UserError` where fsspec has none, or the URL is empty."""
         import fsspec
 
-        if not url.strip():
+        scheme, _, path = url.rpartition("://")
+        if not path.strip() or (scheme and not path.strip("/")):
             raise UserError(f"{url!r} is no address of a store; give one such as s3://BUCKET/PREFIX, or a directory")
+        if scheme == "memory":
+            raise UserError(f"{url} is gone when this command ends; give a place that lasts")
         self.url = url.rstrip("/")
-        is_local = "://" not in url or url.startswith(("file://", "local://"))
+        is_local = scheme in ("", "file", "local")
         options = {"auto_mkdir": True} if is_local else {"use_listings_cache": False}
         try:
             found = fsspec.url_to_fs(self.url, skip_instance_cache=True, **options)
         except (ImportError, ValueError) as error:
             remedy = "for s3:// it is pip install -e '.[s3]'"
             raise UserError(f"{url} cannot be reached ({_one_line(error)}); install what it needs, {remedy}") from error
+        except OSError as error:
+            raise UserError(f"{url} cannot be used as a store ({_one_line(error)}); give another address") from error
         self._filesystem: AbstractFileSystem = found[0]
         self._root: str = found[1]
         self._is_local = is_local
@@ -69,6 +79,11 @@ class RemoteStore:
     def is_at(self, path: Path, name: str = "") -> bool:
         """Whether what has that name there is the same thing as a path here."""
         return self._is_local and Path(self._root, name).resolve() == path.resolve()
+
+    def is_tree_of(self, outputs: Path) -> bool:
+        """Whether it is one of the trees of a store here, or below one."""
+        trees = [*map(outputs.joinpath, ("runs", "artifacts", "work", "code"))]
+        return self._is_local and any(Path(self._root).resolve().is_relative_to(each.resolve()) for each in trees)
 
     def sizes_in(self, directory: str) -> dict[str, int]:
         """The files below a directory, now, and their bytes; nothing where there is none."""
@@ -91,13 +106,13 @@ class RemoteStore:
             self._filesystem.put_file(str(file), self._at(name))
 
     def get(self, name: str, file: Path) -> None:
-        """Fetch one. Raises `FileNotFoundError` where there is none."""
+        """Fetch one. Raises `FileNotFoundError` where there is none, and `NoFileError` for a directory."""
         file.parent.mkdir(parents=True, exist_ok=True)
         with self._said(name):
             self._filesystem.get_file(self._at(name), str(file))
         if file.is_dir():
             shutil.rmtree(file)
-            raise FileNotFoundError(name)
+            raise NoFileError(name)
 
     def names_in(self, directory: str) -> list[str]:
         """What stands in a directory; nothing where there is none."""
@@ -142,8 +157,9 @@ def push(outputs: Path, name: str, url: str, say: Say, *, is_anew: bool = False)
     if not artifacts:
         raise UserError(f"run {name} has no finished stage; run it first")
     remote = RemoteStore(url)
-    if remote.is_at(outputs):
-        raise UserError(f"{url} is the store of run {name} itself; give the address of another one")
+    if remote.is_at(outputs) or remote.is_tree_of(outputs):
+        part = "" if remote.is_at(outputs) else "part of "
+        raise UserError(f"{url} is {part}the store of run {name} itself; give the address of another one")
     _require_same_run(remote, outputs, record)
     for artifact in artifacts.values():
         title, place = _title(artifact), f"artifacts/{artifact.name}"
@@ -176,6 +192,13 @@ def push(outputs: Path, name: str, url: str, say: Say, *, is_anew: bool = False)
             raise UserError(f"run {name} is at {remote.url}, without {stage.name}: {damage}")
     names = ", ".join(stage.name for stage in left)
     say(f"run {name} is at {remote.url}" + (f", without {names}, not finished" if left else ""))
+
+
+def runs_at(url: str, name: str) -> list[str]:
+    """The run of that name there, or the members of the sweep, in their order."""
+    names = RemoteStore(url).names_in("runs")
+    members = [] if name in names else [each for each in names if is_member(each, name)]
+    return sorted(members, key=lambda each: int(each.rpartition(".")[2])) or [name]
 
 
 def pull(outputs: Path, name: str, url: str, say: Say) -> None:
@@ -224,8 +247,8 @@ def _fetched_run(remote: RemoteStore, staging: Path, name: str) -> RunRecord:
     except FileNotFoundError as error:
         names = remote.names_in("runs")
         if name in names:
-            raise _damaged_there(remote, name, f"runs/{name}/{RECORD}", "gone") from error
-        known = f"runs there: {', '.join(names)}" if names else "nothing was pushed there"
+            raise _damaged_there(remote, name, f"runs/{name}/{RECORD}", _state(error, "gone")) from error
+        known = f"runs there: {', '.join(names)}" if names else "nothing was pushed there; see to the address"
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"no run {name!r} at {remote.url}; {known}") from error
     try:
@@ -242,6 +265,10 @@ def _push_anew(remote: RemoteStore, run: str) -> str:
 
 def _damaged_there(remote: RemoteStore, run: str, what: str, state: str = "damaged") -> UserError:
     return UserError(f"{remote.url}/{what} is {state}; {_push_anew(remote, run)}")
+
+
+def _state(error: FileNotFoundError, missing: str) -> str:
+    return "a directory, which is to be removed there" if isinstance(error, NoFileError) else missing
 
 
 def _place(stage: RunStage) -> str:
@@ -262,6 +289,8 @@ def _fetch(
     place, at = ArtifactStore(staging).path(stage, fingerprint), _place(run_stage)
     try:
         remote.get(f"{at}/{MANIFEST}", place / MANIFEST)
+    except NoFileError as error:
+        raise _damaged_there(remote, record.name, f"{at}/{MANIFEST}", _state(error, "")) from error
     except FileNotFoundError:
         return False
     try:
@@ -279,7 +308,7 @@ def _fetch(
             try:
                 remote.get(f"{at}/{each.path}", file)
             except FileNotFoundError as error:
-                raise _damaged_there(remote, record.name, f"{at}/{each.path}", "missing") from error
+                raise _damaged_there(remote, record.name, f"{at}/{each.path}", _state(error, "missing")) from error
     if fault(place, artifact.manifest.files) is not None:
         damaged = next(each for each in artifact.manifest.files if fault(place, [each]) is not None)
         (place / damaged.path).unlink()  # to be fetched anew

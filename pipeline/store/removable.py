@@ -26,6 +26,9 @@ _FILES_LEFT_OVER = {
     f"runs/{BUILDING}*.[0-9]*": "its command was stopped",
 }
 """Pulls at work, what jobs of several stages were told at their start, and folders of runs that were being made."""
+_RECORDS_LEFT_OVER = ("runs/*", "artifacts/*/[!.]*", "work/*/*", "work/*/*/*")
+"""Where a process that was killed may have left the beginning of a record: `.<name>.json.<process>`."""
+_SECONDS_TO_WRITE = 600.0
 _SNAPSHOT = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}-\d+")
 """One that is whole, or one that was being written by a process of that number."""
 _BLOCK_BYTES = 512
@@ -117,6 +120,10 @@ def removables(
     for pattern, why in _FILES_LEFT_OVER.items():
         for path in sorted(outputs.glob(pattern)):
             yield Removable(Kind.LEFT_OVER, path, None, why)
+    for place in _RECORDS_LEFT_OVER:
+        for path in sorted(outputs.glob(f"{place}/.*.json.[0-9]*")):
+            if time.time() - measured(path).changed_at > _SECONDS_TO_WRITE:
+                yield Removable(Kind.LEFT_OVER, path, None, "its writer was killed")
     store = ArtifactStore(outputs)
     for key in references.users if not keeps_checkpoints else ():
         path = store.work(*key) / CHECKPOINTS

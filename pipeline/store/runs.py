@@ -1,7 +1,6 @@
 """`unclip rm` and `unclip mv`: removing and renaming runs and sweeps."""
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from pipeline.workflow.runs import (
     RECORD,
     DamagedRunError,
     earlier_records,
+    is_member,
     keys_of,
+    read_readable,
     read_run,
     read_runs,
     run_directory,
@@ -40,15 +41,18 @@ class Removal:
 def removal_of(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:
     """What removing these runs and sweeps takes: their folders, and what no other run needs.
 
-    With one whose record is damaged goes its folder; what it needed is left to `unclip gc`. Raises `UserError` where
-    one is not there, is pinned, or is at work.
+    With one whose record is damaged goes its folder; what it needed is left to `unclip gc`, and all that is no folder
+    of a run where others' records are damaged too. Raises `UserError` where one is not there, is pinned, or is at work.
     """
     names, damaged = _names_of(outputs, given)
-    references = read_references(outputs, jobs, without=damaged)
+    others = _others_damaged(outputs, names) if len(damaged) == len(names) else []
+    references = read_references(outputs, jobs, without=[*damaged, *others])
     _require_idle(outputs, references, names)
     for name in names:
         if name in references.pinned:
             raise UserError(f"run {name} is pinned; unpin it first: {typed(outputs, 'gc', '--unpin', name)}")
+    if others:  # what those need is not known
+        return Removal(names, Found([], []))
     theirs = {key for name in names for key in references.of_runs.get(name, ())}
     theirs |= {key for name in names for record in earlier_records(outputs, name).values() for key in keys_of(record)}
     after = read_references(outputs, jobs, without=names)
@@ -75,6 +79,11 @@ def _names_of(outputs: Path, given: Iterable[str]) -> tuple[list[str], list[str]
             end = typed(outputs, "gc", "--delete")
             raise UserError(f"{error}; what a removal that was stopped has left is deleted by {end}") from error
     return list(names), damaged
+
+
+def _others_damaged(outputs: Path, names: Sequence[str]) -> list[str]:
+    _, damaged = read_readable(outputs, run_names(outputs))
+    return [each.run for each in damaged if each.run not in names]
 
 
 def remove_runs(outputs: Path, given: Iterable[str], jobs: Mapping[Path, str]) -> Removal:
@@ -132,7 +141,7 @@ def _begun(outputs: Path, name: str, new: str) -> dict[str, str]:
     for each in run_names(outputs):
         with suppress(OSError):
             old = (run_directory(outputs, each) / RENAMED_FROM).read_text(errors="replace")
-            if old != each and f"{new}{old.removeprefix(name)}" == each and (old == name or _is_member(old, name)):
+            if old != each and f"{new}{old.removeprefix(name)}" == each and (old == name or is_member(old, name)):
                 found[old] = each
     return found
 
@@ -143,10 +152,6 @@ def _write_name(outputs: Path, name: str) -> None:
     written = path.stat()
     write_json_atomically(path, read_run(outputs, name).model_dump(mode="json"))
     os.utime(path, (written.st_atime, written.st_mtime))
-
-
-def _is_member(name: str, sweep: str) -> bool:
-    return re.fullmatch(rf"{re.escape(sweep)}\.\d+", name) is not None
 
 
 def _require_idle(outputs: Path, references: References, names: Iterable[str]) -> None:
@@ -162,7 +167,7 @@ def _require_free(outputs: Path, new: str, names: Mapping[str, str], begun: Mapp
     taken += [
         each
         for each in (*run_names(outputs), *([new] if os.path.lexists(run_directory(outputs, new)) else []))
-        if each not in own and (each == new or _is_member(each, new))
+        if each not in own and (each == new or is_member(each, new))
     ]
     if taken:
         raise UserError(f"there is a run {taken[0]} already; choose another name than {new}")

@@ -19,7 +19,7 @@ _OF_STARTS = "artifacts/*/.trash-*"
 def set_aside(outputs: Path, path: Path) -> None:
     """Take it out of the store. Raises `OSError` where that is not allowed."""
     parts = path.relative_to(outputs).parts
-    trash = outputs.joinpath(*parts[: min(2, len(parts) - 1)]) / TRASH
+    trash = outputs.joinpath(*parts[: min(1 if parts[0] == "runs" else 2, len(parts) - 1)]) / TRASH
     trash.mkdir(exist_ok=True)
     path.rename(trash / uuid4().hex)
 

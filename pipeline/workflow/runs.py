@@ -243,9 +243,14 @@ def read_runs(outputs: Path, name: str) -> list[RunRecord]:
     """The run of that name, or the members of the sweep of that name, in their order."""
     if (run_directory(outputs, name) / RECORD).exists():
         return [read_run(outputs, name)]
-    numbered = [each for each in run_names(outputs) if re.fullmatch(rf"{re.escape(name)}\.\d+", each)]
+    numbered = [each for each in run_names(outputs) if is_member(each, name)]
     found = [record for record in (read_run(outputs, each) for each in numbered) if record.group == name]
     return sorted(found, key=lambda record: int(record.name.rpartition(".")[2])) or [read_run(outputs, name)]
+
+
+def is_member(name: str, sweep: str) -> bool:
+    """Whether a run is called as the members of that sweep are."""
+    return re.fullmatch(rf"{re.escape(sweep)}\.\d+", name) is not None
 
 
 def require_outputs(outputs: Path) -> None:

@@ -17,11 +17,13 @@ from pipeline.terminal.display import Display
 from pipeline.terminal.tables import stage_state
 from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, Artifact, ArtifactStore
 from pipeline.workflow.damage import DamagedArtifactError
+from pipeline.workflow.digests import file_sha256
 from pipeline.workflow.frozen import write_frozen
 from pipeline.workflow.ownership import acquire
 from pipeline.workflow.plan import Action, Plan, plan_run
 from pipeline.workflow.progress import Phase, Progress, write_progress
 from pipeline.workflow.runs import RECORD, finished_artifacts, read_run, run_artifacts, run_directory
+from pipeline.workflow.sealed import write_json_atomically
 from tests.support.command import said
 from tests.support.fakes import publish, run_config
 from tests.support.stores import record, settings, there
@@ -156,6 +158,49 @@ def test_a_run_whose_record_is_damaged_stops_nothing_but_gc_and_can_be_removed(
     assert not path.parent.exists()
     assert there(outputs) == before  # what it needed is gc's
     assert shown(capsys, "gc", *at)[0] == 0
+
+
+def test_of_two_runs_whose_records_are_damaged_each_is_removed_by_the_line_that_says_so(
+    outputs: Path, capsys: pytest.CaptureFixture[str]
+):
+    at, before = ["--outputs", str(outputs)], there(outputs)
+    for name in ("first", "second"):
+        (run_directory(outputs, name) / RECORD).write_bytes(b"\xff")
+    for name in ("first", "second"):
+        assert f"unclip rm {name} --delete" in shown(capsys, "gc", *at)[1].replace("second", name)
+        said("rm", name, "--delete", *at)
+        assert not run_directory(outputs, name).exists()
+        assert there(outputs) == before  # what they needed is gc's
+
+
+def test_a_manifest_that_is_a_link_to_itself_is_damage(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    manifest, at = clip.path / MANIFEST, ["--outputs", str(outputs)]
+    manifest.unlink()
+    manifest.symlink_to(MANIFEST)
+    for _ in range(2):
+        status, text = shown(capsys, "verify", "--all", *at)
+        assert (status, f"{manifest} cannot be read (it is a link to itself)" in text) == (2, True)
+    assert action_of_clip(planned(outputs, OnDamage.STOP))[0] is Action.BLOCKED
+    assert action_of_clip(planned(outputs, OnDamage.REBUILD))[0] is Action.RUN
+
+
+def test_verify_says_of_a_damaged_checkpoint_whether_there_is_one_before_it(
+    outputs: Path, clip: Artifact, capsys: pytest.CaptureFixture[str]
+):
+    place = outputs / "work" / "clip" / clip.manifest.fingerprint / "checkpoints"
+    for samples in (8, 16):
+        (place / f"samples-{samples:012}.ckpt").mkdir(parents=True)
+        part = place / f"samples-{samples:012}.ckpt" / "part"
+        part.write_bytes(b"1234")
+        values = {"samples_seen": samples, "files": {"part": file_sha256(part)}, "elapsed_s": 1.0}
+        write_json_atomically(part.parent.with_suffix(".json"), values)
+    for samples, instead in ((16, "the one before it is used"), (8, "none before it is whole, and the stage begins")):
+        damaged = place / f"samples-{samples:012}.ckpt"
+        flip(damaged / "part")
+        status, text = shown(capsys, "verify", "first", "--outputs", str(outputs))
+        assert (status, f"{damaged} is damaged and passed over; {instead}" in text) == (2, True)
 
 
 def test_a_damaged_record_of_a_stage_is_named_with_what_can_be_done(

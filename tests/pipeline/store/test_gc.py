@@ -231,6 +231,24 @@ def test_the_folder_of_a_run_whose_command_was_killed_while_it_made_it_goes(tmp_
     assert stages
 
 
+def test_the_beginning_of_a_record_whose_writer_was_killed_goes_once_nobody_can_be_writing_it(tmp_path: Path):
+    stages = record(tmp_path, "first")
+    finish(stages.values())
+    frozen = stages["clip"].frozen
+    assert frozen is not None
+    artifact = tmp_path / "artifacts" / "clip" / frozen.fingerprint
+    places = (run_directory(tmp_path, "first"), artifact, frozen.work, frozen.work / CHECKPOINTS)
+    old, young = ([place / f".{name}.json.123" for place in places] for name in ("old", "young"))
+    for path in (*old, *young):
+        path.write_bytes(b"{")
+    for path in old:
+        os.utime(path, (0, 0))
+    before = contents(tmp_path)
+    collect(tmp_path, keeps_checkpoints=True)
+    assert not any(path.exists() for path in old)
+    assert contents(tmp_path) == {name: each for name, each in before.items() if not name.endswith("/.old.json.123")}
+
+
 def test_the_compiler_s_cache_goes_when_asked_for_and_nothing_is_at_work(tmp_path: Path):
     stages = record(tmp_path, "first")
     begin([stages["clip"]])

@@ -10,7 +10,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.store.remote import PULLING, RemoteStore, pull, push
 from pipeline.workflow.artifacts import MANIFEST, SET_ASIDE, ArtifactStore
-from pipeline.workflow.runs import RECORD, is_finished, read_run, run_artifacts, run_directory
+from pipeline.workflow.runs import RECORD, is_finished, read_run, read_runs, run_artifacts, run_directory
 from tests.support.command import said
 from tests.support.s3_server import bucket, s3_server
 from tests.support.stores import contents, finish, record, there
@@ -187,6 +187,7 @@ def test_a_folder_where_a_file_should_be_there_is_said_in_a_line(
     file.mkdir()
     for _ in range(2):
         line = refused(capsys, "pull", "first", str(place), "--outputs", str(tmp_path / "theirs"))
+        assert f"{file} is a directory, which is to be removed there; " in line
         assert f"type unclip push first {place} --anew, then pull it again" in line
     again = refused(capsys, "push", "first", str(place), "--outputs", str(mine), "--anew")
     assert f"{file.relative_to(place)} cannot be written: a file or directory is in the way there; remove it" in again
@@ -252,3 +253,31 @@ def test_neither_an_empty_address_nor_a_file_for_a_store_is_written_to(
     assert f"--outputs {file} is a file; give a directory" in refused(
         capsys, "pull", "first", str(tmp_path / "remote"), "--outputs", str(file)
     )
+
+
+def test_a_sweep_is_pushed_and_pulled_by_its_name(tmp_path: Path):
+    mine, theirs, place = tmp_path / "mine", tmp_path / "theirs", tmp_path / "there"
+    for number, weight in ((2, 0.1), (10, 0.2)):
+        finish(record(mine, f"lambda.{number}", "lambda", weight=weight).values())
+    finish(record(mine, "other", weight=0.3).values())
+    for command, outputs in (("push", mine), ("pull", theirs)):
+        lines = said(command, "lambda", str(place), "--outputs", str(outputs)).splitlines()
+        assert [line.split()[1] for line in lines if line.startswith("run ")] == ["lambda.2", "lambda.10"]
+    assert [each.group for each in read_runs(theirs, "lambda")] == ["lambda", "lambda"]
+    assert not run_directory(place, "other").exists()
+
+
+def test_a_place_that_can_be_no_store_is_refused_before_anything_is_written(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for url, why in (
+        (str(mine / "runs"), "is part of the store of run first itself"),
+        (str(mine / "artifacts" / "x"), "is part of the store of run first itself"),
+        ("memory://x", "is gone when this command ends"),
+        ("s3://", "is no address of a store"),
+        ("zip://a.zip", "zip://a.zip cannot be "),
+    ):
+        assert why in refused(capsys, "push", "first", url, "--outputs", str(mine))
+    assert sorted(tmp_path.rglob("*")) == before

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.cli import EXIT_USER_ERROR, main
 from pipeline.errors import UserError
+from pipeline.workflow import sealed
 from pipeline.workflow.in_use import COMMANDS
 from pipeline.workflow.runs import read_run, run_directory, run_names
 from tests.support.command import said
@@ -127,6 +128,6 @@ def test_a_record_that_may_not_be_read_is_not_advised_to_be_removed(tmp_path: Pa
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(sealed, "opened", refuse)
     with pytest.raises(UserError, match=r"run\.json cannot be read \(Permission denied\); ask whose it is$"):
         read_run(tmp_path, "first")
