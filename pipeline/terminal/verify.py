@@ -120,7 +120,5 @@ def _findings(store: ArtifactStore, key: StageKey, *, was_there: bool) -> Iterat
         if checkpoint is not None:
             yield f"{name}: checkpoint at {checkpoint.samples_seen:,} samples is whole", True
         elif path.exists():  # a stage at work removes old ones
-            yield (
-                f"{name}: {said_of_damaged(path, next((each for _, each in found[place:] if each is not None), None))}",
-                False,
-            )
+            instead = next((each for _, each in found[place:] if each is not None), None)
+            yield f"{name}: {said_of_damaged(path, instead)}", False
