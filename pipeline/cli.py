@@ -227,16 +227,22 @@ def _logs(arguments: list[str]) -> int:
     parser = command_parser("logs", "The log of a stage, on all its starts.")
     parser.add_argument("run", help="name of a run")
     parser.add_argument("stage", help="name of a stage")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on as it grows, until the stage is finished or Ctrl-C comes"
+    )
     parser.add_argument("-n", "--lines", type=int, default=0, help="only so many lines from the end; 0: all")
     options = parser.parse_args(arguments)
     from pipeline.launch.launcher import launcher_named
     from pipeline.terminal.logs import show_log
-    from pipeline.workflow.runs import read_run
+    from pipeline.workflow.runs import read_run, store_of
 
     record = read_run(options.outputs, options.run)
     launcher = launcher_named(record.config.get("launch", {}).get("kind"))
-    show_log(launcher.log(options.outputs, record, options.stage), options.lines, options.follow)
+    log = launcher.log(options.outputs, record, options.stage)
+    keys = [(stage.name, stage.fingerprint) for stage in record.stages if stage.name == options.stage]
+    store = store_of(options.outputs, [record])
+    goes_on = (lambda: not any(store.readable(*key) for key in keys)) if options.follow else None
+    show_log(log, options.lines, goes_on)
     return 0
 
 

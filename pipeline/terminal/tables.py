@@ -19,6 +19,8 @@ from pipeline.workflow.runs import RunRecord, RunStage, run_artifacts, stages_wi
 
 DAMAGED = "damaged"
 """The state of what was finished and is not what its manifest says."""
+WAITING = "waiting"
+"""The state of what was never begun."""
 SHOWN_METRICS = 4
 _COLUMNS_OF_A_FILE = 160
 _WRAPPED = ("why", "needs", "metrics", "progress", "reason", "after", "resources")
@@ -112,7 +114,7 @@ def stage_state(store: ArtifactStore, stage: RunStage) -> tuple[str, str]:
     if was_published(work):
         return DAMAGED, f"{store.path(stage.name, stage.fingerprint)} {TAKEN_AWAY}"
     if progress is None:
-        return "waiting", ""
+        return WAITING, ""
     if progress.phase in (Phase.INTERRUPTED, Phase.FAILED):
         return progress.phase.value, progress_line(progress)
     if progress.is_silent:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from pipeline.workflow.progress import Progress
+from pipeline.workflow.progress import Phase, Progress
 
 _LONGEST_LIST = 4
 
@@ -51,8 +51,9 @@ def members_shown(members: Sequence[str]) -> str:
 
 def progress_line(progress: Progress) -> str:
     """What is known of a stage in progress, in one line."""
+    activity = "" if progress.phase in (Phase.INTERRUPTED, Phase.FAILED) else progress.activity
     if progress.max_samples <= 0:
-        return progress.activity or progress.phase.value
+        return activity or progress.phase.value
     parts = [f"{progress.samples_seen:,} / {progress.max_samples:,} samples"]
     if progress.samples_per_s > 0:
         parts.append(f"{progress.samples_per_s:,.0f} samples/s")
@@ -60,6 +61,6 @@ def progress_line(progress: Progress) -> str:
         parts.append(f"loss {progress.loss:.4f}")
     if progress.time_left_s is not None and progress.phase.value == "working":
         parts.append(f"{format_duration(progress.time_left_s)} left")
-    if progress.activity:
-        parts.append(progress.activity)
+    if activity:
+        parts.append(activity)
     return " · ".join(parts)

@@ -167,6 +167,8 @@ class Measurements(pl.Callback):
         trained_s = max(1e-9, now.time - before.time - (now.aside_s - before.aside_s))
         waited_share = (now.waited_s - before.waited_s) / trained_s
         self._last = now
+        if self._batch_ended is not None:  # what the callbacks took until here is in this row, and not beside the next
+            self._batch_ended = now.time
         device = trainer.strategy.root_device
         own = torch.tensor([waited_share, _memory_mib(device)], device=device)
         waited_share, memory_mib = of_all_ranks(trainer, own).amax(0).tolist()

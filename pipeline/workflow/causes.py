@@ -91,9 +91,9 @@ def read_ends(work: Path) -> list[End]:
     ]
 
 
-def last_words(work: Path) -> str:
-    """The cause of the last start that ended without a result, and what was done about it; empty without one."""
-    ends = [end for end in read_ends(work) if end.cause is not None]
+def last_words(work: Path, job: str) -> str:
+    """The cause of the job's last start that ended without a result, and what was done about it; empty without one."""
+    ends = [end for end in read_ends(work) if end.cause is not None and end.job == job]
     if not ends:
         return ""
     last = ends[-1]

@@ -1,14 +1,18 @@
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.board.command import BoardServer
 from pipeline.cli import EXIT_USER_ERROR, main
-from pipeline.workflow.progress import EXIT_INTERRUPTED
+from pipeline.workflow.progress import EXIT_INTERRUPTED, LOG
 from tests.support.command import refusal
+from tests.support.fakes import publish
+from tests.support.stores import begin, record
 
 
 @pytest.fixture(autouse=True)
@@ -306,6 +310,22 @@ def test_running_here_and_submitting_are_told_apart(capsys: pytest.CaptureFixtur
     assert "leave launch out to run here" in refusal(capsys, "run", "launch=slurm")
     assert "add launch=slurm" in refusal(capsys, "submit", "launch=local")
     assert "unclip submit" in refusal(capsys, "run", "trainer.num_nodes=2")
+
+
+def test_a_followed_log_ends_with_its_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    clip = record(tmp_path, "first")["clip"]
+    begin([clip])
+    follower = threading.Thread(target=main, args=(["logs", "first", "clip", "-f", "--outputs", str(tmp_path)],))
+    follower.start()
+    time.sleep(1.0)
+    assert follower.is_alive()
+    assert clip.frozen is not None
+    with (clip.frozen.work / LOG).open("a") as log:
+        log.write("another\n")
+    publish(clip)
+    follower.join(timeout=30)
+    assert not follower.is_alive()
+    assert capsys.readouterr().out == "a line\nanother\n"
 
 
 def test_logs_of_what_is_not_there_are_refused_with_what_is(

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
+from pipeline.errors import typed
 from pipeline.launch.identity import ProcessIdentity
 from pipeline.launch.launcher import Launcher, StageOutcome
 from pipeline.launch.slurm.groups import planned_groups
@@ -48,7 +49,7 @@ class SlurmLauncher(Launcher):
             return []
         limit = slurm_launch(config).max_parallel
         display.show(submitted_table(submit_jobs(jobs, plans[0].store.outputs, limit, display.note)))
-        display.note(f"unclip status {name}")
+        display.note(typed(plans[0].store.outputs, "status", name))
         return []
 
     def state(self, outputs: Path, records: Sequence[RunRecord], title: str) -> Table | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.slurm import commands
-from pipeline.launch.slurm.commands import JobId
+from pipeline.launch.slurm.commands import JobId, QueuedJob
 from pipeline.launch.slurm.jobs import (
     JOBS,
     KnownJob,
@@ -17,7 +17,7 @@ from pipeline.launch.slurm.jobs import (
     write_record,
 )
 from pipeline.launch.slurm.submit import one_submission_at_a_time
-from pipeline.terminal.tables import DAMAGED, stage_state
+from pipeline.terminal.tables import DAMAGED, WAITING, stage_state
 from pipeline.terminal.words import progress_line
 from pipeline.workflow.artifacts import MANIFEST, ArtifactStore
 from pipeline.workflow.causes import Cause, last_words
@@ -26,6 +26,7 @@ from pipeline.workflow.progress import latest_checkpoint_samples, read_failure, 
 from pipeline.workflow.runs import RunRecord, RunStage, stages_with_members, store_of
 
 _RUNNING = "RUNNING"
+_NOT_SUBMITTED = "not submitted"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class JobStatus:
 
 
 def has_jobs(outputs: Path, records: Sequence[RunRecord]) -> bool:
-    """Whether a stage of these runs was ever submitted to Slurm."""
+    """Whether a stage of these runs was ever submitted to Slurm, or was to be."""
     store = ArtifactStore(outputs)
-    return any(
+    return any(record.config.get("launch", {}).get("kind") == "slurm" for record in records) or any(
         latest_record(store.work(stage.name, stage.fingerprint)) for record in records for stage in record.stages
     )
 
@@ -138,6 +139,8 @@ def _status(
 ) -> JobStatus:
     work = store.work(stage.name, stage.fingerprint)
     state, detail = stage_state(store, stage)
+    if state == WAITING and known is None:
+        state = _NOT_SUBMITTED
     reason = until_limit = ""
     record = None if known is None else known.record
     queued = None if known is None else known.queued
@@ -149,7 +152,7 @@ def _status(
         state, reason = queued.state, queued.reason
         if queued.is_active:
             detail = _progress(work) if queued.state == _RUNNING else _kept(work)
-            detail = " · ".join(filter(None, [detail, last_words(work)]))
+            detail = " · ".join(filter(None, [detail, _of_earlier_starts(work, queued)]))
             until_limit = queued.time_left if queued.state == _RUNNING else ""
         else:
             reason, detail = _cause(work) or reason, _failure(work)
@@ -171,6 +174,11 @@ def _status(
 def _progress(work: Path) -> str:
     progress = read_progress(work)
     return "starting" if progress is None or progress.is_silent else progress_line(progress)
+
+
+def _of_earlier_starts(work: Path, job: QueuedJob) -> str:
+    words = last_words(work, str(job.number))
+    return "" if job.state == _RUNNING and words == Cause.STOPPED.words else words
 
 
 def _kept(work: Path) -> str:

@@ -4,10 +4,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.launch.slurm.status import cancel_runs, job_statuses
-from pipeline.workflow.frozen import FrozenStage
+from pipeline.workflow.frozen import FrozenStage, frozen_path
 from pipeline.workflow.plan import Plan
 from pipeline.workflow.runs import read_runs
 from tests.support import world
@@ -164,4 +165,26 @@ def test_stages_side_by_side_go_on_from_their_checkpoints_when_their_job_starts_
     assert (found["learner", "s.0"], found["learner", "s.1"]) == ("cancelled", "finished")
     assert "cancelled" in world.log_of(one)
     assert set(submitted([member(0), member(1)])) == {("learner", "s.0")}
+    cancel_runs(tmp_path, read_runs(tmp_path, "s"))
+
+
+def test_a_stage_that_fails_for_good_can_be_submitted_anew_while_those_beside_it_go_on(tmp_path: Path):
+    def member(number: int) -> Plan:
+        launch = {"members_per_job": 2, "mem_gib": 1.0}
+        return world.plan(tmp_path, f"s.{number}", group="s", seed=number, step_s=2.0, launch=launch)
+
+    for number in range(2):
+        world.run_stages_here(member(number), "data")
+    members = [member(0), member(1)]
+    (job_id,) = set(submitted(members).values())
+    one, other = (frozen(plan, "learner") for plan in members)
+    world.wait("training", lambda: world.is_training(one) and world.is_training(other), timeout_s=900)
+    running = [each for each in psutil.process_iter(["cmdline"]) if str(frozen_path(one)) in each.info["cmdline"]]
+    (worker,) = (each for each in running if "python" in each.info["cmdline"][0])
+    worker.kill()
+    world.wait("the failure", lambda: states(tmp_path)["learner", "s.0"] == "failed", timeout_s=900)
+    assert states(tmp_path)["learner", "s.1"] == world.state_of(job_id) == "RUNNING"
+    again = submitted([member(0), member(1)])
+    assert again["learner", "s.1"] == job_id
+    assert again["learner", "s.0"] not in (job_id, "")
     cancel_runs(tmp_path, read_runs(tmp_path, "s"))

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from pytorch_lightning import Trainer
 
 from pipeline.config import Precision
 from pipeline.data.batch import ImageBatch
 from pipeline.data.dataset import CaptionedImages, SampleRequest
 from pipeline.training import measurements
 from pipeline.training.measurements import peak_flops
+from pipeline.training.rows import Rows
 from pipeline.workflow.progress import Outcome, read_hardware
 from pipeline.workflow.record import without_measured
 from tests.support import tiny
@@ -61,6 +63,21 @@ def test_waiting_for_the_loader_is_told_from_training(tmp_path: Path, monkeypatc
     run(waits)
     shares = [median(row["system/data_wait_share"] for row in rows(stage)[:-1]) for stage in (trains, waits)]
     assert shares[0] < shares[1]
+
+
+def test_a_row_that_takes_longer_to_write_than_a_step_shows_no_other_rate_than_that_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    take = Rows._take_means
+
+    def take_long(own: Rows, trainer: Trainer) -> dict[str, float]:
+        time.sleep(0.05)
+        return take(own, trainer)
+
+    monkeypatch.setattr(Rows, "_take_means", take_long)
+    stage = frozen(tmp_path, step_s=0.01)
+    run(stage)
+    assert all(0 < row["system/samples_per_s"] <= 8 / 0.01 for row in rows(stage)[:-1])
 
 
 def test_the_use_of_a_gpu_follows_from_counted_operations_rate_and_peak(

@@ -19,9 +19,10 @@ def test_a_start_that_was_followed_by_another_without_a_word_lost_its_node(tmp_p
         write_end(tmp_path, End("7", start, node))
     lost, running = read_ends(tmp_path)
     assert (lost.nodes, lost.cause, running.cause) == ("a", Cause.NODE_FAILURE, None)
-    assert last_words(tmp_path) == "node failure on a"
+    assert last_words(tmp_path, "7") == "node failure on a"
     write_end(tmp_path, End("7", 1, "b", Cause.OUT_OF_MEMORY, "too much", "starts again (1 of 3)"))
-    assert last_words(tmp_path) == "out of memory: starts again (1 of 3)"
+    assert last_words(tmp_path, "7") == "out of memory: starts again (1 of 3)"
+    assert last_words(tmp_path, "8") == ""  # of another submission
 
 
 def test_whatever_bytes_are_in_the_record_the_whole_lines_of_it_are_read(
