@@ -71,7 +71,7 @@ def test_a_row_that_takes_longer_to_write_than_a_step_shows_no_other_rate_than_t
     take = Rows._take_means
 
     def take_long(own: Rows, trainer: Trainer) -> dict[str, float]:
-        time.sleep(0.05)
+        time.sleep(0.3)
         return take(own, trainer)
 
     monkeypatch.setattr(Rows, "_take_means", take_long)
