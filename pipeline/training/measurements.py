@@ -84,19 +84,18 @@ class LoaderWait(Profiler):
 
 
 class _Mark(NamedTuple):
-    """Where the measuring of a row begins: time, samples seen, seconds of waiting and of other callbacks."""
+    """Where the measuring of a row begins: samples seen, seconds of training, and of waiting for the loader in them."""
 
-    time: float = 0.0
     samples_seen: int = 0
+    trained_s: float = 0.0
     waited_s: float = 0.0
-    aside_s: float = 0.0
 
 
 class Measurements(pl.Callback):
     """Gives the `system/` columns of a row. With several processes, the longest wait and the largest memory count.
 
-    Rate, waiting and utilisation are those of training alone. The time in which other callbacks validate, draw and save
-    is left out.
+    Rate, waiting and utilisation are those of training alone: of the time from when the loader is asked for a batch to
+    when its step is taken. That in which other callbacks write rows, validate, draw and save is left out.
 
     The model FLOPs utilisation, `system/mfu`, is there for GPUs whose peak is known. The FLOPs of a sample are counted
     once, over the forward and backward pass of the first micro-batch. What is recomputed to save memory counts twice.
@@ -110,8 +109,7 @@ class Measurements(pl.Callback):
         self._counter: FlopCounterMode | None = None
         self._is_counting = False
         self._flops_per_sample: float | None = None
-        self._aside_s = 0.0
-        self._batch_ended: float | None = None
+        self._trained_s = 0.0
         self._last = _Mark()
 
     @override
@@ -122,17 +120,13 @@ class Measurements(pl.Callback):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._peak_flops = device_peak_flops(device, self._precision)
-        self._batch_ended = None
-        self._last = _Mark(time.monotonic(), pl_module.samples_seen, self.loader_wait.waited_s, self._aside_s)
+        self._last = _Mark(pl_module.samples_seen, self._trained_s, self.loader_wait.waited_s)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End the time of other callbacks, and count the FLOPs of the first micro-batch."""
-        if self._batch_ended is not None:
-            # The loader was asked when the other callbacks were done.
-            self._aside_s += max(0.0, self.loader_wait.began - self._batch_ended)
+        """Count the FLOPs of the first micro-batch."""
         if self._peak_flops is not None and self._flops_per_sample is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
@@ -144,8 +138,8 @@ class Measurements(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the count of FLOPs, and begin the time of the callbacks that come after this one."""
-        self._batch_ended = time.monotonic()
+        """Take the count of FLOPs, and the time since the loader was asked for this batch."""
+        self._trained_s += time.monotonic() - self.loader_wait.began
         if self._counter is not None:
             assert isinstance(batch, ImageBatch)
             self._flops_per_sample = self._counter.get_total_flops() / len(batch)
@@ -163,12 +157,10 @@ class Measurements(pl.Callback):
 
     def take(self, trainer: pl.Trainer, samples_seen: int) -> dict[str, float]:
         """The columns of a row, over the time since the last one; all ranks call this."""
-        before, now = self._last, _Mark(time.monotonic(), samples_seen, self.loader_wait.waited_s, self._aside_s)
-        trained_s = max(1e-9, now.time - before.time - (now.aside_s - before.aside_s))
+        before, now = self._last, _Mark(samples_seen, self._trained_s, self.loader_wait.waited_s)
+        trained_s = max(1e-9, now.trained_s - before.trained_s)
         waited_share = (now.waited_s - before.waited_s) / trained_s
         self._last = now
-        if self._batch_ended is not None:  # what the callbacks took until here is in this row, and not beside the next
-            self._batch_ended = now.time
         device = trainer.strategy.root_device
         own = torch.tensor([waited_share, _memory_mib(device)], device=device)
         waited_share, memory_mib = of_all_ranks(trainer, own).amax(0).tolist()
