@@ -21,6 +21,10 @@ def has_memory():
     except OSError:
         return False
 open(f"/proc/{victim}/oom_score_adj", "w").write("1000")
+try:
+    open("/proc/self/oom_score_adj", "w").write("-1000")  # the kernel may look again before the other one's memory is free
+except PermissionError:
+    pass
 open(f"{root}{cgroup}/cgroup.procs", "w").write(str(os.getpid()))
 taken = []
 while has_memory():
