@@ -97,7 +97,8 @@ class CheckpointWriter:
         if target.exists():
             shutil.rmtree(target)
         write.directory.rename(target)
-        write_json_atomically(target.with_suffix(".json"), {**write.record, "files": files})
+        sizes = {name: (target / name).stat().st_size for name in files}
+        write_json_atomically(target.with_suffix(".json"), {**write.record, "files": files, "sizes": sizes})
         sync(target.parent)
         for stale in sorted(target.parent.glob("samples-*.json"))[: -self._keep]:
             _remove_checkpoint(stale)

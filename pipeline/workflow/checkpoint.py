@@ -7,17 +7,17 @@ from pydantic import Field, ValidationError
 
 from pipeline.config import NotNegative, NotNegativeFloat, Settings
 from pipeline.workflow.digests import sha256_of
+from pipeline.workflow.progress import CHECKPOINT_SUFFIX as SUFFIX
 from pipeline.workflow.progress import checkpoint_records, samples_of
 from pipeline.workflow.record import METRICS, size_of_rows
 from pipeline.workflow.sealed import DamagedRecordError, read_json, warn
-
-SUFFIX = ".ckpt"
 
 
 class Checkpoint(Settings):
     """A checkpoint's record: its directory, `samples_seen`, the SHA-256 (hex) of its files, seconds spent so far.
 
-    `rows_bytes` is how long the stage's record of rows was by then; it only grows.
+    `rows_bytes` is how long the stage's record of rows was by then; it only grows. `sizes` are the files' bytes, for
+    those who look without reading them (`pipeline.workflow.progress`).
     """
 
     path: Path
@@ -25,6 +25,7 @@ class Checkpoint(Settings):
     files: dict[str, str] = Field(min_length=1)
     elapsed_s: NotNegativeFloat
     rows_bytes: NotNegative = 0  # newer than records that lack it
+    sizes: dict[str, NotNegative] = Field(default_factory=dict)  # so are these
 
     @property
     def writers(self) -> int:

@@ -6,10 +6,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.workflow.causes import Cause
-from pipeline.workflow.sealed import read_or_none, write_json_atomically
+from pipeline.workflow.sealed import DamagedRecordError, read_json, read_or_none, warn, write_json_atomically
 
 PROGRESS = "progress.json"
 FAILURE = "failure.json"
@@ -17,6 +17,7 @@ HARDWARE = "hardware.json"
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
 """What a stage goes on from, and needs no more once it is finished."""
+CHECKPOINT_SUFFIX = ".ckpt"
 COMPILER_CACHE = "compiler"
 """The compiler's own cache, below `paths.outputs`."""
 SECONDS_UNTIL_SILENT = 60.0
@@ -90,6 +91,7 @@ class Failure:
 
 
 _PROGRESS = TypeAdapter(Progress)
+_SIZES = TypeAdapter(dict[str, int])
 _FAILURE = TypeAdapter(Failure)
 _HARDWARE = TypeAdapter(dict[str, Any])
 _NOTHING_KNOWN = "it is left out"
@@ -132,9 +134,28 @@ def samples_of(checkpoint_record: Path) -> int | None:
 
 
 def latest_checkpoint_samples(work: Path) -> int | None:
-    """`samples_seen` of the newest complete checkpoint, from its file name; None without one."""
-    records = checkpoint_records(work)
-    return samples_of(records[-1]) if records else None
+    """`samples_seen` of the newest checkpoint that is whole as far as sizes tell; None without one. Damage is said."""
+    for record in reversed(checkpoint_records(work)):
+        fault = _fault_of(record)
+        if fault is None:
+            return samples_of(record)
+        if record.exists():  # a stage at work removes old ones
+            warn(f"checkpoint {fault}; it is passed over")
+    return None
+
+
+def _fault_of(record: Path) -> str | None:
+    """What is wrong with a checkpoint that has that record, as far as sizes tell. Older records have none."""
+    try:
+        sizes: dict[str, int] = _SIZES.validate_python(read_json(record).get("sizes", {}))
+        files = {record.with_suffix(CHECKPOINT_SUFFIX) / name: size for name, size in sizes.items()}
+        return next((f"{file} is cut" for file, size in files.items() if file.stat().st_size != size), None)
+    except DamagedRecordError as error:
+        return str(error)
+    except ValidationError:
+        return f"{record} cannot be read (its sizes are none)"
+    except OSError as error:
+        return f"{error.filename} is missing"
 
 
 def result_path(frozen: Path, worker_pid: int) -> Path:

@@ -22,7 +22,8 @@ def has_memory():
         return False
 open(f"/proc/{victim}/oom_score_adj", "w").write("1000")
 try:
-    open("/proc/self/oom_score_adj", "w").write("-1000")  # the kernel may look again before the other one's memory is free
+    # The kernel may look again before the memory of the other one is free.
+    open("/proc/self/oom_score_adj", "w").write("-1000")
 except PermissionError:
     pass
 open(f"{root}{cgroup}/cgroup.procs", "w").write(str(os.getpid()))

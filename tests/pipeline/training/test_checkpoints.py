@@ -19,7 +19,8 @@ def checkpoint(work: Path, samples: int) -> Path:
     (path / "trainer.pt").write_bytes(b"loops")
     (path / PART).write_bytes(b"state at %d" % samples)
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
-    record = {"samples_seen": samples, "files": files, "elapsed_s": samples / 10}
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    record = {"samples_seen": samples, "files": files, "elapsed_s": samples / 10, "sizes": sizes}
     path.with_suffix(".json").write_text(json.dumps(record))
     return path
 
@@ -61,6 +62,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert found is not None
     assert found.samples_seen == 100
     assert f"{newest} is damaged and passed over" in capsys.readouterr().err
+    # Plans and status read no checkpoint: what its record and sizes tell they see.
+    is_seen = damage not in ("changed", "another record")
+    assert latest_checkpoint_samples(tmp_path) == (100 if is_seen else 200)
+    assert ("it is passed over" in capsys.readouterr().err) == is_seen
 
 
 def test_a_checkpoint_without_its_record_is_not_used(tmp_path: Path):
