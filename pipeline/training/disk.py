@@ -10,7 +10,7 @@ from pipeline.errors import DiskFullError
 from pipeline.training.strategies.fragments import trained_parameters
 from pipeline.workflow.progress import CHECKPOINTS
 
-_MB = 1e6
+_GB = 1e9
 
 
 def artifact_bytes(network: nn.Module) -> int:
@@ -47,7 +47,7 @@ def require_disk(
     if need > free:
         each = checkpoint_bytes(network, settings)
         raise DiskFullError(
-            f"stage {stage} will write {need / _MB:,.1f} MB (its weights, and {max(2, trainer.keep_checkpoints)} "
-            f"checkpoints of {each / _MB:,.1f} MB) and the disk of {work} has {free / _MB:,.1f} MB left; "
+            f"stage {stage} will write {need / _GB:,.3f} GB (its weights, and {max(2, trainer.keep_checkpoints)} "
+            f"checkpoints of {each / _GB:,.3f} GB) and the disk of {work} has {free / _GB:,.3f} GB left; "
             f"free some{fewer_checkpoints(trainer)}, or set paths.outputs"
         )
