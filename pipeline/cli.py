@@ -241,8 +241,7 @@ def _logs(arguments: list[str]) -> int:
     log = launcher.log(options.outputs, record, options.stage)
     keys = [(stage.name, stage.fingerprint) for stage in record.stages if stage.name == options.stage]
     store = store_of(options.outputs, [record])
-    goes_on = (lambda: not any(store.readable(*key) for key in keys)) if options.follow else None
-    show_log(log, options.lines, goes_on)
+    show_log(log, options.lines, lambda: options.follow and not any(store.readable(*key) for key in keys))
     return 0
 
 

@@ -121,4 +121,5 @@ def _findings(store: ArtifactStore, key: StageKey, *, was_there: bool) -> Iterat
             yield f"{name}: checkpoint at {checkpoint.samples_seen:,} samples is whole", True
         elif path.exists():  # a stage at work removes old ones
             instead = next((each for _, each in found[place:] if each is not None), None)
-            yield f"{name}: {said_of_damaged(path, instead)}", False
+            is_finished = store.readable(*key) is not None
+            yield f"{name}: {said_of_damaged(path, instead, is_finished=is_finished)}", False

@@ -68,10 +68,10 @@ def latest_checkpoint(work: Path) -> Checkpoint | None:
     return None
 
 
-def said_of_damaged(path: Path, instead: Checkpoint | None) -> str:
-    """That a checkpoint is damaged, and what is used in its place."""
+def said_of_damaged(path: Path, instead: Checkpoint | None, *, is_finished: bool = False) -> str:
+    """That a checkpoint is damaged, and what is used in its place; of a finished stage nothing is."""
     used = "none before it is whole, and the stage begins anew" if instead is None else "the one before it is used"
-    return f"{path} is damaged and passed over; {used}"
+    return f"{path} is damaged and passed over; {'its stage is finished, and needs none' if is_finished else used}"
 
 
 def _warn_of_damaged(paths: Iterable[Path], instead: Checkpoint | None) -> None:

@@ -26,3 +26,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert error.count("\n") == 1, error
     assert "Traceback" not in error
     return error
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit status of a command, and all that it printed, in one line."""
+    status = main(arguments)
+    found = capsys.readouterr()
+    return status, " ".join(f"{found.out} {found.err}".split())

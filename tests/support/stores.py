@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import RunSettings
+from pipeline.config import OnDamage, RunSettings, StoreSettings
 from pipeline.store.collect import find, take_away
 from pipeline.store.removable import Found
 from pipeline.store.trash import TRASH, empty_trash
@@ -145,3 +145,13 @@ def stopped_after(steps: int) -> Iterator[threading.Event]:
             yield stopped
         except KeyboardInterrupt:
             assert stopped.is_set()
+
+
+def flip(file: Path) -> None:
+    """Change the last bit of every byte of it."""
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+
+
+def planned_where(outputs: Path, on_damage: OnDamage) -> Plan:
+    """The usual run, where damage is met so."""
+    return plan_run(run_config(outputs, settings(), store=StoreSettings(on_damage=on_damage)))

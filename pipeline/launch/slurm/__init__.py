@@ -12,7 +12,7 @@ from pipeline.launch.launcher import Launcher, StageOutcome
 from pipeline.launch.slurm.groups import planned_groups
 from pipeline.launch.slurm.identity import identity_in_job
 from pipeline.launch.slurm.settings import SlurmLaunch
-from pipeline.launch.slurm.status import active_jobs, cancel_runs, has_jobs, job_statuses
+from pipeline.launch.slurm.status import active_jobs, are_for_slurm, cancel_runs, job_statuses
 from pipeline.launch.slurm.submit import plan_jobs, slurm_launch, submit_jobs
 from pipeline.launch.slurm.tables import jobs_table, planned_jobs_table, scripts_text, submitted_table
 from pipeline.terminal.display import Display
@@ -54,7 +54,7 @@ class SlurmLauncher(Launcher):
 
     def state(self, outputs: Path, records: Sequence[RunRecord], title: str) -> Table | None:
         """The jobs as the queue has them."""
-        return jobs_table(title, job_statuses(outputs, records)) if has_jobs(outputs, records) else None
+        return jobs_table(title, job_statuses(outputs, records)) if are_for_slurm(outputs, records) else None
 
     def cancel(self, outputs: Path, records: Sequence[RunRecord]) -> list[str]:
         """`scancel`, for the jobs that no other run counts on."""

@@ -44,8 +44,8 @@ class JobStatus:
     until_limit: str
 
 
-def has_jobs(outputs: Path, records: Sequence[RunRecord]) -> bool:
-    """Whether a stage of these runs was ever submitted to Slurm, or was to be."""
+def are_for_slurm(outputs: Path, records: Sequence[RunRecord]) -> bool:
+    """Whether a stage of these runs was submitted to Slurm, or was to be."""
     store = ArtifactStore(outputs)
     return any(record.config.get("launch", {}).get("kind") == "slurm" for record in records) or any(
         latest_record(store.work(stage.name, stage.fingerprint)) for record in records for stage in record.stages

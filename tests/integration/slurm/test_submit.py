@@ -207,6 +207,8 @@ def test_what_slurm_refuses_is_said_in_its_words_and_what_was_submitted_is_taken
     refused = world.plan(tmp_path, steps=4, launch={"stages": {"learner": {"partition": "none such"}}})
     with pytest.raises(UserError, match=r"stage learner: .*partition.*before it: 1 submitted"):
         world.submit(refused)
+    states = {each.stage: each.state for each in job_statuses(tmp_path, read_runs(tmp_path, "trial"))}
+    assert states["learner"] == "not submitted"
     again = world.submit(world.plan(tmp_path, steps=4))
     assert again["learner"].submission is Submission.SUBMITTED
     cancel_runs(tmp_path, read_runs(tmp_path, "trial"))

@@ -24,6 +24,11 @@ def test_a_progress_line_has_the_counter_rate_loss_and_time_left():
     assert progress_line(progress) == "12,000 / 96,000 samples · 700 samples/s · loss 0.1250 · 2:00 left"
 
 
+def test_a_progress_line_of_what_has_stopped_says_nothing_of_what_it_did_last():
+    stopped = Progress(Phase.INTERRUPTED, samples_seen=8, max_samples=16, activity="taking a checkpoint")
+    assert progress_line(stopped) == "8 / 16 samples"
+
+
 def test_a_progress_line_of_uncounted_work_says_what_goes_on():
     assert progress_line(Progress(Phase.WORKING, activity="unpacking")) == "unpacking"
     assert progress_line(Progress(Phase.STARTING)) == "starting"
